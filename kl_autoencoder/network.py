@@ -1,0 +1,201 @@
+"""The convolutional encoder and decoder of Stable Diffusion's autoencoder, in plain torch.
+
+The module tree itself produces the parameter names of diffusers' AutoencoderKL, so weights of that family
+load without any conversion. Architecture: Rombach et al. 2022 (latent diffusion), appendix; ResNet blocks as
+in Ho et al. 2020. Every tensor is (B, C, H, W), in whatever memory format and floating type it arrives.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+
+class ResnetBlock(nn.Module):
+    """(B, in_channels, H, W) -> (B, out_channels, H, W): norm-SiLU-conv twice, plus the input."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = group_norm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W), plus the input."""
+
+    _from_deprecated_attn_block = True  # diffusers then renames query/key/value/proj_attn of old folders
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = group_norm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(b, 1, h * w, c)  # one head
+        mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](mixed).view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2): a 3x3 convolution of stride 2, zero-padded at the right and bottom."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """A run of blocks; with gradient checkpointing each block's inside is recomputed in the backward pass.
+
+    `gradient_checkpointing` and `_gradient_checkpointing_func` are set by diffusers'
+    `enable_gradient_checkpointing`.
+    """
+
+    gradient_checkpointing = False
+
+    def blocks(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks():
+            x = self._gradient_checkpointing_func(block, x) if checkpointing else block(x)
+        return x
+
+
+def resnet_run(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
+    widths = [in_channels] + [out_channels] * layers
+    return nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+
+
+class DownBlock(Stage):
+    """`layers` ResNet blocks, then a downsampling unless it is the last level."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool):
+        super().__init__()
+        self.resnets = resnet_run(in_channels, out_channels, layers, groups)
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
+
+    def blocks(self):
+        return [*self.resnets, *self.downsamplers]
+
+
+class UpBlock(Stage):
+    """`layers` ResNet blocks, then an upsampling unless it is the last level."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool):
+        super().__init__()
+        self.resnets = resnet_run(in_channels, out_channels, layers, groups)
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def blocks(self):
+        return [*self.resnets, *self.upsamplers]
+
+
+class MidBlock(Stage):
+    """ResNet block, attention (optional), ResNet block, at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels, groups)] if attention else [])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+
+    def blocks(self):
+        return [self.resnets[0], *self.attentions, self.resnets[1]]
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) -> moments (B, 2*latent_channels, H/f, W/f), f = 2 ** (levels - 1)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        norm_num_groups: int,
+        mid_block_add_attention: bool = True,
+    ):
+        super().__init__()
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
+        widths = [first, *block_out_channels]
+        self.down_blocks = nn.ModuleList(
+            DownBlock(a, b, layers_per_block, norm_num_groups, downsample=i + 2 < len(widths))
+            for i, (a, b) in enumerate(pairwise(widths))
+        )
+        self.mid_block = MidBlock(last, norm_num_groups, mid_block_add_attention)
+        self.conv_norm_out = group_norm(norm_num_groups, last)
+        self.conv_out = nn.Conv2d(last, 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) -> images (B, out_channels, f*h, f*w), f = 2 ** (levels - 1)."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        norm_num_groups: int,
+        mid_block_add_attention: bool = True,
+    ):
+        super().__init__()
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.conv_in = nn.Conv2d(latent_channels, last, 3, padding=1)
+        widths = [last, *reversed(block_out_channels)]
+        self.up_blocks = nn.ModuleList(  # one ResNet block more a level than the encoder, as in LDM
+            UpBlock(a, b, layers_per_block + 1, norm_num_groups, upsample=i + 2 < len(widths))
+            for i, (a, b) in enumerate(pairwise(widths))
+        )
+        self.mid_block = MidBlock(last, norm_num_groups, mid_block_add_attention)
+        self.conv_norm_out = group_norm(norm_num_groups, first)
+        self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

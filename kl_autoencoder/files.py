@@ -1,9 +1,19 @@
-"""Writing files so that a name never points at half of one."""
+"""Reading files that may be anything, and writing files so that a name never points at half of one."""
 
 import os
-from collections.abc import Iterator
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @contextmanager
@@ -23,3 +33,81 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file whole or not at all. ValueError for another suffix or no tensors."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the suffix must be .safetensors, not {path.suffix!r}")
+    if not tensors:
+        raise ValueError(f"{path}: no tensors to write")
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in packed.items():  # safetensors refuses views of a larger storage
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            packed[name] = tensor.clone()
+    with replacing(path) as temporary:
+        save_file(packed, temporary, metadata={"format": "pt", **metadata})
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a .safetensors, .ckpt, .pt, .pth or .bin file on the CPU, and its metadata (or {}).
+
+    Nothing in a file is ever run: a pickle is read with weights_only=True, and one that holds more than tensors
+    and plain containers is refused. `state_dict` is unwrapped. A .safetensors is mapped, so that what is not
+    used of a large checkpoint takes no memory. Raises FileNotFoundError, or ValueError naming the file and
+    what was expected.
+    """
+    path = Path(path)
+    _refuse_at_sight(path)
+    if path.suffix != ".safetensors":
+        return _read_pickle(path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
+
+
+def _refuse_at_sight(path: Path) -> None:
+    """The wrong files that people really have, told by their name and first bytes."""
+    expected = (
+        f"expected a .safetensors file or a {', '.join(PICKLED)} checkpoint with an autoencoder's tensors"
+    )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; {expected}")
+    if path.suffix not in (".safetensors", *PICKLED):
+        raise ValueError(f"{path}: suffix {path.suffix!r}; {expected}")
+    with open(path, "rb") as file:
+        head = file.read(200)
+    if not head:
+        raise ValueError(f"{path}: is empty; {expected}")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: is a Git LFS pointer and not the file itself (git lfs pull); {expected}")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path}: is a web page saved under this name; {expected}")
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, which say nothing to a user
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        detail = f" and not {name[1].rstrip('.')}" if name else ""
+        raise ValueError(
+            f"{path}: refused, and nothing in it was run: expected a checkpoint that holds tensors alone{detail}; "
+            "a .safetensors file is always safe"
+        ) from error
+    except Exception as error:  # RuntimeError, EOFError, OSError, KeyError ... by what is wrong with it
+        raise ValueError(f"{path}: damaged, truncated or not a PyTorch checkpoint ({error})") from error
+    while isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+    content = content if isinstance(content, dict) else {}
+    tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors by name")
+    return tensors

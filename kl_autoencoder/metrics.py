@@ -1,0 +1,102 @@
+"""How alike two images are: PSNR, SSIM and LPIPS, of (B, 3, H, W) tensors in [-1, 1].
+
+PSNR and SSIM are of the images as they would be saved: clamped and rounded to 8 bits.
+"""
+
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BACKBONES = {  # what torchvision downloads for each net
+    "vgg": "vgg16-397923af.pth",
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+def to_8_bits(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 0..255, clamped and rounded."""
+    return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB at 8 bits, an image: (B,), float64. Infinite for equal images."""
+    error = (to_8_bits(a).double() - to_8_bits(b).double()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / error)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity at 8 bits, an image: (B,), float64, with the settings of Wang et al. 2004.
+
+    A Gaussian window of deviation 1.5, population covariances, the mean over the colour channels.
+    Raises ValueError for images smaller than the 11-pixel window.
+    """
+    from skimage.metrics import structural_similarity
+
+    if min(a.shape[2:]) < 11:
+        raise ValueError(f"ssim: images of {a.shape[2]}x{a.shape[3]}; allowed: 11x11 and larger")
+    pairs = zip(*(to_8_bits(x).permute(0, 2, 3, 1).cpu().numpy() for x in (a, b)), strict=True)
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    return torch.from_numpy(
+        np.array([structural_similarity(x, y, channel_axis=2, **settings) for x, y in pairs])
+    )
+
+
+class LPIPS(nn.Module):
+    """LPIPS (Zhang et al. 2018) with the weights of the `lpips` package, arranged so that it can be trained on.
+
+    Nothing in it is trained; the second images' features carry no gradient; and the norm of a feature vector
+    has a finite gradient where all features are zero (flat images), where the package's is NaN.
+
+    Args:
+        net: vgg (what latent diffusion trains on), alex (what the paper measures with) or squeeze.
+
+    Raises FileNotFoundError naming the backbone's file and where it is looked for, if it can be neither found
+    nor downloaded.
+    """
+
+    def __init__(self, net: str = "alex"):
+        super().__init__()
+        import lpips
+
+        if net not in BACKBONES:
+            raise ValueError(f"LPIPS net: {net!r}; allowed: {', '.join(BACKBONES)}")
+        try:
+            with warnings.catch_warnings():  # lpips calls torchvision in a way that torchvision deprecates
+                warnings.simplefilter("ignore")
+                self.lpips = lpips.LPIPS(net=net, verbose=False)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a URLError is an OSError
+            raise FileNotFoundError(_how_to_provide(net, error)) from None
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)  # its dropout is for calibrating the metric, never for using it
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length feature vectors at each layer of images in [-1, 1]."""
+        layers = self.lpips.net(self.lpips.scaling_layer(images.float()))
+        return [f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-10) for f in layers]
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """(B, 3, H, W) twice, in [-1, 1] -> distances (B,), float32; differentiable in `images` alone."""
+        with torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = self.features(references)
+            found = self.features(images)
+            layers = zip(self.lpips.lins, found, wanted, strict=True)
+            return sum(lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, a, b in layers)
+
+
+def _how_to_provide(net: str, error: Exception) -> str:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    home = os.environ.get("TORCH_HOME")
+    return (
+        f"LPIPS ({net}): {BACKBONES[net]} could neither be read from {folder} "
+        f"(TORCH_HOME {'= ' + home if home else 'is not set'}) nor be downloaded ({error}). "
+        f"Put the file there, or set TORCH_HOME to a folder that holds hub/checkpoints/{BACKBONES[net]}"
+    )

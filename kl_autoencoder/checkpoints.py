@@ -159,6 +159,20 @@ def scaling_from_checkpoint(tensors: Mapping[str, Tensor], config: dict) -> dict
     return family or None
 
 
+def family_of(config: Mapping) -> str:
+    """Which published model an AutoencoderKL config describes, by network and scaling, in words."""
+    published = [
+        name
+        for name, family in FAMILIES.items()
+        if family["latent_channels"] == config["latent_channels"] and _is_kl_f8(config)
+    ]
+    for name in published:
+        told = ("scaling_factor", "shift_factor")
+        if all(config.get(key) == FAMILIES[name][key] for key in told) and not config.get("latents_mean"):
+            return name
+    return f"custom (the network of {' and '.join(published)}, its own scaling)" if published else "custom"
+
+
 def load_single_file(path: str | os.PathLike, **given) -> tuple[dict, dict[str, Tensor]]:
     """A single file (.safetensors, .ckpt ...) -> AutoencoderKL config and diffusers-named tensors.
 
@@ -265,6 +279,17 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) for match in map(re.compile(pattern).match, names) if match), default=-1) + 1
 
 
+def _is_kl_f8(config: Mapping) -> bool:
+    """Whether this is the network of Stable Diffusion and FLUX, but for the channels of its latents."""
+    small = config["latent_channels"] == 4  # these have the 1x1 convolutions, those of 16 channels do not
+    return (
+        tuple(config["block_out_channels"]) == (128, 256, 512, 512)
+        and (config["in_channels"], config["out_channels"], config["layers_per_block"]) == (3, 3, 2)
+        and config["mid_block_add_attention"]
+        and config["use_quant_conv"] == config["use_post_quant_conv"] == small
+    )
+
+
 def _config_in(metadata: Mapping[str, str]) -> dict:
     try:
         config = json.loads(metadata[CONFIG_KEY])
@@ -287,6 +312,6 @@ def _assumed_scaling(config: dict, path: object, quiet: bool) -> dict:
             f"shift_factor={assumed['shift_factor']} is assumed (published for {config['latent_channels']} "
             f"channels: {published or 'none'}); give scaling_factor=..., shift_factor=... to from_single_file "
             "to set it",
-            stacklevel=3,
+            stacklevel=4,
         )
     return {key: value for key, value in assumed.items() if key != "latent_channels"}

@@ -43,9 +43,12 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
     if not tensors:
         raise ValueError(f"{path}: no tensors to write")
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    for name, tensor in packed.items():  # safetensors refuses views of a larger storage
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+    storages = set()
+    for name, tensor in packed.items():  # safetensors refuses tensors that share a storage, and parts of one
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
             packed[name] = tensor.clone()
+        storages.add(storage.data_ptr())
     with replacing(path) as temporary:
         save_file(packed, temporary, metadata={"format": "pt", **metadata})
 

@@ -408,6 +408,7 @@ class TestWriting:
     def test_views_and_layouts(self, tmp_path):
         whole = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
         tensors = {"a": whole[1], "b": whole[:, 1:], "c": torch.nn.Parameter(whole)}
+        tensors["d"] = tensors["a"]
         save_tensors(tmp_path / "a.safetensors", tensors, {"key": "value"})
         got, metadata = read_tensors(tmp_path / "a.safetensors")
         assert_same(got, tensors)

@@ -1,0 +1,35 @@
+"""Run under `accelerate launch`: the gradients of one step, written by the main process."""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from tests.test_trainer import small_config
+from train.launch import start_all_cpu_processes
+from train.trainer import Trainer
+
+
+def main(photographs: str, folder: str, batch_size: str, with_lpips: str) -> None:
+    perceptual = {"weight": 0.5 if with_lpips == "1" else 0.0, "net": "squeeze"}
+    config = small_config(
+        photographs,
+        folder,
+        data={"batch_size": int(batch_size)},
+        loss={"reconstruction": "gaussian", "perceptual": perceptual, "kl": {"weight": 0.1}},
+    )
+    trainer = Trainer(config)
+    batch = next(iter(trainer._loader(0)))
+    with trainer.accelerator.accumulate(trainer.model):
+        trainer.accelerator.backward(trainer.objective(batch)["loss"])
+    if trainer.is_main:
+        gradients = {k: p.grad.contiguous() for k, p in trainer.unwrapped.named_parameters()}
+        save_file(
+            gradients, Path(folder) / f"gradients-of-{trainer.accelerator.num_processes}-ranks.safetensors"
+        )
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    start_all_cpu_processes("tests.rank_gradients", sys.argv[1:])
+    main(*sys.argv[1:])

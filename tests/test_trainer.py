@@ -1,0 +1,236 @@
+"""The trainer: right gradients on any number of ranks, repeatable, resumable, and it learns."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+from kl_autoencoder import KLAutoencoder
+from tests.conftest import ROOT, backbone_missing
+from train.__main__ import main
+from train.config import Config, build
+from train.trainer import Trainer
+
+RECORDED = Path(__file__).parent / "recorded_losses.json"
+
+
+def make(config):
+    """A Trainer as in a new process: accelerate keeps its settings for the life of one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Trainer(config)
+
+
+@pytest.fixture
+def small(photographs):
+    return partial(small_config, photographs)
+
+
+def small_config(photographs, folder, **sections):
+    """A configuration that takes a second or two: 5,000 parameters on crops of 32 pixels."""
+    values = {
+        "output_dir": str(folder),
+        "seed": 3,
+        "model": {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 2},
+        "data": {"train": str(photographs), "validation_images": 4, "resolution": 32,
+                 "batch_size": 4, "num_workers": 0},
+        "loss": {"perceptual": {"weight": 0.0}},
+        "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5},
+        "ema": {"decay": 0.9},
+        "train": {"steps": 6},
+        "log": {"every": 1, "tensorboard": False},
+        "validation": {"every": 0},
+        "checkpoint": {"every": 3},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = values[name] | section
+    return build(Config, values)
+
+
+def records(folder, key):
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(folder, step, name="model"):
+    return load_file(Path(folder) / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_what_it_promises(small, photographs, tmp_path):
+    config = small(tmp_path, log={"tensorboard": True})
+    summary = make(config).fit()
+    for name in ("config.yaml", "metrics.jsonl", "samples/step-000006.png", "checkpoints/step-000006"):
+        assert (tmp_path / name).exists()
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+    grid = Image.open(summary["picture"])
+    assert grid.width >= 3 * 32 and grid.height >= 3 * 32
+    exported, ema = AutoencoderKL.from_pretrained(summary["export"]), weights(tmp_path, 6, "ema")
+    assert equal(dict(exported.state_dict()), ema)
+    card = (summary["export"] / "README.md").read_text()
+    assert (
+        str(photographs) in card
+        and f"{summary['after']['psnr']:.2f}" in card
+        and "block_out_channels" in card
+    )
+    assert set(records(tmp_path, "train/loss")) == set(range(1, 7))
+
+
+def test_the_scaling_factor_gives_the_latents_unit_deviation(small, tmp_path):
+    trainer = make(small(tmp_path))
+    vae = KLAutoencoder.from_pretrained(trainer.fit()["export"])
+    loader = iter(trainer._loader(start_sample=0))
+    with torch.no_grad():
+        posteriors = [vae.encode(next(loader)["images"]).latent_dist for _ in range(64)]
+    z = torch.cat([p.sample(torch.Generator().manual_seed(i)) for i, p in enumerate(posteriors)])
+    assert vae.scale(z).std().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "gaussian", "laplace", "bernoulli"])
+def test_one_batch_is_learned(small, tmp_path, kind):
+    """Sixty steps on the same four crops: every likelihood at least halves the squared error."""
+    config = small(
+        tmp_path, loss={"reconstruction": kind, "kl": {"weight": 1e-6}}, optimizer={"learning_rate": 1e-2}
+    )
+    trainer = make(config)
+    batch = next(iter(trainer._loader(0)))
+
+    def error():
+        with torch.no_grad():
+            return (trainer.vae(batch["images"]).sample - batch["images"]).square().mean().item()
+
+    before = error()
+    for _ in range(60):
+        trainer.train_step([batch])
+    assert error() < before / 2
+
+
+def test_the_first_fifty_losses_are_those_on_record(small, tmp_path):
+    """A refactor changes no number. To record anew after a change of mathematics: delete the file, run, say why."""
+    make(
+        small(tmp_path, train={"steps": 50, "gradient_accumulation": 2}, optimizer={"learning_rate": 3e-4})
+    ).fit()
+    losses = [loss for _, loss in sorted(records(tmp_path, "train/loss").items())]
+    if not RECORDED.exists():
+        RECORDED.write_text(json.dumps([round(loss, 6) for loss in losses]))
+        pytest.fail(f"{RECORDED.name} did not exist; it is written now")
+    np.testing.assert_allclose(losses, json.loads(RECORDED.read_text()), rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(photographs, tmp_path):
+    config = ROOT / "configs" / "quickstart.yaml"
+    short = ["train.steps=3", "data.resolution=64", "data.batch_size=2", "log.tensorboard=false",
+             f"data.train={photographs}"]  # fmt: skip
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main([str(config), *short, f"output_dir={tmp_path / name}", f"seed={seed}"]) == 0
+    assert equal(weights(tmp_path / "a", 3), weights(tmp_path / "b", 3))
+    assert not equal(weights(tmp_path / "a", 3), weights(tmp_path / "c", 3))
+
+
+def test_a_continued_run_ends_with_the_same_weights(small, tmp_path):
+    both = {"train": {"steps": 6, "gradient_accumulation": 2}, "loss": {"reconstruction": "gaussian"}}
+    whole = make(small(tmp_path / "whole", **both))
+    whole.fit()
+    make(small(tmp_path / "parts", **both | {"train": {"steps": 3, "gradient_accumulation": 2}})).fit()
+    make(small(tmp_path / "parts", **both)).fit()
+    for name in ("model", "ema", "optimizer"):
+        assert equal(weights(tmp_path / "whole", 6, name), weights(tmp_path / "parts", 6, name))
+
+
+def test_decoder_only_leaves_the_encoder_and_the_scaling_alone(small, tmp_path):
+    start = KLAutoencoder(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2, scaling_factor=0.7
+    )
+    start.save_single_file(tmp_path / "start.safetensors")
+    config = small(tmp_path / "run", train={"steps": 3, "decoder_only": True})
+    object.__setattr__(config, "model", type(config.model)(pretrained=str(tmp_path / "start.safetensors")))
+    after = KLAutoencoder.from_pretrained(make(config).fit()["export"])
+    moved = {k for k, v in after.state_dict().items() if not torch.equal(v, start.state_dict()[k])}
+    assert {k.split(".")[0] for k in moved} == {"decoder", "post_quant_conv"}
+    assert after.config.scaling_factor == 0.7
+
+
+@pytest.mark.parametrize("options", [
+    {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}, {"compile": True},
+], ids=lambda options: next(iter(options)))  # fmt: skip
+def test_the_ways_to_run_a_step_agree(small, tmp_path, options):
+    losses = []
+    for name, more in (("plain", {}), ("other", options)):
+        torch._dynamo.reset()
+        make(small(tmp_path / name, train={"steps": 3, **more})).fit()
+        losses.append(list(records(tmp_path / name, "train/loss").values()))
+    np.testing.assert_allclose(*losses, rtol=3e-2 if "mixed_precision" in options else 1e-4)
+
+
+# ------------------------------------------------------------------ ranks
+
+
+def launch(processes, *command):
+    program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    program += ["-m", *command]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(photographs, tmp_path):
+    """LPIPS (where its weights are to be had), KL and a learned likelihood scale included."""
+    with_lpips = "0" if backbone_missing("squeeze") else "1"
+    for processes, batch in ((1, 8), (2, 4)):
+        folder = tmp_path / str(processes)
+        result = launch(
+            processes, "tests.rank_gradients", str(photographs), str(folder), str(batch), with_lpips
+        )
+        assert result.returncode == 0, result.stderr
+    one, two = (load_file(tmp_path / n / f"gradients-of-{n}-ranks.safetensors") for n in "12")
+    assert one.keys() == two.keys() and "log_scale" in one
+    for key in one:
+        scale = max(one[key].abs().max().item(), 1e-6)
+        torch.testing.assert_close(
+            two[key], one[key], rtol=0, atol=1e-4 * scale, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("override, message", [
+    ("data.train=nowhere/at-all", "nowhere/at-all"),
+    ("data.resolution=33", "data.resolution: 33; allowed: a multiple of the network's downsampling, 8"),
+    ("train.mixed_precision=fp16", "train.mixed_precision: fp16 on a CPU; allowed there: no, bf16"),
+    ("model.norm_num_groups=5", "norm_num_groups"),
+    ("output_dir=/proc/none", "output_dir: /proc/none cannot be written to"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line_before_any_work(tmp_path, capsys, override, message):
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), f"output_dir={tmp_path / 'run'}", override]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("error: ") and message in error[-1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_without_lpips_weights_a_run_that_needs_them_says_how_to_get_them(tmp_path, monkeypatch, capsys):
+    checkpoints = tmp_path / "home" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"damaged")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    command = [str(ROOT / "configs" / "quickstart.yaml"), "train.steps=1", "data.resolution=32",
+               "log.tensorboard=false", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+    assert main([*command, "loss.perceptual.required=true"]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "squeezenet1_1-b8a52dc0.pth" in message
+        and "TORCH_HOME" in message
+        and "loss.perceptual.weight=0" in message
+    )
+    assert main(command) == 0
+    assert "WITHOUT the perceptual term" in capsys.readouterr().out

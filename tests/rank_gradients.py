@@ -16,17 +16,31 @@ def main(photographs: str, folder: str, batch_size: str, with_lpips: str) -> Non
         photographs,
         folder,
         data={"batch_size": int(batch_size)},
-        loss={"reconstruction": "gaussian", "perceptual": perceptual, "kl": {"weight": 0.1}},
+        loss={
+            "reconstruction": "gaussian",
+            "perceptual": perceptual,
+            "kl": {"weight": 0.1},
+            "adversarial": {
+                "weight": 0.5,
+                "disc_start": 0,
+                "channels": 4,
+                "lecam_weight": 0.1,
+                "r1_weight": 0.1,
+            },
+        },
     )
     trainer = Trainer(config)
-    batch = next(iter(trainer._loader(0)))
-    with trainer.accelerator.accumulate(trainer.model):
-        trainer.accelerator.backward(trainer.objective(batch)["loss"])
+    trainer._update = lambda *_: None  # stop before the optimizers use the gradients up
+    trainer.train_step([next(iter(trainer._loader(0)))])
     if trainer.is_main:
-        gradients = {k: p.grad.contiguous() for k, p in trainer.unwrapped.named_parameters()}
-        save_file(
-            gradients, Path(folder) / f"gradients-of-{trainer.accelerator.num_processes}-ranks.safetensors"
-        )
+        networks = {"autoencoder": trainer.unwrapped, "discriminator": trainer.discriminator}
+        gradients = {
+            f"{name}.{key.removeprefix('module.')}": parameter.grad.contiguous()
+            for name, network in networks.items()
+            for key, parameter in network.named_parameters()
+        }
+        ranks = trainer.accelerator.num_processes
+        save_file(gradients, Path(folder) / f"gradients-of-{ranks}-ranks.safetensors")
     trainer.accelerator.end_training()
 
 

@@ -5,6 +5,8 @@ import sys
 
 from .launch import start_all_cpu_processes
 
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -19,13 +21,19 @@ def main(argv: list[str] | None = None) -> int:
         from .config import load_config
 
         config = load_config(arguments.config, arguments.overrides)
-        from .trainer import Trainer
+        from .trainer import TooManyBadSteps, Trainer
 
         trainer = Trainer(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = trainer.fit()
+    try:
+        summary = trainer.fit()
+    except (OSError, TooManyBadSteps) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if summary is None:
+        return STOPPED
     if trainer.is_main:
         print_summary(summary)
     return 0

@@ -88,10 +88,33 @@ class KLConfig:
 
 
 @dataclass(frozen=True)
+class AdversarialConfig:
+    """A patch discriminator against blur. `weight: 0` is a run without one.
+
+    It trains from step `disc_start` on; the autoencoder feels it `disc_warmup_steps` later, its weight rising
+    over `ramp_steps`. `adaptive` multiplies the weight by |grad nll| / |grad adversarial| (VQGAN).
+    """
+
+    weight: float = number(0.0, low=0)
+    loss: Literal["hinge", "logistic"] = "hinge"
+    disc_start: int = number(50001, low=0)
+    disc_warmup_steps: int = number(0, low=0)
+    ramp_steps: int = number(0, low=0)
+    adaptive: bool = True
+    lecam_weight: float = number(0.0, low=0)
+    r1_weight: float = number(0.0, low=0)
+    r1_every: int = number(16, low=1)
+    channels: int = number(64, low=1)
+    layers: int = number(3, low=1)
+    learning_rate: float | None = number(None, above=0)  # None: the autoencoder's
+
+
+@dataclass(frozen=True)
 class LossConfig:
     reconstruction: Literal["l1", "l2", "gaussian", "laplace", "bernoulli"] = "l1"
     perceptual: PerceptualConfig = PerceptualConfig()
     kl: KLConfig = KLConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
 
 
 @dataclass(frozen=True)
@@ -129,6 +152,8 @@ class TrainConfig:
     compile: bool = False
     gradient_checkpointing: bool = False
     decoder_only: bool = False
+    max_bad_steps: int = number(20, low=1)  # non-finite gradients in a row that end the run
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +194,15 @@ class Config:
     log: LogConfig = LogConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        adversarial, steps = self.loss.adversarial, self.train.steps
+        felt = adversarial.disc_start + adversarial.disc_warmup_steps
+        if adversarial.weight and felt >= steps:
+            raise ValueError(
+                f"loss.adversarial.disc_start: {adversarial.disc_start} (felt from step {felt} on) in a run of "
+                f"{steps} steps; allowed: below train.steps, or loss.adversarial.weight=0"
+            )
 
 
 # -------------------------------------------------------------------- reading

@@ -208,7 +208,8 @@ def train_loader(
 
 
 def leave_interrupts_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler signals every process of a job
+        signal.signal(number, signal.SIG_IGN)
 
 
 def validation_images(config: DataConfig) -> Tensor:

@@ -1,10 +1,12 @@
-"""What accelerate leaves out: several processes on the CPUs of one machine."""
+"""What accelerate leaves out: several processes on the CPUs of one machine, and being asked to stop."""
 
 import os
+import signal
 import sys
 from itertools import pairwise
 
 import psutil
+import torch
 
 OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -33,3 +35,36 @@ def _asked_for(command: list[str]) -> int:
         if flag in ("--num_processes", "--num-processes") and value.isdigit():
             return int(value)
     return 1
+
+
+class StopRequest:
+    """`with StopRequest(accelerator) as stop`: SIGTERM or SIGINT (a preempted job, Ctrl-C) is a request to stop.
+
+    All ranks agree on it after each step, over gloo between the hosts, so that no device is waited for. A second
+    signal ends the process at once.
+    """
+
+    def __init__(self, accelerator):
+        self.received, self.group, self.previous = 0, None, {}
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self) -> str | None:
+        """The name of the signal that any rank has received, or None. All ranks must ask together."""
+        number = torch.tensor(self.received)
+        if self.group is not None:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+        return signal.Signals(int(number)).name if number else None

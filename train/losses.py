@@ -64,3 +64,61 @@ def kl_per_dimension(posterior: DiagonalGaussian, image_dimensions: int, free_bi
 def ramp(step: int, warmup_steps: int) -> float:
     """0 at step 0, 1 from `warmup_steps` on, linear between."""
     return 1.0 if step >= warmup_steps else step / warmup_steps
+
+
+# -------------------------------------------------------------------- adversarial
+
+
+def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises, from its logits of real and reconstructed images; a scalar, float32.
+
+    hinge (Lim & Ye 2017): (E[max(0, 1 - real)] + E[max(0, 1 + fake)]) / 2, as in VQGAN.
+    logistic (Goodfellow et al. 2014): (E[softplus(-real)] + E[softplus(fake)]) / 2.
+    """
+    real, fake = real.float(), fake.float()
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def generator_loss(kind: str, fake: Tensor) -> Tensor:
+    """What the autoencoder minimises: hinge -E[fake], logistic E[softplus(-fake)] (non-saturating)."""
+    fake = fake.float()
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+
+
+def adaptive_weight(nll_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+    """|grad nll| / (|grad adversarial| + 1e-4), at most 1e4 and never NaN (Esser et al. 2021, eq. 7)."""
+    weight = nll_gradient.norm() / (adversarial_gradient.norm() + 1e-4)
+    return torch.nan_to_num(weight, nan=0.0, posinf=0.0).clamp(0, 1e4)
+
+
+def lecam(real: Tensor, fake: Tensor, real_anchor: Tensor, fake_anchor: Tensor) -> Tensor:
+    """Draws the logits of each kind towards the other kind's moving average (Tseng et al. 2021, eq. 3)."""
+    return (real.float() - fake_anchor).square().mean() + (fake.float() - real_anchor).square().mean()
+
+
+def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """Half the squared norm of the logits' gradient in real `images`, an image (Mescheder et al. 2018, eq. 9)."""
+    (gradient,) = torch.autograd.grad(logits.float().sum(), images, create_graph=True)
+    return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+# -------------------------------------------------------------------- what to watch
+
+
+def latent_summary(posterior: DiagonalGaussian) -> dict[str, Tensor]:
+    """Scalars that show a collapsed or a runaway posterior, as tensors.
+
+    A channel whose KL is below 0.01 nats a value carries nothing: it is not counted as active (Burda et al.
+    2016 draw the line at a variance of 0.01 of the mean).
+    """
+    kl = posterior.kl_map().mean(dim=(0, 2, 3))  # nats a latent value, (C,)
+    mean = posterior.mean.float()
+    return {
+        "latents/mean": mean.mean(),
+        "latents/std": mean.std(),
+        "latents/logvar": posterior.logvar.float().mean(),
+        "latents/active_channels": (kl > 0.01).sum(),
+        **{f"latents/kl_channel_{i}": value for i, value in enumerate(kl)},
+    }

@@ -1,10 +1,7 @@
-"""The training loop: one optimizer step, and what happens around it."""
+"""The training loop: one step of the autoencoder, one of the discriminator, and what happens around them."""
 
-import copy
-import json
+import contextlib
 import math
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from kl_autoencoder import KLAutoencoder
@@ -20,47 +18,20 @@ from kl_autoencoder.latents import LatentStatistics
 from kl_autoencoder.metrics import LPIPS
 
 from . import checkpoint, data, losses, validation
-from .config import Config, ModelConfig, to_yaml
+from .config import Config, to_yaml
+from .discriminator import PatchDiscriminator
 from .export import export
+from .journal import Journal
+from .launch import StopRequest
+from .model import MovingAverage, TrainedModel, build_autoencoder
 
-# what a stream of random numbers is for, beside the seed and the sample that it is keyed by
-POSTERIOR_NOISE = 1
+POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
+LECAM_DECAY = 0.99
 
 
-def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
-    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, or an LDM single file."""
-    if config.pretrained is None:
-        return KLAutoencoder(**config.network())
-    if Path(config.pretrained).is_file():
-        return KLAutoencoder.from_single_file(config.pretrained, torch_dtype=torch.float32)
-    return KLAutoencoder.from_pretrained(
-        config.pretrained, subfolder=config.subfolder, torch_dtype=torch.float32
-    )
-
-
-class TrainedModel(nn.Module):
-    """What the optimizer moves and DDP wraps: the autoencoder and the scale of its likelihood.
-
-    `forward` returns all that the loss needs, so that no wrapper is ever bypassed.
-    """
-
-    def __init__(self, vae: KLAutoencoder, learn_scale: bool, decoder_only: bool):
-        super().__init__()
-        self.vae = vae
-        self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
-        self.decoder_only = decoder_only
-        if decoder_only:
-            frozen = [vae.encoder] if vae.quant_conv is None else [vae.encoder, vae.quant_conv]
-            for module in frozen:
-                module.requires_grad_(False)
-
-    def forward(self, images: Tensor, noise: Tensor):
-        """Images (B, 3, H, W), noise (B, C, h, w) -> reconstruction, posterior, log scale or None."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            posterior = self.vae.encode(images).latent_dist
-        z = posterior.mean + posterior.std * noise  # reparameterised, Kingma & Welling 2013, section 2.4
-        return self.vae.decode(z.to(posterior.mean.dtype)).sample, posterior, self.log_scale
+class TooManyBadSteps(RuntimeError):
+    """Gradients were not finite for too many steps in a row."""
 
 
 class Trainer:
@@ -81,39 +52,46 @@ class Trainer:
         self.device = self.accelerator.device
         ranks = self.accelerator.num_processes
         self.samples_per_step = config.data.batch_size * ranks * config.train.gradient_accumulation
-        self.step = 0
+        self.step = self.samples = 0  # samples: consumed over all ranks, the position in the data
+        self.bad_steps: list[dict] = []
         self._prepare_folder()
+        self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard)
         self._load_perceptual()
         self._build()
         self._resume()
         self.loader = self._loader(self.samples)
         self.held_out = data.validation_images(config.data)
         self.skipped = data.SkippedImages()
-        self._start_window()
-
-    @property
-    def samples(self) -> int:
-        """Samples consumed so far: the position in the data."""
-        return self.step * self.samples_per_step
+        self.stop = StopRequest(self.accelerator)
 
     # ---------------------------------------------------------------- the loop
 
-    def fit(self) -> dict:
-        """Train to the last step and export; returns what the run amounts to."""
-        config = self.config
+    def fit(self) -> dict | None:
+        """Train to the last step and export; returns what the run amounts to, None if it was asked to stop."""
+        every = self.config.validation.every
         self._announce()
         before = self.validate() if self.step == 0 else self._recorded_start()
-        progress = tqdm(total=config.train.steps, initial=self.step, unit="step", disable=not self.is_main)
-        self._start_window()
-        for micro_batches in self.batches():
-            self.train_step(micro_batches)
-            progress.update()
-            if self.step % config.log.every == 0 or self.step == config.train.steps:
-                progress.set_postfix(self.log())
-            if config.validation.every and self.step % config.validation.every == 0 and not self.finished:
-                self.validate()
-            if self.step % config.checkpoint.every == 0 or self.finished:
-                self.save()
+        progress = tqdm(
+            total=self.config.train.steps, initial=self.step, unit="step", disable=not self.is_main
+        )
+        self.journal.start_window(self.step)
+        with self._profiler() as profiler, self.stop:
+            for micro_batches in self.batches():
+                self.train_step(micro_batches)
+                progress.update()
+                profiler.step()
+                stopping = self.stop.requested()
+                if self.step % self.config.log.every == 0 or self.finished or stopping:
+                    progress.set_postfix(self.log())
+                if every and self.step % every == 0 and not self.finished:
+                    self.validate()
+                if self.step % self.config.checkpoint.every == 0 or self.finished or stopping:
+                    self.save()
+                if stopping and not self.finished:
+                    self.say(
+                        f"stopped by {stopping} at step {self.step}; the same command continues from there"
+                    )
+                    return None
         progress.close()
         self.say(self.skipped.summary())
         return self.finish(before)
@@ -128,7 +106,9 @@ class Trainer:
             return
         loader = iter(self.loader)
         while not self.finished:
-            yield [next(loader) for _ in range(self.config.train.gradient_accumulation)]
+            with record_function("data"):
+                micro_batches = [next(loader) for _ in range(self.config.train.gradient_accumulation)]
+            yield micro_batches
 
     def _loader(self, start_sample: int):
         return data.train_loader(
@@ -139,40 +119,166 @@ class Trainer:
             world_size=self.accelerator.num_processes,
         )
 
+    # ---------------------------------------------------------------- one step
+
     def train_step(self, micro_batches: list[dict]) -> None:
-        """One step of the optimizer: forward and backward for each micro-batch, clip, update, average."""
-        learning_rate = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        """One step of the optimizers: forward and backward for each micro-batch, clip, update, average."""
+        self._set_learning_rates()
+        networks = [self.model, self.discriminator] if self.discriminates else [self.model]
         for batch in micro_batches:
-            with self.accelerator.accumulate(self.model):
-                terms = self.objective(batch)
-                self.accelerator.backward(terms["loss"])
-                if self.accelerator.sync_gradients:
-                    clip = self.config.optimizer.gradient_clip or math.inf
-                    terms["gradient_norm"] = self.accelerator.clip_grad_norm_(self.parameters, clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            self._count(terms)
+            images = batch["images"].to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            with self.accelerator.accumulate(*networks):
+                terms, reconstruction = self.autoencoder_step(images, self._noise(batch["sample"]))
+                if self.discriminates:
+                    terms |= self.discriminator_step(images, reconstruction)
+            self.journal.add(terms)
             self.skipped.add(batch["skipped"])
         self.step += 1
-        self._update_ema()
+        self.samples += self.samples_per_step
+        if self.ema is not None:
+            with record_function("optimizer"):
+                self.ema.update(self.vae, self.step)
+        self._note_bad_step(terms, micro_batches)
 
-    def objective(self, batch: dict) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, as tensors."""
+    def autoencoder_step(self, images: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Move the autoencoder by one micro-batch; returns the terms and the detached reconstruction.
+
+        The gradient in the reconstruction is formed term by term first, each network's graph being freed before
+        the next is built, and goes through the autoencoder once. The norms that the adaptive weight compares
+        cost no second pass through LPIPS or the discriminator that way.
+        """
         config = self.config.loss
-        images = batch["images"].to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        reconstruction, posterior, log_scale = self.model(images, self._noise(batch["sample"]))
-        nll = losses.reconstruction_nll(config.reconstruction, reconstruction, images, log_scale).mean()
-        kl = losses.kl_per_dimension(posterior, images[0].numel(), config.kl.free_bits).mean()
-        loss = nll + config.kl.weight * losses.ramp(self.step, config.kl.warmup_steps) * kl
-        terms = {"reconstruction": nll, "kl": kl}
+        with record_function("autoencoder"):
+            output, posterior, log_scale = self.model(images, noise)
+            reconstruction = output.detach().float().requires_grad_()
+            pixels = losses.reconstruction_nll(
+                config.reconstruction, reconstruction, images, log_scale
+            ).mean()
+            kl = losses.kl_per_dimension(posterior, images[0].numel(), config.kl.free_bits).mean()
+            kl_loss = config.kl.weight * losses.ramp(self.step, config.kl.warmup_steps) * kl
+            terms = {"loss": pixels + kl_loss, "reconstruction": pixels, "kl": kl}
+            (gradient,) = torch.autograd.grad(pixels, reconstruction)
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(reconstruction, images).mean()
-            loss = loss + config.perceptual.weight * terms["perceptual"]
-        if log_scale is not None:
-            terms["log_scale"] = log_scale
-        return {"loss": loss, **terms}
+            with record_function("perceptual"):
+                terms["perceptual"] = self.perceptual(reconstruction, images).mean()
+                (more,) = torch.autograd.grad(terms["perceptual"], reconstruction)
+                gradient = gradient + config.perceptual.weight * more
+                terms["loss"] = terms["loss"] + config.perceptual.weight * terms["perceptual"]
+        if self.adversarial_weight() > 0:
+            with record_function("discriminator"):
+                gradient = gradient + self._adversarial_gradient(reconstruction, output, gradient, terms)
+        with record_function("autoencoder"):
+            # a scalar whose gradient in the output is `gradient`
+            surrogate = (output.float() * gradient.detach()).sum() + kl_loss
+            if log_scale is not None:
+                surrogate = (
+                    surrogate
+                    + losses.reconstruction_nll(
+                        config.reconstruction, reconstruction.detach(), images, log_scale
+                    ).mean()
+                )
+                terms["log_scale"] = log_scale
+            self.accelerator.backward(surrogate)
+        self._update(self.optimizer, self.parameters, terms, "gradient_norm")
+        if (self.step + 1) % self.config.log.every == 0:
+            with torch.no_grad():
+                terms |= losses.latent_summary(posterior)
+        return terms, reconstruction.detach()
+
+    def _adversarial_gradient(self, reconstruction, output, nll_gradient, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted gradient of the adversarial term in the reconstruction.
+
+        Taken in the reconstruction alone, so that it leaves the discriminator's gradients as they are.
+        """
+        config = self.config.loss.adversarial
+        network = self.accelerator.unwrap_model(self.discriminator)
+        with self.accelerator.autocast():
+            logits = network(reconstruction)
+        loss = losses.generator_loss(config.loss, logits)
+        # the gradient of the sum over patches stays within half precision where that of the mean may not
+        (gradient,) = torch.autograd.grad(loss * logits.numel(), reconstruction)
+        gradient = gradient / logits.numel()
+        weight = torch.full((), self.adversarial_weight(), device=self.device)
+        if config.adaptive:
+            terms["adaptive_weight"] = self._adaptive_weight(output, nll_gradient, gradient)
+            weight = weight * terms["adaptive_weight"]
+        terms["adversarial"], terms["loss"] = loss, terms["loss"] + weight * loss
+        return weight * gradient
+
+    def _adaptive_weight(self, output: Tensor, *gradients: Tensor) -> Tensor:
+        """From the two gradients in the output to their norms at the last layer's weight, over all ranks."""
+        last_layer = self.vae.decoder.conv_out.weight
+        at_weight = [
+            torch.autograd.grad(output, last_layer, g.to(output.dtype), retain_graph=True)[0]
+            for g in gradients
+        ]
+        return losses.adaptive_weight(*self.accelerator.reduce(torch.stack(at_weight).float(), "mean"))
+
+    def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Move the discriminator by one micro-batch, in one forward over real and reconstructed images."""
+        config = self.config.loss.adversarial
+        with record_function("discriminator"):
+            logits = self.discriminator(torch.cat([images, reconstruction]))
+            real, fake = logits.float().chunk(2)
+            loss = losses.discriminator_loss(config.loss, real, fake)
+            terms = {"discriminator/logits_real": real.mean(), "discriminator/logits_fake": fake.mean()}
+            if config.lecam_weight:
+                loss = loss + config.lecam_weight * losses.lecam(real, fake, *self.lecam_anchors)
+                self._move_lecam_anchors(torch.stack([real.detach().mean(), fake.detach().mean()]))
+            if config.r1_weight and self.step % config.r1_every == 0:
+                terms["discriminator/r1"] = penalty = self._r1(images)
+                loss = loss + config.r1_weight * config.r1_every * penalty
+            terms["discriminator/loss"] = loss
+            self.accelerator.backward(loss)
+        self._update(self.disc_optimizer, self.disc_parameters, terms, "discriminator/gradient_norm")
+        return terms
+
+    def _r1(self, images: Tensor) -> Tensor:
+        """R1 in float32: its double gradient leaves the range of half precision."""
+        with torch.autocast(self.device.type, enabled=False):
+            images = images.float().requires_grad_()
+            return losses.r1_penalty(self.accelerator.unwrap_model(self.discriminator)(images), images)
+
+    def _move_lecam_anchors(self, means: Tensor) -> None:
+        means = self.accelerator.reduce(means, "mean")
+        moved = torch.lerp(self.lecam_anchors, means, 1 - LECAM_DECAY)
+        self.lecam_anchors = torch.where(means.isfinite(), moved, self.lecam_anchors)
+
+    def _update(self, optimizer, parameters, terms: dict[str, Tensor], name: str) -> None:
+        """Clip and step, but only where the gradient norm over all ranks is finite; the host waits for nothing."""
+        with record_function("optimizer"):
+            if self.accelerator.sync_gradients:
+                clip = self.config.optimizer.gradient_clip or math.inf
+                terms[name] = self.accelerator.clip_grad_norm_(parameters, clip)
+                if self.accelerator.scaler is None:  # a GradScaler sets this itself
+                    optimizer.optimizer.found_inf = (~terms[name].isfinite()).float()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _noise(self, samples: Tensor) -> Tensor:
+        """Standard normal noise for the posteriors, a function of the seed and the sample's number alone.
+
+        So it is the same on any number of ranks and after any restart.
+        """
+        c = self.vae.config.latent_channels
+        side = self.config.data.resolution // self.vae.downsampling
+        noise = np.empty((len(samples), c, side, side), np.float32)
+        for row, n in zip(noise, samples.tolist(), strict=True):
+            key = np.random.SeedSequence((self.config.seed, n, POSTERIOR_NOISE))
+            np.random.Generator(np.random.Philox(key)).standard_normal(out=row, dtype=np.float32)
+        return torch.from_numpy(noise).to(self.device, non_blocking=True)
+
+    # ---------------------------------------------------------------- schedules
+
+    @property
+    def discriminates(self) -> bool:
+        return self.discriminator is not None and self.step >= self.config.loss.adversarial.disc_start
+
+    def adversarial_weight(self) -> float:
+        """0 until the discriminator has had its stretch alone, then rising to the configured weight."""
+        config = self.config.loss.adversarial
+        since = self.step - config.disc_start - config.disc_warmup_steps
+        return config.weight * losses.ramp(since + 1, config.ramp_steps + 1) if since >= 0 else 0.0
 
     def learning_rate(self) -> float:
         """The rate of the coming step: warmed up and decayed."""
@@ -190,89 +296,83 @@ class Trainer:
             config.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.scale_rule]
         )
 
-    def _noise(self, samples: Tensor) -> Tensor:
-        """Standard normal noise for the posteriors, a function of the seed and the sample's number alone.
-
-        So it is the same on any number of ranks and after any restart.
-        """
-        c = self.vae.config.latent_channels
-        side = self.config.data.resolution // self.vae.downsampling
-        noise = np.empty((len(samples), c, side, side), np.float32)
-        for row, n in zip(noise, samples.tolist(), strict=True):
-            key = np.random.SeedSequence((self.config.seed, n, POSTERIOR_NOISE))
-            np.random.Generator(np.random.Philox(key)).standard_normal(out=row, dtype=np.float32)
-        return torch.from_numpy(noise).to(self.device, non_blocking=True)
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        if self.ema is None:
-            return
-        decay = min(self.config.ema.decay, (1 + self.step) / (10 + self.step))  # the start is forgotten soon
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.vae.parameters()), 1 - decay)
+    def _set_learning_rates(self) -> None:
+        rate, own = self.learning_rate(), self.config.loss.adversarial.learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.discriminator is not None:
+            for group in self.disc_optimizer.param_groups:
+                group["lr"] = rate * own / self.config.optimizer.learning_rate if own else rate
 
     # ---------------------------------------------------------------- what is written down
 
-    def _start_window(self) -> None:
-        self.window, self.window_start = {}, (time.perf_counter(), self.step)
-
-    def _count(self, terms: dict[str, Tensor]) -> None:
-        """Add to the sums of the window since the last log line; nothing leaves the device."""
-        for name, value in terms.items():
-            total, count = self.window.get(name, (0.0, 0))
-            self.window[name] = (total + value.detach().float(), count + 1)
-
     def log(self) -> dict[str, str]:
         """Write the means over the window and over all ranks; returns the few that the progress bar shows."""
-        names = list(self.window)
-        means = torch.stack([total / count for total, count in self.window.values()])
-        means = self.accelerator.reduce(means, "mean").tolist()
-        start, first = self.window_start
-        rate = (self.step - first) * self.samples_per_step / (time.perf_counter() - start)
-        values = dict(zip(names, means, strict=True))
-        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
-        self._record({f"train/{name}": value for name, value in values.items()})
-        self._start_window()
-        return {name: f"{values[name]:.4g}" for name in ("loss", *names[1:4])} | {"images/s": f"{rate:.3g}"}
+        self._report_bad_steps()
+        values, rate = self.journal.close_window(self.step)
+        values |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": rate * self.samples_per_step,
+        }
+        self.journal.write(self.step, self.samples, {f"train/{name}": v for name, v in values.items()})
+        shown = [
+            name for name in ("loss", "reconstruction", "kl", "perceptual", "adversarial") if name in values
+        ]
+        return {n: f"{values[n]:.4g}" for n in shown} | {"images/s": f"{values['images_per_second']:.3g}"}
 
-    def _record(self, values: dict[str, float]) -> None:
-        if not self.is_main:
-            return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, "samples": self.samples, **values}) + "\n")
-        self.accelerator.log(values, step=self.step)
+    def _note_bad_step(self, terms: dict[str, Tensor], micro_batches: list[dict]) -> None:
+        """Remember whether the step was skipped, on the device, and of which samples it was."""
+        norms = [terms[n] for n in ("gradient_norm", "discriminator/gradient_norm") if n in terms]
+        bad = ~torch.stack(norms).isfinite().all()
+        samples = torch.cat([batch["sample"] for batch in micro_batches])
+        self.bad_steps.append({"step": self.step, "bad": bad, "samples": samples})
+        limit = self.config.train.max_bad_steps
+        if len(self.bad_steps) >= limit and self.step % limit == 0:
+            self._report_bad_steps()
+
+    def _report_bad_steps(self) -> None:
+        """Write down the skipped steps since the last report; too many in a row end the run."""
+        flags = torch.stack([entry["bad"] for entry in self.bad_steps]).tolist() if self.bad_steps else []
+        for entry, bad in zip(self.bad_steps, flags, strict=True):
+            self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+            if bad:
+                self.bad_total += 1
+                samples = entry["samples"].tolist()
+                self.say(f"step {entry['step']} skipped: its gradient is not finite (samples {samples})")
+                values = {"skipped_samples": samples, "train/skipped_steps": self.bad_total}
+                self.journal.write(entry["step"], self.samples, values)
+        self.bad_steps.clear()
+        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+            self.save()
+            raise TooManyBadSteps(
+                f"{self.bad_in_a_row} steps in a row had gradients that are not finite (train.max_bad_steps); "
+                f"saved at step {self.step}. Lower the learning rate, or look at the samples that are named above"
+            )
 
     def validate(self) -> dict[str, float]:
         """Metrics of the held-out images for the weights that would be exported; writes the picture."""
         images, batch = self.held_out, self.config.validation.batch_size
         share = images[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums: dict[str, Tensor] = {}
+        names = ["psnr", "ssim"] + ["lpips"] * (self.lpips is not None)
+        totals = torch.zeros(len(names), device=self.device)
         if len(share):
             reconstructions = validation.reconstruct(self.exported, share, batch)
             values = validation.measure(reconstructions, share, self.lpips, batch)
-            sums = {name: value.sum().float() for name, value in values.items()}
-        names = ["psnr", "ssim"] + ["lpips"] * (self.lpips is not None)
-        totals = torch.stack([sums.get(name, torch.zeros(())) for name in names]).to(self.device)
+            totals += torch.stack([values[name].sum() for name in names]).to(totals)
         means = (self.accelerator.reduce(totals, "sum") / len(images)).tolist()
         metrics = dict(zip(names, means, strict=True))
-        self._record({f"validation/{name}": value for name, value in metrics.items()})
+        self.journal.write(self.step, self.samples, {f"validation/{n}": v for n, v in metrics.items()})
         if self.is_main:
             shown = images[: self.config.validation.pictures]
-            reconstructions = validation.reconstruct(self.exported, shown, batch)
-            validation.save_pictures(self.picture, shown, reconstructions)
-            self._show(self.picture)
+            validation.save_pictures(self.picture, shown, validation.reconstruct(self.exported, shown, batch))
+            self.journal.show("validation/pictures", self.picture, self.step)
         return metrics
-
-    def _show(self, picture: Path) -> None:
-        if self.config.log.tensorboard:
-            from PIL import Image
-
-            writer = self.accelerator.get_tracker("tensorboard").writer
-            grid = np.asarray(Image.open(picture))
-            writer.add_image("validation/pictures", grid, self.step, dataformats="HWC")
 
     @property
     def picture(self) -> Path:
         return self.folder / "samples" / f"step-{self.step:06d}.png"
+
+    # ---------------------------------------------------------------- checkpoints and export
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on."""
@@ -281,10 +381,49 @@ class Trainer:
             tensors = {"model": self.unwrapped.state_dict()}
             tensors["optimizer"] = checkpoint.optimizer_tensors(self.optimizer)
             if self.ema is not None:
-                tensors["ema"] = self.ema.state_dict()
-            checkpoint.save_checkpoint(root, self.step, tensors, {"samples": self.samples})
+                tensors["ema"] = self.ema.vae.state_dict()
+            if self.discriminator is not None:
+                tensors["discriminator"] = self.accelerator.unwrap_model(self.discriminator).state_dict()
+                tensors["discriminator_optimizer"] = checkpoint.optimizer_tensors(self.disc_optimizer)
+                tensors["lecam"] = {"anchors": self.lecam_anchors}
+            scaler = self.accelerator.scaler
+            state = {
+                "samples": self.samples,
+                "bad_total": self.bad_total,
+                "bad_in_a_row": self.bad_in_a_row,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            checkpoint.save_checkpoint(root, self.step, tensors, state)
             checkpoint.rotate(root, config.keep_last, config.keep_every)
         self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        self.bad_total = self.bad_in_a_row = 0
+        path = checkpoint.newest(self.folder / "checkpoints", self.say) if self.is_main else None
+        [path] = broadcast_object_list([path])
+        if path is None:
+            return
+        tensors, state = checkpoint.load_checkpoint(path)
+        try:
+            self._load(tensors)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path} is of another configuration: {error}".replace("\n", " ")) from None
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.samples = state["step"], state["samples"]
+        self.bad_total, self.bad_in_a_row = state["bad_total"], state["bad_in_a_row"]
+        self.journal.forget_after(self.step)
+        self.say(f"continuing from {path} ({self.samples:,} samples)")
+
+    def _load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        self.unwrapped.load_state_dict(tensors["model"])
+        checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.vae.load_state_dict(tensors["ema"])
+        if self.discriminator is not None and "discriminator" in tensors:
+            self.accelerator.unwrap_model(self.discriminator).load_state_dict(tensors["discriminator"])
+            checkpoint.load_optimizer(self.disc_optimizer, tensors.get("discriminator_optimizer", {}))
+            self.lecam_anchors = tensors["lecam"]["anchors"].to(self.device)
 
     def finish(self, before: dict) -> dict:
         """Measure and export the final weights."""
@@ -306,9 +445,16 @@ class Trainer:
         share = -(-STATISTICS_SAMPLES // (self.config.data.batch_size * self.accelerator.num_processes))
         for batch, _ in zip(self._loader(start_sample=0), range(share), strict=False):
             posterior = self.exported.encode(batch["images"].to(self.device, self.exported.dtype)).latent_dist
-            noise = self._noise(batch["sample"])
-            statistics.update(posterior.mean + posterior.std * noise)
+            statistics.update(posterior.mean + posterior.std * self._noise(batch["sample"]))
         return statistics.reduced(lambda total: self.accelerator.reduce(total.to(self.device), "sum"))
+
+    def _recorded_start(self) -> dict[str, float]:
+        """The metrics of the untrained network, as an earlier start of this run wrote them down."""
+        for line in self.journal.lines():
+            if line["step"] == 0 and "validation/psnr" in line:
+                pairs = line.items()
+                return {k.removeprefix("validation/"): v for k, v in pairs if k.startswith("validation/")}
+        return {}
 
     # ---------------------------------------------------------------- setting up
 
@@ -322,7 +468,7 @@ class Trainer:
 
     @property
     def exported(self) -> KLAutoencoder:
-        return self.vae if self.ema is None else self.ema
+        return self.vae if self.ema is None else self.ema.vae
 
     def _prepare_folder(self) -> None:
         if self.is_main:
@@ -333,10 +479,7 @@ class Trainer:
                 raise ValueError(
                     f"output_dir: {self.folder} cannot be written to ({error.strerror})"
                 ) from None
-            if self.config.log.tensorboard:
-                os.makedirs(self.folder / "logs", exist_ok=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("logs")
 
     def _load_perceptual(self) -> None:
         """The perceptual term, and LPIPS for validation if its weights are to be had."""
@@ -344,7 +487,7 @@ class Trainer:
         with self.accelerator.main_process_first():  # one download, not one a rank
             try:
                 if config.weight:
-                    self.perceptual = LPIPS(config.net).to(self.device)
+                    self.perceptual = LPIPS(config.net).to(self.device, memory_format=torch.channels_last)
             except FileNotFoundError as error:
                 if config.required:
                     hint = "or train without the term: loss.perceptual.weight=0"
@@ -366,44 +509,45 @@ class Trainer:
             )
         learn_scale = config.loss.reconstruction in losses.LEARNED_SCALE
         self.unwrapped = TrainedModel(self.vae, learn_scale, config.train.decoder_only).to(self.device)
-        self.ema = copy.deepcopy(self.vae).eval().requires_grad_(False) if config.ema.enabled else None
+        self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
         if config.train.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
         if config.train.compile:
-            self.vae.encoder.compile(fullgraph=True)
-            self.vae.decoder.compile(fullgraph=True)
+            for network in (
+                self.vae.encoder,
+                self.vae.decoder,
+                self.perceptual and self.perceptual.lpips.net,
+            ):
+                if network is not None:
+                    network.compile()
         self.parameters = [p for p in self.unwrapped.parameters() if p.requires_grad]
-        options = config.optimizer
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            options.learning_rate,
-            options.betas,
-            weight_decay=options.weight_decay,
-            fused=True,
+        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped, self._adamw(self.parameters))
+        self.discriminator = None
+        if config.loss.adversarial.weight:
+            self._build_discriminator()
+
+    def _build_discriminator(self) -> None:
+        config = self.config.loss.adversarial
+        network = PatchDiscriminator(self.vae.config.out_channels, config.channels, config.layers)
+        network = network.to(self.device, memory_format=torch.channels_last)
+        self.disc_parameters = list(network.parameters())
+        optimizer = self._adamw(self.disc_parameters)
+        self.discriminator, self.disc_optimizer = self.accelerator.prepare(network, optimizer)
+        self.lecam_anchors = torch.zeros(2, device=self.device)
+
+    def _adamw(self, parameters: list[Tensor]) -> torch.optim.AdamW:
+        config = self.config.optimizer
+        return torch.optim.AdamW(
+            parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped, optimizer)
 
-    def _resume(self) -> None:
-        path = checkpoint.newest(self.folder / "checkpoints", self.say) if self.is_main else None
-        [path] = broadcast_object_list([path])
-        if path is None:
-            return
-        tensors, state = checkpoint.load_checkpoint(path)
-        self.unwrapped.load_state_dict(tensors["model"])
-        if self.ema is not None:
-            self.ema.load_state_dict(tensors["ema"])
-        checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
-        self.step = state["step"]
-        self.say(f"continuing from {path}")
+    def _profiler(self):
+        """A torch profiler of five steps that writes a trace and a table; nothing unless train.profile is on."""
+        if not (self.config.train.profile and self.is_main):
+            return contextlib.nullcontext(_NoProfiler)
+        from .profiling import profiler
 
-    def _recorded_start(self) -> dict[str, float]:
-        """The metrics of the untrained network, as an earlier start of this run wrote them down."""
-        with (self.folder / "metrics.jsonl").open() as file:
-            for line in map(json.loads, file):
-                if line["step"] == 0 and "validation/psnr" in line:
-                    pairs = line.items()
-                    return {k.removeprefix("validation/"): v for k, v in pairs if k.startswith("validation/")}
-        return {}
+        return profiler(self.folder / "profile", self.say)
 
     def _announce(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -417,3 +561,8 @@ class Trainer:
             f"learning rate {self.peak_learning_rate():.3g} ({config.optimizer.learning_rate:.3g} for a batch of "
             f"{config.optimizer.reference_batch}, rule: {config.optimizer.scale_rule})"
         )
+
+
+class _NoProfiler:
+    @staticmethod
+    def step() -> None: ...

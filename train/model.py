@@ -1,0 +1,60 @@
+"""What is trained: the autoencoder with the scale of its likelihood, and the average of its weights."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kl_autoencoder import DiagonalGaussian, KLAutoencoder
+
+from .config import ModelConfig
+
+
+def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
+    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, or an LDM single file."""
+    if config.pretrained is None:
+        return KLAutoencoder(**config.network())
+    if Path(config.pretrained).is_file():
+        return KLAutoencoder.from_single_file(config.pretrained, torch_dtype=torch.float32)
+    return KLAutoencoder.from_pretrained(
+        config.pretrained, subfolder=config.subfolder, torch_dtype=torch.float32
+    )
+
+
+class TrainedModel(nn.Module):
+    """What the optimizer moves and DDP wraps.
+
+    `forward` returns all that the loss needs, so that no wrapper is ever bypassed.
+    """
+
+    def __init__(self, vae: KLAutoencoder, learn_scale: bool, decoder_only: bool):
+        super().__init__()
+        self.vae = vae
+        self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
+        self.decoder_only = decoder_only
+        if decoder_only:
+            vae.encoder.requires_grad_(False)
+            if vae.quant_conv is not None:
+                vae.quant_conv.requires_grad_(False)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian, Tensor | None]:
+        """Images (B, 3, H, W), noise (B, C, h, w) -> reconstruction, posterior, log scale of the likelihood."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            posterior = self.vae.encode(images).latent_dist
+        z = posterior.mean + posterior.std * noise  # reparameterised, Kingma & Welling 2013, section 2.4
+        return self.vae.decode(z.to(posterior.mean.dtype)).sample, posterior, self.log_scale
+
+
+class MovingAverage:
+    """Exponential moving average of an autoencoder's weights, in float32: `vae` is the averaged model."""
+
+    def __init__(self, vae: KLAutoencoder, decay: float):
+        self.decay = decay
+        self.vae = copy.deepcopy(vae).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, vae: KLAutoencoder, step: int) -> None:
+        """`step` counts from 1; the decay rises with it, so that the first weights are soon forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.vae.parameters()), list(vae.parameters()), 1 - decay)

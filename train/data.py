@@ -41,7 +41,8 @@ class DataConfig:
     `crop_scale`: range of the crop's area as a share of the largest square in the photograph, as in torchvision's
     RandomResizedCrop with ratio 1. A crop is at least `resolution` wide where the photograph is, so that no
     photograph is enlarged that need not be.
-    `validation_images`: at most so many held-out images are looked at.
+    `validation_images`: at most so many held-out images are looked at, at `validation_resolution` (None:
+    `resolution`).
     `streaming`: read parquet, webdataset and hub sources in sequence, see `StreamedImages`.
     `shuffle_buffer`: samples of a stream that are in memory to be shuffled.
     """
@@ -57,13 +58,15 @@ class DataConfig:
     crop_scale: tuple[float, ...] = (0.25, 1.0)
     horizontal_flip: bool = True
     validation_images: int = 64
+    validation_resolution: int | None = None
     streaming: bool = False
     shuffle_buffer: int = 1000
 
     def __post_init__(self):
-        for key in ("resolution", "batch_size", "num_workers", "validation_images", "shuffle_buffer"):
+        keys = ("resolution", "batch_size", "num_workers", "validation_images", "validation_resolution")
+        for key in (*keys, "shuffle_buffer"):
             least = 0 if key == "num_workers" else 1
-            if getattr(self, key) < least:
+            if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ValueError(f"data.{key}: {getattr(self, key)}; allowed: at least {least}")
         scale = tuple(self.crop_scale)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
@@ -215,16 +218,16 @@ def leave_interrupts_to_the_trainer(worker: int) -> None:
 def validation_images(config: DataConfig) -> Tensor:
     """The held-out images, at most `config.validation_images`: (N, 3, R, R), float32 in [-1, 1].
 
-    The short side is scaled to the resolution and the centre square cropped. They come from `config.validation`,
-    drawn at random where it has more (of a stream, the first), or are held out of the training source; the same
-    for every seed. Unreadable ones are left out with a warning. Raises ValueError if none is left, and as
-    `train_loader`.
+    The short side is scaled to R, the validation resolution, and the centre square cropped. They come from
+    `config.validation`, drawn at random where it has more (of a stream, the first), or are held out of the
+    training source; the same for every seed. Unreadable ones are left out with a warning. Raises ValueError if
+    none is left, and as `train_loader`.
     """
     skipped, crops = SkippedImages(), []
     for record, name in _validation_records(config):
         try:
             image = open_image(encoded_file(record, name))
-            crops.append(load_image(image, config.resolution, multiple_of=1))
+            crops.append(load_image(image, config.validation_resolution or config.resolution, multiple_of=1))
         except (ValueError, OSError) as error:
             skipped.add([(name, str(error).removeprefix(f"{name}: "))])
     if not crops:

@@ -502,11 +502,12 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         self.vae = build_autoencoder(config.model).to(memory_format=torch.channels_last)
-        size, f = config.data.resolution, self.vae.downsampling
-        if size % f:
-            raise ValueError(
-                f"data.resolution: {size}; allowed: a multiple of the network's downsampling, {f}"
-            )
+        for key in ("resolution", "validation_resolution"):
+            size, f = getattr(config.data, key), self.vae.downsampling
+            if size and size % f:
+                raise ValueError(
+                    f"data.{key}: {size}; allowed: a multiple of the network's downsampling, {f}"
+                )
         learn_scale = config.loss.reconstruction in losses.LEARNED_SCALE
         self.unwrapped = TrainedModel(self.vae, learn_scale, config.train.decoder_only).to(self.device)
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None

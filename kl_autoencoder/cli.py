@@ -1,4 +1,4 @@
-"""kl-autoencoder encode | decode | reconstruct | export | info: what the command line looks like.
+"""kl-autoencoder encode | decode | reconstruct | export | info | fp16-check: what the command line looks like.
 
 The commands themselves are in commands.py, which is imported when one runs: `--help` answers at once.
 """
@@ -16,18 +16,22 @@ EXAMPLES = """examples:
   kl-autoencoder encode photos/ --model stabilityai/sd-vae-ft-mse -o latents.safetensors
   kl-autoencoder decode latents.safetensors -o decoded/
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
+  kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
 """
 MODEL = "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, or a hub id"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, else 2 after one line on stderr (130 if interrupted)."""
+    """Run a command; 0 if all went well, else 2 after one line on stderr (130 if interrupted).
+
+    1 if all went well and a check found what it looks for.
+    """
     try:
         arguments = _parser().parse_args(argv)
         from . import commands
 
         with _warnings_in_one_line():
-            getattr(commands, arguments.command)(arguments)
+            return getattr(commands, arguments.command.replace("-", "_"))(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -35,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         say("error", f"{kind}{error}")
         return 2
-    return 0
 
 
 def say(kind: str, message: object) -> None:
@@ -102,6 +105,21 @@ def _parser() -> argparse.ArgumentParser:
         "info", help="what a model is: shapes, parameters, scaling, what it is made for"
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL)
+
+    sub = commands.add_parser(
+        "fp16-check",
+        help="whether a model overflows in float16, and the same model that does not",
+        description="Measures the largest value in each layer, in float32, on photographs and on hard images. "
+        "Exit status: 0 if the model, or what --fix wrote, is safe in float16; 1 if it is not; 2 after an error.",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL)
+    sub.add_argument(
+        "--images", metavar="FOLDER", help="measure on these photographs (default: a few of scikit-image)"
+    )
+    sub.add_argument("--size", type=_positive, default=256, metavar="N", help="of the images, N x N (256)")
+    sub.add_argument("--fix", action="store_true", help="write the same model, rescaled to be safe, to -o")
+    _device(sub)
+    _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
     return parser
 
 
@@ -114,16 +132,20 @@ def _photographs(sub: argparse.ArgumentParser) -> None:
 
 def _model(sub: argparse.ArgumentParser, more: str = "", required: bool = True) -> None:
     sub.add_argument("--model", required=required, metavar="MODEL", help=MODEL + more)
-    sub.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
+    _device(sub)
     _dtype(sub, "float32", "compute in this type (default: float32)")
+
+
+def _device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
 
 
 def _dtype(sub: argparse.ArgumentParser, default: str | None, help: str) -> None:
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default, help=help)
 
 
-def _output(sub: argparse.ArgumentParser, metavar: str, help: str) -> None:
-    sub.add_argument("-o", "--output", required=True, metavar=metavar, help=help)
+def _output(sub: argparse.ArgumentParser, metavar: str, help: str, required: bool = True) -> None:
+    sub.add_argument("-o", "--output", required=required, metavar=metavar, help=help)
     sub.add_argument("--overwrite", action="store_true", help="replace what is there already")
 
 

@@ -1,6 +1,7 @@
 """What the commands of cli.py do. Each takes the parsed arguments and raises ValueError or OSError."""
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import half, half_check
 from .autoencoder import KLAutoencoder
 from .checkpoints import family_of
 from .cli import say
@@ -23,6 +25,8 @@ from .images import (
     save_image,
 )
 from .latents import load_latents, save_latents
+
+SAME_FUNCTION = 1e-4  # of the range of what a model gives
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -101,10 +105,8 @@ def export(arguments: argparse.Namespace) -> None:
         refuse_existing([output], folder.iterdir() if folder else [source], arguments.overwrite)
     elif output.is_file():
         raise ValueError(f"{output}: is a file; without --single-file a folder is written")
-    elif folder and output.is_dir() and output.samefile(folder):
-        raise ValueError(f"{output}: is the model itself")
-    elif output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
-        raise ValueError(f"{output}: exists already and is not empty; --overwrite replaces the model in it")
+    else:
+        _refuse_folder(output, folder, arguments.overwrite)
     vae = load_model(arguments.model, "cpu", arguments.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.single_file:
@@ -140,6 +142,84 @@ def info(arguments: argparse.Namespace) -> None:
     }
     for key, value in rows.items():
         print(f"{key:14}{value}")
+
+
+def fp16_check(arguments: argparse.Namespace) -> int:
+    """Whether a model overflows in float16, by layer; with --fix the same model that does not. 1 if unsafe."""
+    if arguments.fix != bool(arguments.output):
+        raise ValueError("--fix and -o FOLDER belong together")
+    photographs = find_photographs([arguments.images] if arguments.images else [])
+    source = Path(arguments.model)
+    folder = model_folder(source) if source.is_dir() else None
+    if arguments.fix:
+        _refuse_folder(Path(arguments.output), folder, arguments.overwrite)
+    vae = load_model(arguments.model, arguments.device, "float32")
+    noise = half_check.noise_latents(vae, arguments.size)
+    before = half.measure(vae, _probes(photographs, arguments.size), [noise])
+    if arguments.fix:
+        fixed = _fix(vae, before, _probes(photographs, arguments.size), noise)
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _export_folder(fixed, output, model_card=folder / "README.md" if folder else None)
+        print(output)
+        return 0
+    print(half_check.layers_table({"largest": before}))
+    print(half_check.verdict(before))
+    if before.unsafe():
+        print("--fix -o FOLDER writes the same model, rescaled to be safe")
+    elif vae.config.force_upcast:
+        print("force_upcast in its config is not needed; --fix -o FOLDER writes it without")
+    return int(bool(before.unsafe()))
+
+
+def _fix(
+    vae: KLAutoencoder, before: half.Activations, probes: Iterator[Tensor], noise: Tensor
+) -> KLAutoencoder:
+    """The model rescaled for float16, and a report of what that changes; ValueError if it is not fit to be kept."""
+    fixed = half.rescaled(vae, before)
+    others = {"fixed": fixed, "before": half_check.in_float16(vae), "after": half_check.in_float16(fixed)}
+    with half.recording(fixed) as after:
+        compared = half_check.compare(vae, others, probes, [noise])
+    same = max(difference.relative for difference in compared["fixed"])
+    eps = half.norm_change(before, after)
+    print(half_check.layers_table({"before": before, "after": after}))
+    print(f"before: {half_check.verdict(before)}")
+    print(f"after:  {half_check.verdict(after)}")
+    print(f"float32: before and after differ by {same:.2g} of the range at most, norms, by eps, by {eps:.2g}")
+    for name in ("before", "after"):
+        latents, images = compared[name]
+        print(f"float16: {name} against float32: latents {latents}, images {images}")
+    if after.unsafe():
+        stuck = ", ".join(after.unsafe()[:4])
+        raise ValueError(f"rescaling cannot bring into range: {stuck}; nothing is written")
+    if same > SAME_FUNCTION or not all(math.isfinite(difference.largest) for difference in compared["after"]):
+        raise ValueError("the rescaled model is not the same; nothing is written")
+    return fixed
+
+
+def _refuse_folder(output: Path, model: Path | None, overwrite: bool) -> None:
+    if output.is_file():
+        raise ValueError(f"{output}: is a file, not a folder")
+    if model and output.is_dir() and output.samefile(model):
+        raise ValueError(f"{output}: is the model itself")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"{output}: exists already and is not empty; --overwrite replaces the model in it")
+
+
+def _probes(photographs: list[tuple[Path, str]], size: int) -> Iterator[Tensor]:
+    """Images to measure on: hard ones, and `photographs` or, if there are none, those of scikit-image.
+
+    A photograph that cannot be read is told, skipped and taken from the list.
+    """
+    built_in = [*half_check.hard_images(size), *([] if photographs else half_check.sample_photographs(size))]
+    yield from tqdm(built_in, unit="image", disable=_hidden(built_in))
+    if not photographs:
+        return
+    unread = []
+    yield from (images for _, images in _read(photographs, size, unread))
+    if len(unread) == len(photographs):
+        raise ValueError("none of the photographs could be read")
+    photographs[:] = [photograph for photograph in photographs if photograph[0] not in unread]
 
 
 def _export_folder(vae: KLAutoencoder, output: Path, model_card: Path | None) -> None:

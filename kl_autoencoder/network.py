@@ -5,21 +5,36 @@ load without any conversion. Architecture: Rombach et al. 2022 (latent diffusion
 in Ho et al. 2020. Every tensor is (B, C, H, W), in whatever memory format and floating type it arrives.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6
+
+# Recomputes up to the last tensor that the backward pass needs: the input of a final convolution, not its output.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return conv(F.silu(norm(x)))
+
+
 class ResnetBlock(nn.Module):
-    """(B, in_channels, H, W) -> (B, out_channels, H, W): norm-SiLU-conv twice, plus the input."""
+    """(B, in_channels, H, W) -> (B, out_channels, H, W): norm-SiLU-conv twice, plus the input.
+
+    With `recompute_norms` the backward pass computes norm and SiLU again instead of keeping their results, which
+    are two thirds of what a training step holds; the convolutions, nearly all of the work, are not repeated.
+    """
+
+    recompute_norms = False
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -31,8 +46,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        if self.recompute_norms and torch.is_grad_enabled():
+            h = recomputed(norm_silu_conv, self.norm1, self.conv1, x)
+            h = recomputed(norm_silu_conv, self.norm2, self.conv2, h)
+        else:
+            h = norm_silu_conv(self.norm1, self.conv1, x)
+            h = norm_silu_conv(self.norm2, self.conv2, h)
         return self.conv_shortcut(x) + h
 
 

@@ -6,7 +6,8 @@
 The reference is diffusers' AutoencoderKL as users get it, the lpips package, the same losses on the same batch
 with the same noise, torch's AdamW with its defaults, the same autocast. Both take whole steps: forward, losses,
 backward, clipping, update, and ours the moving average too. Peak memory is measured apart, each in a process of
-its own: above what the process held before its first step on a CPU, torch's count of allocated bytes on a GPU.
+its own, weights, optimizer state and (ours) moving average included: the growth of the process from when it had its
+first batch on a CPU, torch's count of allocated bytes on a GPU.
 """
 
 import argparse
@@ -28,11 +29,12 @@ import lpips  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from train.config import load_config  # noqa: E402
+from train.config import Config, load_config  # noqa: E402
+from train.data import train_loader  # noqa: E402
 from train.trainer import Trainer  # noqa: E402
 
 
-def trainer_for(options, folder: str) -> Trainer:
+def config_for(options, folder: str) -> Config:
     overrides = [
         f"output_dir={folder}", "data.train=sample-photographs", "data.validation=sample-photographs",
         f"data.resolution={options.resolution}", f"data.batch_size={options.batch}", "data.num_workers=0",
@@ -40,7 +42,15 @@ def trainer_for(options, folder: str) -> Trainer:
         "loss.adversarial.weight=0", f"train.mixed_precision={options.precision}",
         f"train.compile={str(options.compile).lower()}", "log.every=1000000",
     ]  # fmt: skip
-    return Trainer(load_config(ROOT / options.config, overrides))
+    return load_config(ROOT / options.config, overrides)
+
+
+def a_batch(config: Config) -> tuple[dict, torch.Tensor]:
+    """The first batch of a run, and noise for its posteriors."""
+    batch = next(iter(train_loader(config.data, config.seed)))
+    levels, side = len(config.model.block_out_channels), config.data.resolution
+    shape = (len(batch["images"]), config.model.latent_channels, *[side // 2 ** (levels - 1)] * 2)
+    return batch, torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 class Reference:
@@ -94,12 +104,13 @@ def timed(device: str, step) -> float:
 
 def measure_speed(options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_for(options, folder)
+        trainer = Trainer(config_for(options, folder))
+        batch, noise = a_batch(trainer.config)
+        trainer._noise = lambda _: noise.to(trainer.device)  # the same for both
         reference = Reference(trainer.config, options.device, options.precision)
+        reference.vae.load_state_dict(trainer.vae.state_dict())
         batches = iter(trainer.loader)
-        batch = next(batches)
-        noise = trainer._noise(batch["sample"])
-        first = reference.step(batch["images"], noise.cpu())
+        first = reference.step(batch["images"], noise)
         trainer.train_step([batch])
         ours_first = trainer.journal.sums["loss"].item()
         steps = {
@@ -137,25 +148,22 @@ def matrix_rate(device: str, precision: str) -> float:
 
 
 def measure_memory(options, which: str) -> int:
-    """Peak bytes of a step of one contender, in this process alone."""
+    """Peak bytes of a step of one contender, in this process alone, its weights and optimizer state included."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_for(options, folder)
-        batch = next(iter(trainer.loader))
-        noise = trainer._noise(batch["sample"])
+        config = config_for(options, folder)
+        batch, noise = a_batch(config)
+        before = resident("VmRSS")
         if which == "reference":
-            config = trainer.config
-            del trainer
             reference = Reference(config, options.device, options.precision)
             step = lambda: reference.step(batch["images"], noise)  # noqa: E731
         else:
+            trainer = Trainer(config)
             step = lambda: trainer.train_step([batch])  # noqa: E731
+        step()
         if options.device == "cuda":
-            step()
             torch.cuda.reset_peak_memory_stats()
             step()
             return torch.cuda.max_memory_allocated()
-        before = resident("VmRSS")
-        step()
         step()
         return resident("VmHWM") - before
 

@@ -1,0 +1,18 @@
+#!/bin/bash
+# 8 nodes of 8 GPUs under SLURM: sbatch configs/slurm.sh configs/kl_f8.yaml data.train=FOLDER output_dir=RUN
+# Five minutes before the time is up SLURM sends SIGTERM; the run saves, and the same sbatch continues it.
+#SBATCH --job-name=kl-autoencoder
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+
+set -euo pipefail
+main_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun \
+  --nnodes "$SLURM_NNODES" --nproc_per_node 8 \
+  --rdzv_backend c10d --rdzv_endpoint "$main_node:29500" --rdzv_id "$SLURM_JOB_ID" \
+  -m train "$@"

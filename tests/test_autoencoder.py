@@ -235,13 +235,17 @@ def text_encoder(projection=False):
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
+def pipeline_parts():
+    return {"unet": unet(), "text_encoder": text_encoder()}
+
+
 def pipeline(cls, vae):
     """A Stable Diffusion pipeline with small random parts; prompts are given as embeddings."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, set_alpha_to_one=False)
     pipe = cls(
-        vae=vae, unet=unet(), text_encoder=text_encoder(), tokenizer=None, scheduler=scheduler,
+        vae=vae, **pipeline_parts(), tokenizer=None, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

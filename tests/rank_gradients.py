@@ -30,7 +30,7 @@ def main(photographs: str, folder: str, batch_size: str, with_lpips: str) -> Non
         },
     )
     trainer = Trainer(config)
-    trainer._update = lambda *_: None  # stop before the optimizers use the gradients up
+    trainer._update = trainer._note_bad_step = lambda *_: None  # the gradients are to stay
     trainer.train_step([next(iter(trainer._loader(0)))])
     if trainer.is_main:
         networks = {"autoencoder": trainer.unwrapped, "discriminator": trainer.discriminator}

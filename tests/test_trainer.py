@@ -47,7 +47,7 @@ def small_config(photographs, folder, **sections):
         "ema": {"decay": 0.9},
         "train": {"steps": 6},
         "log": {"every": 1, "tensorboard": False},
-        "validation": {"every": 0},
+        "validation": {"every": 0, "lpips_net": "squeeze"},
         "checkpoint": {"every": 3},
     }  # fmt: skip
     for name, section in sections.items():
@@ -162,8 +162,9 @@ def test_decoder_only_leaves_the_encoder_and_the_scaling_alone(small, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}, {"compile": True},
-], ids=lambda options: next(iter(options)))  # fmt: skip
+    {"mixed_precision": "bf16"}, {"gradient_checkpointing": "no"}, {"gradient_checkpointing": "blocks"},
+    {"compile": True},
+], ids=str)  # fmt: skip
 def test_the_ways_to_run_a_step_agree(small, tmp_path, options):
     losses = []
     for name, more in (("plain", {}), ("other", options)):
@@ -183,7 +184,8 @@ def launch(processes, *command):
 
 
 def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(photographs, tmp_path):
-    """LPIPS (where its weights are to be had), KL and a learned likelihood scale included."""
+    """Of both networks; LPIPS (where its weights are to be had), KL, a learned likelihood scale, the adaptive
+    weight, LeCam and R1 included."""
     with_lpips = "0" if backbone_missing("squeeze") else "1"
     for processes, batch in ((1, 8), (2, 4)):
         folder = tmp_path / str(processes)
@@ -192,11 +194,14 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(phot
         )
         assert result.returncode == 0, result.stderr
     one, two = (load_file(tmp_path / n / f"gradients-of-{n}-ranks.safetensors") for n in "12")
-    assert one.keys() == two.keys() and "log_scale" in one
+    assert one.keys() == two.keys() and {"autoencoder.log_scale", "discriminator.main.0.weight"} <= one.keys()
     for key in one:
-        scale = max(one[key].abs().max().item(), 1e-6)
+        assert one[key].any(), key
+        scale = one[key].abs().max().item()
+        # 1e-7: where terms of the order of 1 cancel, in the bias of the logits and of attention's keys
+        atol = 1e-4 * scale + 1e-7
         torch.testing.assert_close(
-            two[key], one[key], rtol=0, atol=1e-4 * scale, msg=lambda m, key=key: f"{key}: {m}"
+            two[key], one[key], rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
         )
 
 

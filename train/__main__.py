@@ -25,18 +25,22 @@ def main(argv: list[str] | None = None) -> int:
 
         trainer = Trainer(config)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     try:
         summary = trainer.fit()
     except (OSError, TooManyBadSteps) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     if summary is None:
         return STOPPED
     if trainer.is_main:
         print_summary(summary)
     return 0
+
+
+def print_error(error: Exception) -> None:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)  # on one line, whoever raised it
 
 
 def print_summary(summary: dict) -> None:

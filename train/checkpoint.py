@@ -63,15 +63,18 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in manifest.items():
+        written = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if "state.json" not in written:
+        return f"{MANIFEST} does not list state.json"
+    for name, (size, digest) in written.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes where {entry['bytes']} were written"
-        if _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes where {size} were written"
+        if _sha256(file) != digest:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
 
@@ -85,10 +88,12 @@ def checkpoints(root: Path) -> list[Path]:
 def newest(root: Path, warn) -> Path | None:
     """The newest checkpoint that is whole; damaged ones are named to `warn` and set aside as `*.damaged`.
 
-    Removes what a killed run left of a checkpoint that it was writing or removing.
+    Removes what a killed run left of a checkpoint that it was writing (named to `warn`) or removing.
     """
     for leftover in [*root.glob(".step-*.writing"), *root.glob(".step-*.removing")]:
         shutil.rmtree(leftover)
+        if leftover.suffix == ".writing":
+            warn(f"{leftover}: half written when the run ended; removed, the one before it is used")
     for path in reversed(checkpoints(root)):
         problem = damage(path)
         if problem is None:
@@ -120,13 +125,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; hyperparameters stay those of the configuration."""
+    """The inverse of `optimizer_tensors`; hyperparameters stay those of the configuration.
+
+    Raises RuntimeError for the state of other parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
+    indices = {int(key.partition(".")[0]) for key in tensors}
+    if indices and indices != set(range(len(parameters))):
+        raise RuntimeError(
+            f"an optimizer's state of {len(indices)} parameters where {len(parameters)} are trained"
+        )
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
+        if name != "step":
+            if value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)} where the parameter has {tuple(parameter.shape)}"
+                raise RuntimeError(f"an optimizer's {name} of shape {shapes}")
             # fused kernels walk parameter and moments side by side: both must lie in memory alike (channels_last)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value

@@ -150,8 +150,10 @@ class TrainConfig:
     gradient_accumulation: int = number(1, low=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
-    gradient_checkpointing: bool = False
+    # what the backward pass computes again: nothing, norms and SiLUs (cheap), whole blocks (a forward pass more)
+    gradient_checkpointing: Literal["no", "norms", "blocks"] = "norms"
     decoder_only: bool = False
+    bf16_gradients: bool = False  # what ranks send one another, for slow links
     max_bad_steps: int = number(20, low=1)  # non-finite gradients in a row that end the run
     profile: bool = False
 
@@ -185,7 +187,7 @@ class CheckpointConfig:
 class Config:
     output_dir: str
     data: DataConfig
-    seed: int = number(0, low=0)
+    seed: int = number(0, low=0, high=2**64 - 1)
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -243,7 +245,12 @@ def _apply(values: dict, override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} has no keys of its own")
-    values[leaf] = yaml.safe_load(text)
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(
+            f"{key}: {text!r} is not a YAML value; allowed: such as 3, true, null, [8, 16]"
+        ) from None
 
 
 def build(cls, values: Any, prefix: str = ""):

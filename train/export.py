@@ -88,6 +88,8 @@ def model_card(folder: Path, vae: KLAutoencoder, config: Config, facts: dict) ->
 
 
 def _row(name: str, metrics: dict) -> str:
+    if not metrics:  # those before training are lost with metrics.jsonl
+        return f"| {name} training | not recorded | | |"
     lpips = f"{metrics['lpips']:.3f}" if "lpips" in metrics else "not measured"
     return f"| {name} training | {metrics['psnr']:.2f} | {metrics['ssim']:.3f} | {lpips} |"
 

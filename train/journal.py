@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl, TensorBoard, and the sums between two lines of them."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from torch import Tensor
 
 
 class Journal:
-    """Scalars are summed on the device and leave it only when a line is written, as means over all ranks."""
+    """Scalars stay on the device until a line is written, as means over its steps, micro-batches and ranks.
+
+    A value that is not finite is left out of its mean, so that a skipped step does not hide the steps around it.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator, tensorboard: bool):
         self.path, self.accelerator, self.tensorboard = folder / "metrics.jsonl", accelerator, tensorboard
@@ -22,31 +26,44 @@ class Journal:
         self.start_window(step=0)
 
     def start_window(self, step: int) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.window: dict[tuple[str, ...], list[Tensor]] = {}  # names: a vector of their values a micro-batch
         self.first_step, self.started = step, time.perf_counter()
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        self.window.setdefault(tuple(terms), []).append(values)
 
     def close_window(self, step: int) -> tuple[dict[str, float], float]:
-        """The means since the window was opened, over all ranks, and the steps a second; opens the next one."""
-        means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        means = self.accelerator.reduce(means, "mean").tolist()
+        """The means since the window was opened (NaN if no value was finite), and the steps a second.
+
+        Opens the next window.
+        """
+        totals: dict[str, Tensor] = {}  # name: (sum, count) of the finite values
+        for names, vectors in self.window.items():
+            table = torch.stack(vectors)  # (micro-batches, names)
+            finite = table.isfinite()
+            pairs = torch.stack([table.where(finite, 0.0).sum(0), finite.sum(0)], dim=1)
+            for name, pair in zip(names, pairs, strict=True):
+                totals[name] = totals[name] + pair if name in totals else pair
+        sums, counts = self.accelerator.reduce(torch.stack(list(totals.values())), "sum").unbind(1)
+        means = (sums / counts).tolist()
         rate = (step - self.first_step) / (time.perf_counter() - self.started)
-        values = dict(zip(self.sums, means, strict=True))
         self.start_window(step)
-        return values, rate
+        return dict(zip(totals, means, strict=True)), rate
 
     def write(self, step: int, samples: int, values: dict) -> None:
-        """A line of metrics.jsonl; numbers go to TensorBoard too."""
+        """A line of metrics.jsonl, null for what is not finite; numbers go to TensorBoard too.
+
+        Raises OSError naming the file if it cannot be written.
+        """
         if not self.accelerator.is_main_process:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
+        plain = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "samples": samples, **plain}) + "\n")
+        except OSError as error:  # one from a full disk does not name its file
+            raise OSError(f"{self.path}: cannot be written ({error.strerror})") from error
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=step)
 

@@ -37,6 +37,14 @@ def _asked_for(command: list[str]) -> int:
     return 1
 
 
+def ranks_on_cpus() -> bool:
+    """Whether this is one of several processes and there are only CPUs.
+
+    accelerate must be told: else each process that torchrun started on CPUs is a run of its own in the one folder.
+    """
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+
+
 class StopRequest:
     """`with StopRequest(accelerator) as stop`: SIGTERM or SIGINT (a preempted job, Ctrl-C) is a request to stop.
 

@@ -1,6 +1,7 @@
 """What is trained: the autoencoder with the scale of its likelihood, and the average of its weights."""
 
 import copy
+import re
 from pathlib import Path
 
 import torch
@@ -12,14 +13,27 @@ from .config import ModelConfig
 
 
 def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
-    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, or an LDM single file."""
-    if config.pretrained is None:
-        return KLAutoencoder(**config.network())
-    if Path(config.pretrained).is_file():
-        return KLAutoencoder.from_single_file(config.pretrained, torch_dtype=torch.float32)
-    return KLAutoencoder.from_pretrained(
-        config.pretrained, subfolder=config.subfolder, torch_dtype=torch.float32
-    )
+    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, or an LDM single file.
+
+    Raises ValueError naming the key for what gives no network of RGB images.
+    """
+    source = config.pretrained
+    try:
+        if source is None:
+            vae = KLAutoencoder(**config.network())
+        elif Path(source).is_file():
+            vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
+        elif Path(source).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+            vae = KLAutoencoder.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
+        else:
+            raise ValueError("no such folder or file, and no hub id (owner/name)")
+    except (ValueError, OSError) as error:
+        what = f"model.pretrained: {source!r} cannot be loaded: " if source else "model."
+        raise ValueError(f"{what}{error}") from error
+    for key in ("in_channels", "out_channels"):
+        if vae.config[key] != 3:
+            raise ValueError(f"model.{key}: {vae.config[key]}; allowed: 3, photographs are RGB")
+    return vae
 
 
 class TrainedModel(nn.Module):

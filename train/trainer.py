@@ -2,32 +2,36 @@
 
 import contextlib
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DDPCommunicationHookType, broadcast_object_list, gather_object
 from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.files import replacing
 from kl_autoencoder.latents import LatentStatistics
 from kl_autoencoder.metrics import LPIPS
+from kl_autoencoder.network import ResnetBlock
 
 from . import checkpoint, data, losses, validation
 from .config import Config, to_yaml
 from .discriminator import PatchDiscriminator
 from .export import export
 from .journal import Journal
-from .launch import StopRequest
+from .launch import StopRequest, ranks_on_cpus
 from .model import MovingAverage, TrainedModel, build_autoencoder
 
 POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
 LECAM_DECAY = 0.99
+PERCEPTUAL_PIXELS = 4 * 256 * 256  # LPIPS holds some 250 MB of VGG features for each image of 256x256
 
 
 class TooManyBadSteps(RuntimeError):
@@ -40,14 +44,23 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         self.folder = Path(config.output_dir)
-        if config.train.mixed_precision == "fp16" and PartialState().device.type == "cpu":
+        cpu = ranks_on_cpus()
+        if config.train.mixed_precision == "fp16" and PartialState(cpu=cpu).device.type == "cpu":
             raise ValueError("train.mixed_precision: fp16 on a CPU; allowed there: no, bf16")
         self.accelerator = Accelerator(
+            cpu=cpu,
             mixed_precision=config.train.mixed_precision,
             gradient_accumulation_steps=config.train.gradient_accumulation,
             log_with="tensorboard" if config.log.tensorboard else None,
             project_dir=self.folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    comm_hook=DDPCommunicationHookType.BF16
+                    if config.train.bf16_gradients
+                    else DDPCommunicationHookType.NO,
+                )
+            ],
         )
         self.device = self.accelerator.device
         ranks = self.accelerator.num_processes
@@ -55,14 +68,17 @@ class Trainer:
         self.step = self.samples = 0  # samples: consumed over all ranks, the position in the data
         self.bad_steps: list[dict] = []
         self._prepare_folder()
+        self.skipped = data.SkippedImages()
         self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard)
         self._load_perceptual()
         self._build()
         self._resume()
         self.loader = self._loader(self.samples)
         self.held_out = data.validation_images(config.data)
-        self.skipped = data.SkippedImages()
         self.stop = StopRequest(self.accelerator)
+        if self.is_main:  # now that it is known to work: an earlier run's stays where one does not
+            with replacing(self.folder / "config.yaml") as beside:
+                beside.write_text(to_yaml(config))
 
     # ---------------------------------------------------------------- the loop
 
@@ -75,7 +91,7 @@ class Trainer:
             total=self.config.train.steps, initial=self.step, unit="step", disable=not self.is_main
         )
         self.journal.start_window(self.step)
-        with self._profiler() as profiler, self.stop:
+        with self._profiler() as profiler, self.stop, progress:  # the bar ends its line whatever happens
             for micro_batches in self.batches():
                 self.train_step(micro_batches)
                 progress.update()
@@ -91,8 +107,9 @@ class Trainer:
                     self.say(
                         f"stopped by {stopping} at step {self.step}; the same command continues from there"
                     )
+                    self.accelerator.end_training()  # TensorBoard's last two minutes are in memory
                     return None
-        progress.close()
+        self._gather_skipped()
         self.say(self.skipped.summary())
         return self.finish(before)
 
@@ -133,12 +150,14 @@ class Trainer:
                     terms |= self.discriminator_step(images, reconstruction)
             self.journal.add(terms)
             self.skipped.add(batch["skipped"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # once both have stepped: accumulated gradients share one scale
         self.step += 1
         self.samples += self.samples_per_step
         if self.ema is not None:
             with record_function("optimizer"):
                 self.ema.update(self.vae, self.step)
-        self._note_bad_step(terms, micro_batches)
+        self._note_bad_step(terms)
 
     def autoencoder_step(self, images: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Move the autoencoder by one micro-batch; returns the terms and the detached reconstruction.
@@ -160,8 +179,7 @@ class Trainer:
             (gradient,) = torch.autograd.grad(pixels, reconstruction)
         if self.perceptual is not None:
             with record_function("perceptual"):
-                terms["perceptual"] = self.perceptual(reconstruction, images).mean()
-                (more,) = torch.autograd.grad(terms["perceptual"], reconstruction)
+                terms["perceptual"], more = self._perceptual(reconstruction, images)
                 gradient = gradient + config.perceptual.weight * more
                 terms["loss"] = terms["loss"] + config.perceptual.weight * terms["perceptual"]
         if self.adversarial_weight() > 0:
@@ -178,12 +196,22 @@ class Trainer:
                     ).mean()
                 )
                 terms["log_scale"] = log_scale
-            self.accelerator.backward(surrogate)
+            self._backward(surrogate, terms["loss"])
         self._update(self.optimizer, self.parameters, terms, "gradient_norm")
         if (self.step + 1) % self.config.log.every == 0:
             with torch.no_grad():
                 terms |= losses.latent_summary(posterior)
         return terms, reconstruction.detach()
+
+    def _perceptual(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean LPIPS and its gradient in the reconstruction, a few images at a time: they share nothing."""
+        at_a_time = max(1, PERCEPTUAL_PIXELS // images[0, 0].numel())
+        distances, gradients = [], []
+        for part, real in zip(reconstruction.split(at_a_time), images.split(at_a_time), strict=True):
+            distance = self.perceptual(part, real).sum() / len(images)
+            gradients += torch.autograd.grad(distance, part)
+            distances.append(distance.detach())
+        return torch.stack(distances).sum(), torch.cat(gradients)
 
     def _adversarial_gradient(self, reconstruction, output, nll_gradient, terms: dict[str, Tensor]) -> Tensor:
         """The weighted gradient of the adversarial term in the reconstruction.
@@ -208,10 +236,11 @@ class Trainer:
     def _adaptive_weight(self, output: Tensor, *gradients: Tensor) -> Tensor:
         """From the two gradients in the output to their norms at the last layer's weight, over all ranks."""
         last_layer = self.vae.decoder.conv_out.weight
-        at_weight = [
-            torch.autograd.grad(output, last_layer, g.to(output.dtype), retain_graph=True)[0]
-            for g in gradients
-        ]
+        at_weight = []
+        for gradient in gradients:
+            norm = gradient.norm().clamp(min=1e-30)  # sent back at length 1: a mean's would vanish in fp16
+            unit = (gradient / norm).to(output.dtype)
+            at_weight.append(norm * torch.autograd.grad(output, last_layer, unit, retain_graph=True)[0])
         return losses.adaptive_weight(*self.accelerator.reduce(torch.stack(at_weight).float(), "mean"))
 
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
@@ -229,30 +258,41 @@ class Trainer:
                 terms["discriminator/r1"] = penalty = self._r1(images)
                 loss = loss + config.r1_weight * config.r1_every * penalty
             terms["discriminator/loss"] = loss
-            self.accelerator.backward(loss)
+            self._backward(loss, loss)
         self._update(self.disc_optimizer, self.disc_parameters, terms, "discriminator/gradient_norm")
         return terms
 
     def _r1(self, images: Tensor) -> Tensor:
         """R1 in float32: its double gradient leaves the range of half precision."""
+        network, images = self.accelerator.unwrap_model(self.discriminator), images.detach().requires_grad_()
         with torch.autocast(self.device.type, enabled=False):
-            images = images.float().requires_grad_()
-            return losses.r1_penalty(self.accelerator.unwrap_model(self.discriminator)(images), images)
+            # past the `forward` that accelerate puts on a module, which switches autocast on again
+            return losses.r1_penalty(PatchDiscriminator.forward(network, images), images)
 
     def _move_lecam_anchors(self, means: Tensor) -> None:
         means = self.accelerator.reduce(means, "mean")
         moved = torch.lerp(self.lecam_anchors, means, 1 - LECAM_DECAY)
         self.lecam_anchors = torch.where(means.isfinite(), moved, self.lecam_anchors)
 
+    def _backward(self, loss: Tensor, watched: Tensor) -> None:
+        """Backward; where `watched` is not finite all gradients become NaN, and so, averaged, on every rank."""
+        self.accelerator.backward(loss * torch.where(watched.detach().isfinite(), 1.0, math.nan))
+
     def _update(self, optimizer, parameters, terms: dict[str, Tensor], name: str) -> None:
         """Clip and step, but only where the gradient norm over all ranks is finite; the host waits for nothing."""
+        if not self.accelerator.sync_gradients:
+            return
+        scaler = self.accelerator.scaler
         with record_function("optimizer"):
-            if self.accelerator.sync_gradients:
-                clip = self.config.optimizer.gradient_clip or math.inf
-                terms[name] = self.accelerator.clip_grad_norm_(parameters, clip)
-                if self.accelerator.scaler is None:  # a GradScaler sets this itself
-                    optimizer.optimizer.found_inf = (~terms[name].isfinite()).float()
-            optimizer.step()
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            clip = self.config.optimizer.gradient_clip or math.inf
+            terms[name] = torch.nn.utils.clip_grad_norm_(parameters, clip)
+            if scaler is not None:
+                scaler.step(optimizer)
+            else:
+                optimizer.found_inf = (~terms[name].isfinite()).float()  # as a GradScaler does
+                optimizer.step()
             optimizer.zero_grad()
 
     def _noise(self, samples: Tensor) -> Tensor:
@@ -320,12 +360,11 @@ class Trainer:
         ]
         return {n: f"{values[n]:.4g}" for n in shown} | {"images/s": f"{values['images_per_second']:.3g}"}
 
-    def _note_bad_step(self, terms: dict[str, Tensor], micro_batches: list[dict]) -> None:
-        """Remember whether the step was skipped, on the device, and of which samples it was."""
+    def _note_bad_step(self, terms: dict[str, Tensor]) -> None:
+        """Remember whether the step was skipped, on the device."""
         norms = [terms[n] for n in ("gradient_norm", "discriminator/gradient_norm") if n in terms]
         bad = ~torch.stack(norms).isfinite().all()
-        samples = torch.cat([batch["sample"] for batch in micro_batches])
-        self.bad_steps.append({"step": self.step, "bad": bad, "samples": samples})
+        self.bad_steps.append({"step": self.step, "samples": self.samples, "bad": bad})
         limit = self.config.train.max_bad_steps
         if len(self.bad_steps) >= limit and self.step % limit == 0:
             self._report_bad_steps()
@@ -333,19 +372,23 @@ class Trainer:
     def _report_bad_steps(self) -> None:
         """Write down the skipped steps since the last report; too many in a row end the run."""
         flags = torch.stack([entry["bad"] for entry in self.bad_steps]).tolist() if self.bad_steps else []
+        most = 0
         for entry, bad in zip(self.bad_steps, flags, strict=True):
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+            most = max(most, self.bad_in_a_row)
             if bad:
                 self.bad_total += 1
-                samples = entry["samples"].tolist()
+                end = entry["samples"]  # a step takes the next samples of the one order, over all ranks
+                samples = list(range(end - self.samples_per_step, end))
                 self.say(f"step {entry['step']} skipped: its gradient is not finite (samples {samples})")
                 values = {"skipped_samples": samples, "train/skipped_steps": self.bad_total}
-                self.journal.write(entry["step"], self.samples, values)
+                self.journal.write(entry["step"], end, values)
         self.bad_steps.clear()
-        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+        if most >= self.config.train.max_bad_steps:
             self.save()
+            self.accelerator.end_training()
             raise TooManyBadSteps(
-                f"{self.bad_in_a_row} steps in a row had gradients that are not finite (train.max_bad_steps); "
+                f"{most} steps in a row had gradients that are not finite (train.max_bad_steps); "
                 f"saved at step {self.step}. Lower the learning rate, or look at the samples that are named above"
             )
 
@@ -376,6 +419,8 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on."""
+        self._report_bad_steps()  # the steps before this one will not be taken again
+        self._gather_skipped()
         if self.is_main:
             root, config = self.folder / "checkpoints", self.config.checkpoint
             tensors = {"model": self.unwrapped.state_dict()}
@@ -391,17 +436,24 @@ class Trainer:
                 "samples": self.samples,
                 "bad_total": self.bad_total,
                 "bad_in_a_row": self.bad_in_a_row,
+                "skipped": self.skipped.reasons,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             checkpoint.save_checkpoint(root, self.step, tensors, state)
             checkpoint.rotate(root, config.keep_last, config.keep_every)
         self.accelerator.wait_for_everyone()
 
+    def _gather_skipped(self) -> None:
+        """The unreadable images that each rank has met, to all of them."""
+        for name, reason in gather_object(list(self.skipped.reasons.items())):
+            self.skipped.reasons[name] = reason
+
     def _resume(self) -> None:
         self.bad_total = self.bad_in_a_row = 0
         path = checkpoint.newest(self.folder / "checkpoints", self.say) if self.is_main else None
         [path] = broadcast_object_list([path])
         if path is None:
+            self.journal.forget_after(-1)  # of a run that was killed before its first checkpoint
             return
         tensors, state = checkpoint.load_checkpoint(path)
         try:
@@ -412,6 +464,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.samples = state["step"], state["samples"]
         self.bad_total, self.bad_in_a_row = state["bad_total"], state["bad_in_a_row"]
+        self.skipped.reasons.update(state["skipped"])
         self.journal.forget_after(self.step)
         self.say(f"continuing from {path} ({self.samples:,} samples)")
 
@@ -474,7 +527,8 @@ class Trainer:
         if self.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "config.yaml").write_text(to_yaml(self.config))
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
             except OSError as error:
                 raise ValueError(
                     f"output_dir: {self.folder} cannot be written to ({error.strerror})"
@@ -511,8 +565,11 @@ class Trainer:
         learn_scale = config.loss.reconstruction in losses.LEARNED_SCALE
         self.unwrapped = TrainedModel(self.vae, learn_scale, config.train.decoder_only).to(self.device)
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
-        if config.train.gradient_checkpointing:
+        if config.train.gradient_checkpointing == "blocks":
             self.vae.enable_gradient_checkpointing()
+        for block in self.vae.modules():
+            if isinstance(block, ResnetBlock):
+                block.recompute_norms = config.train.gradient_checkpointing == "norms"
         if config.train.compile:
             for network in (
                 self.vae.encoder,
@@ -522,7 +579,7 @@ class Trainer:
                 if network is not None:
                     network.compile()
         self.parameters = [p for p in self.unwrapped.parameters() if p.requires_grad]
-        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped, self._adamw(self.parameters))
+        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped), self._adamw(self.parameters)
         self.discriminator = None
         if config.loss.adversarial.weight:
             self._build_discriminator()
@@ -530,10 +587,15 @@ class Trainer:
     def _build_discriminator(self) -> None:
         config = self.config.loss.adversarial
         network = PatchDiscriminator(self.vae.config.out_channels, config.channels, config.layers)
+        if self.config.data.resolution < network.smallest_side:
+            raise ValueError(
+                f"data.resolution: {self.config.data.resolution}; allowed: at least {network.smallest_side} for a "
+                f"discriminator of loss.adversarial.layers={config.layers}"
+            )
         network = network.to(self.device, memory_format=torch.channels_last)
         self.disc_parameters = list(network.parameters())
-        optimizer = self._adamw(self.disc_parameters)
-        self.discriminator, self.disc_optimizer = self.accelerator.prepare(network, optimizer)
+        self.discriminator = self.accelerator.prepare(network)
+        self.disc_optimizer = self._adamw(self.disc_parameters)
         self.lecam_anchors = torch.zeros(2, device=self.device)
 
     def _adamw(self, parameters: list[Tensor]) -> torch.optim.AdamW:

@@ -112,7 +112,7 @@ def measure_speed(options) -> dict:
         batches = iter(trainer.loader)
         first = reference.step(batch["images"], noise)
         trainer.train_step([batch])
-        ours_first = trainer.journal.sums["loss"].item()
+        ours_first = trainer.journal.close_window(trainer.step)[0]["loss"]
         steps = {
             "reference": lambda: reference.step(batch["images"], noise),
             "ours": lambda: trainer.train_step([batch]),

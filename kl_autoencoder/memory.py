@@ -1,0 +1,86 @@
+"""Memory for inference: touched once, used again.
+
+The first touch of a page can cost as much as convolving what fits into it, so neither scratch buffers nor
+activations go back to the system between layers.
+"""
+
+import math
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 16 << 20
+ALIGNMENT = 64
+
+
+class Workspace:
+    """Named scratch buffers that grow to the largest shape asked for; a name's next use overwrites the last."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            self.buffers.pop(name, None)  # freed before its successor is made
+            self.buffers[name] = torch.empty(size, device=self.device, dtype=torch.uint8)
+        return self.buffers[name][:size].view(dtype).view(shape)
+
+
+class DeviceMemory:
+    """Tensors from torch's allocator, which on a GPU keeps what it is given back."""
+
+    adopts = True  # a tensor made elsewhere is as good
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def free(self, tensor: Tensor) -> None:
+        """Nothing to do: it is free when nobody refers to it."""
+
+
+class Arena:
+    """Tensors in host memory, allocated and freed by hand: first fit, neighbours merged, grown by chunks."""
+
+    adopts = False
+
+    def __init__(self, pinned: bool = False):
+        self.pinned = pinned
+        self.chunks: list[Tensor] = []
+        self.free_ranges: list[tuple[int, int, int]] = []  # (chunk, start, stop) in bytes, ascending
+        self.used: dict[int, tuple[int, int, int]] = {}  # by the tensor's address
+        self.lock = Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        with self.lock:
+            chunk, start, stop = self._take(-(-size // ALIGNMENT) * ALIGNMENT)
+            tensor = self.chunks[chunk][start : start + size].view(dtype).view(shape)
+            self.used[tensor.data_ptr()] = (chunk, start, stop)
+        return tensor
+
+    def free(self, tensor: Tensor) -> None:
+        with self.lock:
+            ranges = sorted([*self.free_ranges, self.used.pop(tensor.data_ptr())])
+            self.free_ranges = ranges[:1]
+            for chunk, start, stop in ranges[1:]:
+                before = self.free_ranges[-1]
+                if before[0] == chunk and before[2] == start:
+                    self.free_ranges[-1] = (chunk, before[1], stop)
+                else:
+                    self.free_ranges.append((chunk, start, stop))
+
+    def _take(self, size: int) -> tuple[int, int, int]:
+        for i, (chunk, start, stop) in enumerate(self.free_ranges):
+            if stop - start >= size:
+                self.free_ranges[i : i + 1] = [(chunk, start + size, stop)] if stop - start > size else []
+                return chunk, start, start + size
+        chunk = torch.empty(max(size, CHUNK_BYTES), dtype=torch.uint8, pin_memory=self.pinned)
+        self.chunks.append(chunk)
+        self.free_ranges.append((len(self.chunks) - 1, 0, len(chunk)))
+        return self._take(size)

@@ -1,0 +1,145 @@
+"""Minimal-filtering (Winograd) forms of the 3x3 convolutions, for inference on a CPU, computed in float32.
+
+A 3x3 convolution of stride 1 computed on 4x4 output tiles takes 36 products a tile and channel pair where the
+definition takes 144: F(4x4, 3x3) of Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
+With their points (0, 1, -1, 2, -2) the rounding error is more than twice the definition's; with 0, +-11/16,
++-3/2 it is that of oneDNN's direct convolution (against float64, rms 7.4e-7, 3.3e-7 and 2.9e-7).
+
+After nearest-neighbour upsampling by two, 2x2 outputs take 9 products instead of 36: of the 16 of F(2x2, 3x3),
+7 multiply a difference of equal pixels.
+
+Called as the kernels of `convolutions` are. Everything is additions of slices and one batched matrix product.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .memory import Workspace
+
+A, B = 11 / 16, 3 / 2  # the points of F(4x4, 3x3) are 0, A, -A, B, -B and infinity
+
+
+def pays(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype, upsampling: bool = False) -> bool:
+    """Whether fewer products in float32 are faster than all of them in `dtype`, by what the processor has.
+
+    In bfloat16 torch's own convolution does twice float32's products a second with AVX512-BF16 (measured on a
+    Zen 4: even at 128 channels, slower than this at 256), many times them with AMX, and fewer without either.
+    """
+    matrices = {torch.bfloat16: "amx_tile", torch.float16: "amx_fp16"}.get(dtype)
+    if device.type != "cpu" or (matrices and _cpu_has(matrices)):
+        return False
+    twice_as_fast = dtype == torch.bfloat16 and _cpu_has("avx512_bf16")
+    channels = min(conv.in_channels, conv.out_channels)
+    return channels >= 64 if not twice_as_fast else channels >= 256 and not upsampling
+
+
+def _cpu_has(feature: str) -> bool:
+    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
+
+
+class WinogradConv:
+    """A 3x3 convolution as F(4x4, 3x3)."""
+
+    up, down, tile, block = 1, 1, 4, 2048
+
+    def __init__(self, conv: nn.Conv2d, work: Workspace):
+        self.filters = transform_filters(conv.weight, FILTER_4, work)  # (36, in, out)
+        self.dtype = self.filters.dtype
+        self.bias = conv.bias.to(self.dtype)
+
+    def __call__(self, x: Tensor, work: Workspace) -> Tensor:
+        b, height, width, c = x.shape
+        r, s, o = (height - 2) // 4, (width - 2) // 4, self.filters.shape[2]
+        half = work.get("half", (6, b, r, width, c), self.dtype)  # rows transformed, columns not yet
+        _inputs([x[:, k : k + 4 * r - 3 : 4] for k in range(6)], half, work)
+        pixels = work.get("pixels", (6, 6, b, r, s, c), self.dtype)
+        _inputs([half[:, :, :, k : k + 4 * s - 3 : 4] for k in range(6)], pixels.transpose(0, 1), work)
+
+        products = work.get("products", (6, 6, b, r, s, o), self.dtype)
+        torch.bmm(pixels.view(36, -1, c), self.filters, out=products.view(36, -1, o))
+
+        half = work.get("pixels", (4, 6, b, r, s, o), self.dtype)
+        _outputs(products, half, work)
+        y = work.get("half", (b, r, 4, s, 4, o), self.dtype)
+        _outputs(half.transpose(0, 1), y.permute(4, 2, 0, 1, 3, 5), work)
+        return y.view(b, 4 * r, 4 * s, o).add_(self.bias)
+
+
+class WinogradUpsample:
+    """A 3x3 convolution of the nearest-neighbour upsampling by two, from the pixels themselves."""
+
+    up, down, tile, block = 2, 1, 1, 2048
+
+    def __init__(self, conv: nn.Conv2d, work: Workspace):
+        self.filters = transform_filters(conv.weight, FILTER_UP, work)  # (9, in, out)
+        self.dtype = self.filters.dtype
+        self.bias = conv.bias.to(self.dtype)
+
+    def __call__(self, x: Tensor, work: Workspace) -> Tensor:
+        b, r, s, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
+        o = self.filters.shape[2]
+        steps = work.get("half", (b, r + 1, s + 2, c), self.dtype)  # each pixel less the one below
+        torch.sub(x[:, :-1], x[:, 1:], out=steps)
+        pixels = work.get("pixels", (3, 3, b, r, s, c), self.dtype)
+        for of_row, rows in zip(pixels, (steps[:, :-1], x[:, 1:-1], steps[:, 1:]), strict=True):
+            left, middle, right = (rows[:, :, k : k + s] for k in range(3))
+            torch.sub(left, middle, out=of_row[0])
+            of_row[1].copy_(middle)
+            torch.sub(middle, right, out=of_row[2])
+
+        products = work.get("products", (3, 3, b, r, s, o), self.dtype)
+        torch.bmm(pixels.view(9, -1, c), self.filters, out=products.view(9, -1, o))
+
+        y = work.get("half", (b, r, 2, s, 2, o), self.dtype)
+        half = work.get("pixels", (2, 3, b, r, s, o), self.dtype)
+        for m, z in ((products, half), (half.transpose(0, 1), y.permute(4, 2, 0, 1, 3, 5))):
+            torch.add(m[0], m[1], out=z[0])
+            torch.sub(m[1], m[2], out=z[1])
+        return y.view(b, 2 * r, 2 * s, o).add_(self.bias)
+
+
+def _inputs(d: list[Tensor], out: Tensor, work: Workspace) -> None:
+    """B^T d along one side: six slices -> the six of `out`. The pairs +-p share d4 - q^2 d2 and d3 - q^2 d1."""
+    torch.add(d[4], d[0], alpha=A * A * B * B, out=out[0]).sub_(d[2], alpha=A * A + B * B)
+    odd = work.get("odd", out[0].shape, out.dtype)
+    for k, p, q in ((1, A, B), (3, B, A)):
+        torch.sub(d[3], d[1], alpha=q * q, out=odd)
+        even = torch.sub(d[4], d[2], alpha=q * q, out=out[k + 1])
+        torch.add(even, odd, alpha=p, out=out[k])
+        even.sub_(odd, alpha=p)
+    torch.add(d[5], d[1], alpha=A * A * B * B, out=out[5]).sub_(d[3], alpha=A * A + B * B)
+
+
+def _outputs(m: Tensor, out: Tensor, work: Workspace) -> None:
+    """A^T m along one side: the six of `m`, which it overwrites -> the four of `out`."""
+    sum_a = torch.add(m[1], m[2], out=work.get("odd", m[0].shape, m.dtype))
+    difference_a = m[1].sub_(m[2])
+    sum_b = torch.add(m[3], m[4], out=m[2])
+    difference_b = m[3].sub_(m[4])
+    torch.add(m[0], sum_a, alpha=1 / A, out=out[0]).add_(sum_b, alpha=1 / B)
+    torch.add(difference_a, difference_b, out=out[1])
+    torch.mul(sum_a, A, out=out[2]).add_(sum_b, alpha=B)
+    torch.add(m[5], difference_a, alpha=A * A, out=out[3]).add_(difference_b, alpha=B * B)
+
+
+def transform_filters(weight: Tensor, matrix: Tensor, work: Workspace) -> Tensor:
+    """(out, in, 3, 3) -> G g G^T for every pair of channels, (n*n, in, out); valid until the next is made."""
+    o, i = weight.shape[:2]
+    weight = weight.reshape(o * i, 9).to(torch.promote_types(weight.dtype, torch.float32))
+    both_sides = torch.kron(matrix, matrix).to(weight.dtype)  # (n*n, 9)
+    filters = work.get("filters", (len(both_sides), o * i), weight.dtype)
+    torch.mm(both_sides, weight.t(), out=filters)
+    return filters.view(-1, o, i).transpose(1, 2)
+
+
+def _filter_4() -> Tensor:
+    """G of F(4, 3), the rows of +-A and +-B times A and B, which `_outputs` undoes."""
+    points = torch.tensor([0.0, A, -A, B, -B], dtype=torch.float64)
+    differences = points[:, None] - points + torch.eye(5, dtype=torch.float64)
+    scale = torch.tensor([1.0, A, A, B, B], dtype=torch.float64) / differences.prod(dim=1)
+    finite = scale[:, None] * points[:, None] ** torch.arange(3)
+    return torch.cat([finite, torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
+
+
+FILTER_4 = _filter_4()
+FILTER_UP = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)

@@ -1,0 +1,76 @@
+"""A Python thread for each core, running torch single-threaded: parallel over pieces of work, not inside them.
+
+torch parallelises each operation on its own and waits for all threads at the end of every one. For the short
+operations on cache-sized tensors here that costs more than it gives, and where another program holds a core for a
+moment everybody waits for it, thousands of times. Here a thread takes the next piece when it has finished one, and
+all wait for one another once a layer.
+
+On a GPU each thread has a stream of its own, so that one's copies from and to host memory run beside another's
+computations.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+
+class Workers:
+    """`with Workers(n, device) as workers: workers.run(task, items)`; one worker is the calling thread itself."""
+
+    def __init__(self, count: int, device: torch.device):
+        self.count, self.device, self.pool = count, device, None
+        self.streams = threading.local()
+
+    def __enter__(self) -> "Workers":
+        if self.count > 1:
+            threads = torch.get_num_threads()
+            self.pool = ThreadPoolExecutor(self.count)
+            started = threading.Barrier(self.count)
+            list(self.pool.map(lambda _: _make_single_threaded(started), range(self.count)))
+            torch.set_num_threads(
+                threads
+            )  # the setting is a thread's own, but also what later threads start with
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+            self.pool = None
+
+    def run(self, task: Callable, items: Iterable) -> None:
+        """task(item) for every item, started in order; raises the first exception that one raises."""
+        if self.pool is None:
+            for item in items:
+                task(item)
+            return
+        inference = torch.is_inference_mode_enabled()  # which, like no_grad, is a thread's own
+
+        def one(item):
+            with torch.inference_mode(inference), torch.no_grad(), self.stream():
+                task(item)
+
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        for _ in self.pool.map(one, items):
+            pass
+
+    @contextmanager
+    def stream(self):
+        """The calling thread's stream, and at the end the wait for what was put on it."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if not hasattr(self.streams, "own"):
+            self.streams.own = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self.streams.own):
+            yield
+        self.streams.own.synchronize()
+
+
+def _make_single_threaded(started: threading.Barrier) -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # makes it stick: a thread's first look takes the process's setting over
+    started.wait()

@@ -18,7 +18,9 @@ from tests.conftest import ROOT
 PATIENCE = 120  # seconds after which a process counts as hanging; nothing here is a measure of speed
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.test_checkpoint", "tests.test_adversarial"])
+_context.set_forkserver_preload(
+    ["tests.test_checkpoint", "tests.test_adversarial", "tests.test_safe_numbers"]
+)
 
 
 def start(log: Path, function: Callable, *arguments, **environment: str) -> multiprocessing.Process:

@@ -143,7 +143,7 @@ def loss_section(net=None, **values):
 
 def keep_gradients(run):
     """Leave the gradients of a step where they are, for a test to look at."""
-    run._update = run._note_bad_step = lambda *_: None
+    run._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
     return run
 
 
@@ -152,12 +152,15 @@ def inputs(run, batch):
     return images, run._noise(batch["sample"])
 
 
+ANCHORS = [0.3, -0.2]
+
+
 def lively(run):
     """Larger weights in the discriminator, so that its terms are not lost beside the others."""
     torch.manual_seed(7)
     for p in run.disc_parameters:
         p.data.normal_(0, 0.15)
-    run.lecam_anchors = torch.tensor([0.3, -0.2])
+    run.lecam_anchors = torch.tensor(ANCHORS)
     return run
 
 
@@ -368,14 +371,16 @@ def split(batch, parts):
 
 
 def test_micro_batches_are_one_large_batch(small, tmp_path):
-    """Where the terms are means over images: without the adaptive weight and LeCam's moving anchors."""
-    loss = loss_section(adaptive=False, lecam_weight=0.0)
+    """Where the terms are means over images: all but the adaptive weight. LeCam's anchors move once a step."""
+    loss = loss_section(adaptive=False)
     one = make(small(tmp_path / "one", loss=loss))
     batch = next(iter(one.loader))
     expected = both_gradients(one, [batch])
+    assert not torch.equal(one.lecam_anchors, torch.tensor(ANCHORS))
     train = {"steps": 6, "gradient_accumulation": 4}
     four = make(small(tmp_path / "four", loss=loss, train=train, data={"batch_size": 1}))
     assert_near(both_gradients(four, split(batch, 4)), expected, 1e-4)
+    torch.testing.assert_close(four.lecam_anchors, one.lecam_anchors)
 
 
 @pytest.mark.parametrize("options, tolerance", [
@@ -448,7 +453,7 @@ def test_a_gradient_scaler_and_accumulation_go_together(small, tmp_path):
 
 def gradients_of_a_rank(photographs, folder, batch_size, accumulation):
     config = small_config(
-        photographs, folder, data={"batch_size": batch_size}, loss=loss_section(lecam_weight=0.0),
+        photographs, folder, data={"batch_size": batch_size}, loss=loss_section(),
         train={"steps": 6, "gradient_accumulation": accumulation},
     )  # fmt: skip
     run = lively(make(config))

@@ -253,13 +253,15 @@ class Trainer:
             terms = {"discriminator/logits_real": real.mean(), "discriminator/logits_fake": fake.mean()}
             if config.lecam_weight:
                 loss = loss + config.lecam_weight * losses.lecam(real, fake, *self.lecam_anchors)
-                self._move_lecam_anchors(torch.stack([real.detach().mean(), fake.detach().mean()]))
+                self.logit_means.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
             if config.r1_weight and self.step % config.r1_every == 0:
                 terms["discriminator/r1"] = penalty = self._r1(images)
                 loss = loss + config.r1_weight * config.r1_every * penalty
             terms["discriminator/loss"] = loss
             self._backward(loss, loss)
         self._update(self.disc_optimizer, self.disc_parameters, terms, "discriminator/gradient_norm")
+        if self.logit_means and self.accelerator.sync_gradients:
+            self._move_lecam_anchors(terms["discriminator/gradient_norm"].isfinite())
         return terms
 
     def _r1(self, images: Tensor) -> Tensor:
@@ -269,10 +271,12 @@ class Trainer:
             # past the `forward` that accelerate puts on a module, which switches autocast on again
             return losses.r1_penalty(PatchDiscriminator.forward(network, images), images)
 
-    def _move_lecam_anchors(self, means: Tensor) -> None:
-        means = self.accelerator.reduce(means, "mean")
+    def _move_lecam_anchors(self, taken: Tensor) -> None:
+        """Once a step, so that micro-batches are one large batch; a step that was skipped leaves them alone."""
+        means = self.accelerator.reduce(torch.stack(self.logit_means).mean(dim=0), "mean")
         moved = torch.lerp(self.lecam_anchors, means, 1 - LECAM_DECAY)
-        self.lecam_anchors = torch.where(means.isfinite(), moved, self.lecam_anchors)
+        self.lecam_anchors = torch.where(taken, moved, self.lecam_anchors)
+        self.logit_means.clear()
 
     def _backward(self, loss: Tensor, watched: Tensor) -> None:
         """Backward; where `watched` is not finite all gradients become NaN, and so, averaged, on every rank."""
@@ -597,6 +601,7 @@ class Trainer:
         self.discriminator = self.accelerator.prepare(network)
         self.disc_optimizer = self._adamw(self.disc_parameters)
         self.lecam_anchors = torch.zeros(2, device=self.device)
+        self.logit_means: list[Tensor] = []  # of real and fake, a micro-batch
 
     def _adamw(self, parameters: list[Tensor]) -> torch.optim.AdamW:
         config = self.config.optimizer

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from kl_autoencoder import KLAutoencoder
 from tests.conftest import ROOT, backbone_missing
-from train.__main__ import main
-from train.config import Config, build
+from train.__main__ import main, print_error
+from train.config import Config, build, to_yaml
 from train.trainer import Trainer
 
 RECORDED = Path(__file__).parent / "recorded_losses.json"
@@ -208,19 +208,88 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(phot
 # ------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("override, message", [
-    ("data.train=nowhere/at-all", "nowhere/at-all"),
+def write_odd_images(folder):
+    """Forty files: four of them damaged, each in another way, and every kind of picture that is not plain RGB."""
+    rng = np.random.default_rng(0)
+    photo = np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    folder.mkdir()
+    for i in range(20):
+        Image.fromarray(np.roll(photo, i, axis=1)).save(folder / f"rgb-{i:02}.png")
+    for i in range(4):
+        rgb = Image.fromarray(np.roll(photo, i, axis=0))
+        rgb.convert("L").save(folder / f"grey-{i}.jpg")
+        rgb.convert("CMYK").save(folder / f"cmyk-{i}.jpg")
+        rgb.resize((1, 1)).save(folder / f"one-pixel-{i}.png")
+        rgb.convert("P").convert("RGBA").save(folder / f"alpha-{i}.png")
+    whole = (folder / "rgb-00.png").read_bytes()
+    damaged = {"cut.png": whole[: len(whole) // 2], "empty.jpg": b"", "page.jpg": b"<html>not found</html>",
+               "noise.webp": rng.bytes(500)}  # fmt: skip
+    for name, data in damaged.items():
+        (folder / name).write_bytes(data)
+    return list(damaged)
+
+
+def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys):
+    """A tenth of the files damaged: each is replaced, and named in the end; the run sees all others."""
+    damaged = write_odd_images(tmp_path / "odd")
+    assert len(damaged) == len(list((tmp_path / "odd").iterdir())) / 10
+    config = small_config(
+        tmp_path / "odd",
+        tmp_path / "run",
+        data={"batch_size": 8, "validation": str(photographs), "num_workers": 1},
+        train={"steps": 5},
+    )
+    (tmp_path / "odd.yaml").write_text(to_yaml(config))
+    assert main([str(tmp_path / "odd.yaml")]) == 0
+    said = capsys.readouterr().out
+    summary = said[said.index("4 unreadable images were skipped:") :].splitlines()[1:5]
+    for name, line in zip(
+        sorted(damaged), sorted(summary, key=lambda line: line.split("odd/")[1]), strict=True
+    ):
+        assert f"odd/{name} (row" in line and len(line.split("): ")[1]) > 5
+    assert all(0 < loss < 2 for loss in records(tmp_path / "run", "train/loss").values())
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ("train.steps=many", "train.steps: 'many'; allowed: a whole number"),
+    ("train.stepz=7", "train.stepz: no such key; did you mean train.steps?"),
+    ("model.block_out_channels=[8,", "model.block_out_channels: '[8,' is not a YAML value"),
+    ("data.train=nowhere/at-all/", "data.train: 'nowhere/at-all/' is no file or folder here"),
+    ("data.validation=no/such/folder", "data.validation: 'no/such/folder' is no file or folder here"),
+    ("data.train=EMPTY", "data.train: no images in"),
     ("data.resolution=33", "data.resolution: 33; allowed: a multiple of the network's downsampling, 8"),
+    ("data.resolution=8", "data.resolution: 8; allowed: a multiple of the network's downsampling, 8, from 16 on"),
+    ("data.validation_resolution=100", "data.validation_resolution: 100; allowed: a multiple of"),
+    ("data.resolution=4096", "data.resolution: 4096, larger than the"),
+    ("data.batch_size=0", "data.batch_size: 0; allowed: at least 1"),
+    ("model.norm_num_groups=5", "allowed: multiples of norm_num_groups (5)"),
+    ("model.in_channels=1", "model.in_channels: 1; allowed: 3"),
+    ("optimizer.name=lion", "optimizer.name: 'lion'; allowed: adamw"),
     ("train.mixed_precision=fp16", "train.mixed_precision: fp16 on a CPU; allowed there: no, bf16"),
-    ("model.norm_num_groups=5", "norm_num_groups"),
-    ("output_dir=/proc/none", "output_dir: /proc/none cannot be written to"),
+    ("loss.adversarial={weight: 0.5, disc_start: 99999}", "loss.adversarial.disc_start: 99999 (felt from step"),
+    ("loss.adversarial={weight: 0.5, disc_start: 9, layers: 5}", "allowed: at least 96 for a disc"),
+    ("model={pretrained: no/such/folder}", "model.pretrained: 'no/such/folder' cannot be loaded: no such folder"),
+    ("model={pretrained: EMPTY}", "cannot be loaded: Error no file named config.json found"),
+    ("output_dir=FILE/run", "cannot be written to (Not a directory)"),
+    ("output_dir=FILE", "cannot be written to (File exists)"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line_before_any_work(tmp_path, capsys, override, message):
-    arguments = [str(ROOT / "configs" / "quickstart.yaml"), f"output_dir={tmp_path / 'run'}", override]
+def test_mistakes_end_in_one_line_before_any_work(tmp_path, capsys, overrides, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("kept")
+    overrides = overrides.replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(tmp_path / "file"))
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), f"output_dir={tmp_path / 'run'}", overrides]
     assert main(arguments) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert error[-1].startswith("error: ") and message in error[-1]
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert (tmp_path / "file").read_text() == "kept"
+    for name in ("checkpoints", "metrics.jsonl", "samples", "config.yaml"):
+        assert not (tmp_path / "run" / name).exists()
+
+
+def test_an_error_of_a_library_is_one_line_too(capsys):
+    print_error(OSError("We couldn't connect.\nCheckout your connection.\n"))
+    assert capsys.readouterr().err == "error: We couldn't connect. Checkout your connection.\n"
 
 
 def test_without_lpips_weights_a_run_that_needs_them_says_how_to_get_them(tmp_path, monkeypatch, capsys):

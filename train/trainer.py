@@ -562,9 +562,9 @@ class Trainer:
         self.vae = build_autoencoder(config.model).to(memory_format=torch.channels_last)
         for key in ("resolution", "validation_resolution"):
             size, f = getattr(config.data, key), self.vae.downsampling
-            if size and size % f:
+            if size and (size % f or size < 16):  # SSIM's window has 11 pixels
                 raise ValueError(
-                    f"data.{key}: {size}; allowed: a multiple of the network's downsampling, {f}"
+                    f"data.{key}: {size}; allowed: a multiple of the network's downsampling, {f}, from 16 on"
                 )
         learn_scale = config.loss.reconstruction in losses.LEARNED_SCALE
         self.unwrapped = TrainedModel(self.vae, learn_scale, config.train.decoder_only).to(self.device)

@@ -45,11 +45,9 @@ def infer(
             raise
         reason = str(error).splitlines()[0]
     # outside of the except clause, where the traceback no longer keeps the first attempt's tensors
-    warnings.warn(
-        f"{type(network).__name__} of {tuple(x.shape)}: {reason} Retrying, exactly, in the least memory; "
-        "enable_tiling() does so from the start.",
-        stacklevel=2,
-    )
+    what = f"{type(network).__name__} of {tuple(x.shape)}: {reason.rstrip('.')}."
+    remedy = "Retrying, exactly, in the least memory; enable_tiling() does so from the start."
+    warnings.warn(f"{what} {remedy}", stacklevel=2)
     return infer_in_pieces(network, x, least=True)
 
 

@@ -75,9 +75,12 @@ def copy(x: Tensor, out: Tensor, work: Workspace) -> None:
 
 
 def channel_moments(image: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of each channel of image (1, rows, columns, C), contiguous; float32 or better."""
+    """Mean, in float64, and (biased) variance of each channel of image (1, rows, columns, C)."""
     dtype = torch.promote_types(image.dtype, torch.float32)
-    wide = image if image.dtype == dtype else work.get("wide", image.shape, dtype).copy_(image)
-    # Of torch's ways to these two, the one that is fast where channels are contiguous; it takes two passes,
-    # so that a mean far from zero does no harm.
-    return torch.batch_norm_update_stats(wide.permute(0, 3, 1, 2), None, None, 0.0)
+    wide = work.get("wide", image.shape, dtype)
+    # Less the first pixel, so that nothing is lost where an image is flat and variance small beside the mean.
+    reference = image[:, :1, :1].to(dtype)
+    torch.sub(image if image.dtype == dtype else wide.copy_(image), reference, out=wide)
+    # Of torch's ways to these two, the one that is fast where channels are contiguous.
+    mean, variance = torch.batch_norm_update_stats(wide.permute(0, 3, 1, 2), None, None, 0.0)
+    return reference.flatten().double() + mean, variance

@@ -7,6 +7,7 @@ goes to a file.
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-PATIENCE = 120  # seconds after which a process counts as hanging; nothing here is a measure of speed
+PATIENCE = 240  # seconds after which a process counts as hanging; nothing here is a measure of speed
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -60,12 +61,15 @@ def finish(*processes: multiprocessing.Process) -> list[int]:
                 process.kill()
 
 
-def wait_until(condition: Callable[[], bool], process: multiprocessing.Process) -> bool:
+def wait_until(condition: Callable[[], bool], process: multiprocessing.Process | subprocess.Popen) -> bool:
     """Whether the condition came true before the process ended."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        if not process.is_alive():
-            return condition()
+        ended = (
+            process.poll() is not None if isinstance(process, subprocess.Popen) else not process.is_alive()
+        )
+        if ended:
+            return bool(condition())
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.0002)
     return True

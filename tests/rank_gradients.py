@@ -1,22 +1,20 @@
-"""Run under `accelerate launch`: the gradients of one step, written by the main process."""
+"""In each of several ranks: the gradients of one step, written by the main process."""
 
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from tests.test_trainer import small_config
-from train.launch import start_all_cpu_processes
 from train.trainer import Trainer
 
 
-def main(photographs: str, folder: str, batch_size: str, with_lpips: str) -> None:
-    perceptual = {"weight": 0.5 if with_lpips == "1" else 0.0, "net": "squeeze"}
+def write_gradients(photographs: Path, folder: Path, batch_size: int, with_lpips: bool) -> None:
+    perceptual = {"weight": 0.5 if with_lpips else 0.0, "net": "squeeze"}
     config = small_config(
         photographs,
         folder,
-        data={"batch_size": int(batch_size)},
+        data={"batch_size": batch_size},
         loss={
             "reconstruction": "gaussian",
             "perceptual": perceptual,
@@ -42,10 +40,5 @@ def main(photographs: str, folder: str, batch_size: str, with_lpips: str) -> Non
             for key, parameter in network.named_parameters()
         }
         ranks = trainer.accelerator.num_processes
-        save_file(gradients, Path(folder) / f"gradients-of-{ranks}-ranks.safetensors")
+        save_file(gradients, folder / f"gradients-of-{ranks}-ranks.safetensors")
     trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    start_all_cpu_processes("tests.rank_gradients", sys.argv[1:])
-    main(*sys.argv[1:])

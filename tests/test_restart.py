@@ -6,18 +6,23 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import finish, start, start_ranks, wait_until
-from tests.test_trainer import make, records, small_config
+from tests.conftest import ROOT
+from tests.processes import PATIENCE, finish, start, start_ranks, wait_until
+from tests.test_trainer import make, records, small_config, write_odd_images
 from train import trainer
 from train.__main__ import STOPPED, main
 from train.config import to_yaml
+from train.launch import hold
 
 STEPS = 8
 KILLS = 20
@@ -180,8 +185,11 @@ def signalled(number, times, step, rank, arguments):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(photographs, undisturbed, tmp_path, number):
     config = everything(photographs, tmp_path / "run", every=100)
+    config = replace(config, log=replace(config.log, tensorboard=True))
     arguments, log = command(config, tmp_path / "config.yaml"), tmp_path / "log.txt"
     assert finish(start(log, signalled, number, 1, 3, 0, arguments)) == [STOPPED]
+    [events] = (tmp_path / "run" / "logs").rglob("events.out.tfevents*")
+    assert events.read_bytes().count(b"train/loss") == 4  # TensorBoard keeps two minutes of them in memory
     assert f"stopped by {number.name} at step 4" in log.read_text()
     assert list_checkpoints(tmp_path / "run") == ["step-000004"]
     assert set(records(tmp_path / "run", "train/loss")) == {1, 2, 3, 4}
@@ -198,11 +206,69 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(photographs, tmp_path)
     assert list_checkpoints(tmp_path / "run") == ["step-000004"]
 
 
+def test_a_launcher_may_pass_on_what_all_have_received(photographs, tmp_path):
+    """Ctrl-C and SLURM signal every process of a job, and torchrun then signals its own once more."""
+    arguments = command(everything(photographs, tmp_path / "run", every=100), tmp_path / "config.yaml")
+    log = tmp_path / "log.txt"
+    assert finish(*start_ranks(1, log, signalled, signal.SIGTERM, 2, 3, 0, arguments)) == [STOPPED]
+    assert list_checkpoints(tmp_path / "run") == ["step-000004"]
+
+
 def test_a_second_signal_ends_at_once(photographs, tmp_path):
     arguments = command(everything(photographs, tmp_path / "run"), tmp_path / "config.yaml")
     process = start(tmp_path / "log.txt", signalled, signal.SIGTERM, 2, 3, 0, arguments)
     assert finish(process) == [-signal.SIGTERM]
     assert list_checkpoints(tmp_path / "run")[-1] == "step-000003"
+
+
+# ------------------------------------------------------------------ launchers, and two runs at once
+
+
+def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photographs, tmp_path):
+    """`accelerate launch`, SIGKILLed alone, must leave nobody behind; at once the same command a second time."""
+    config = partial(everything, photographs, steps=16)
+    log, arguments = tmp_path / "log.txt", command(config(tmp_path / "run"), tmp_path / "run.yaml")
+    program = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "train",
+    ]
+    with log.open("ab") as output:
+        first = subprocess.Popen([*program, *arguments], cwd=ROOT, stdout=output, stderr=output)
+        wait_until(lambda: list_checkpoints(tmp_path / "run"), first)
+        first.kill()
+        assert first.wait() == -signal.SIGKILL
+        second = subprocess.run(
+            [*program, *arguments], cwd=ROOT, stdout=output, stderr=output, timeout=PATIENCE
+        )
+    assert second.returncode == 0, log.read_text()
+    assert "stopped by SIGTERM at step" in log.read_text()
+    assert "continuing from" in log.read_text()
+    whole = command(config(tmp_path / "whole"), tmp_path / "whole.yaml")
+    assert finish(*start_ranks(2, log, train, whole)) == [0, 0]
+    assert_same(final(tmp_path / "run", 16), final(tmp_path / "whole", 16))
+
+
+def keep(folder):
+    lock = hold(folder, print)
+    (folder / "held").touch()
+    time.sleep(PATIENCE)
+    lock.close()
+
+
+def test_a_folder_is_one_runs_alone(photographs, tmp_path):
+    process, said = start(tmp_path / "log.txt", keep, tmp_path), []
+    wait_until((tmp_path / "held").exists, process)
+    with pytest.raises(ValueError, match=f"output_dir: another run is writing to {tmp_path}; allowed: "):
+        hold(tmp_path, said.append, patience=0.3)
+    assert len(said) == 1 and "waiting" in said[0]
+    process.kill()
+    hold(tmp_path, said.append)
 
 
 # ------------------------------------------------------------------ other numbers of ranks
@@ -251,7 +317,33 @@ def test_other_numbers_of_ranks_consume_the_same_samples_in_the_same_order(photo
     assert not consumed
 
 
+def test_images_skipped_on_other_ranks_and_before_a_restart_are_in_the_summary(tmp_path):
+    """An epoch on two ranks meets all four damaged files; the one process that goes on meets few of them again."""
+    damaged, log = write_odd_images(tmp_path / "odd"), tmp_path / "log.txt"
+    for ranks, steps in ((2, 3), (1, 4)):
+        config = small_config(
+            tmp_path / "odd", tmp_path / "run", data={"batch_size": 8}, train={"steps": steps}
+        )
+        config = replace(config, data=replace(config.data, validation=str(tmp_path / "odd")))
+        arguments = command(config, tmp_path / "config.yaml")
+        log.unlink(missing_ok=True)
+        assert finish(*start_ranks(ranks, log, train, arguments)) == [0] * ranks, log.read_text()
+        said = log.read_text()
+        assert said.count("4 unreadable images were skipped:") == 1
+        assert all(f"odd/{name} (row" in said[said.index("4 unreadable") :] for name in damaged)
+
+
 # ------------------------------------------------------------------ damage
+
+
+def test_a_run_that_has_lost_its_metrics_ends_all_the_same(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    path = tmp_path / "config.yaml"
+    assert main(command(small_config(photographs, tmp_path / "run", train={"steps": 1}), path)) == 0
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert main(command(small_config(photographs, tmp_path / "run", train={"steps": 2}), path)) == 0
+    assert "| before training | not recorded | | |" in (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "after training" in capsys.readouterr().out
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(photographs, undisturbed, tmp_path):

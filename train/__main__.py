@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .launch import start_all_cpu_processes
+from .launch import end_with_the_launcher, start_all_cpu_processes
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 
@@ -51,5 +51,6 @@ def print_summary(summary: dict) -> None:
 
 
 if __name__ == "__main__":
+    end_with_the_launcher()
     start_all_cpu_processes("train", sys.argv[1:])
     sys.exit(main())

@@ -1,14 +1,21 @@
-"""What accelerate leaves out: several processes on the CPUs of one machine, and being asked to stop."""
+"""What accelerate leaves out: several processes on the CPUs of one machine, requests to stop, one run a folder."""
 
+import ctypes
+import fcntl
 import os
 import signal
 import sys
+import time
 from itertools import pairwise
+from pathlib import Path
+from typing import IO
 
 import psutil
 import torch
 
 OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+PATIENCE = 60  # seconds that a run which is on its way out may still hold its folder
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start_all_cpu_processes(module: str, arguments: list[str]) -> None:
@@ -45,11 +52,50 @@ def ranks_on_cpus() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
 
 
+def launched() -> bool:
+    """Whether accelerate or torchrun started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def end_with_the_launcher() -> None:
+    """Ask the kernel for SIGTERM when the launcher dies (Linux).
+
+    accelerate passes no signal on: killed, it would leave a run behind that nobody sees and that goes on writing.
+    """
+    if launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def hold(folder: Path, say, patience: float = PATIENCE) -> IO:
+    """Keep a run's folder to this process until it ends, however it ends: two runs would undo each other's work.
+
+    Raises ValueError if another process holds it and does not let go within `patience` seconds, OSError if the
+    folder cannot be written to. On a file system without locks nothing is held.
+    """
+    file, waiting_since = (folder / ".lock").open("a"), None
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except (BlockingIOError, PermissionError):
+            if waiting_since is None:
+                waiting_since = time.monotonic()
+                say(f"another run is writing to {folder}; waiting for its end")
+            if time.monotonic() - waiting_since > patience:
+                raise ValueError(
+                    f"output_dir: another run is writing to {folder}; allowed: a folder of its own"
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            return file
+
+
 class StopRequest:
     """`with StopRequest(accelerator) as stop`: SIGTERM or SIGINT (a preempted job, Ctrl-C) is a request to stop.
 
     All ranks agree on it after each step, over gloo between the hosts, so that no device is waited for. A second
-    signal ends the process at once.
+    signal ends the process at once; but not where there is a launcher, for it passes on the signal that a terminal
+    or a scheduler has sent to all processes already.
     """
 
     def __init__(self, accelerator):
@@ -68,7 +114,8 @@ class StopRequest:
 
     def _receive(self, number: int, _frame) -> None:
         self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        if not launched():
+            signal.signal(number, signal.SIG_DFL)
 
     def requested(self) -> str | None:
         """The name of the signal that any rank has received, or None. All ranks must ask together."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from .config import Config, to_yaml
 from .discriminator import PatchDiscriminator
 from .export import export
 from .journal import Journal
-from .launch import StopRequest, ranks_on_cpus
+from .launch import StopRequest, hold, ranks_on_cpus
 from .model import MovingAverage, TrainedModel, build_autoencoder
 
 POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
@@ -531,8 +530,7 @@ class Trainer:
         if self.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder):
-                    pass
+                self.lock = hold(self.folder, self.say)
             except OSError as error:
                 raise ValueError(
                     f"output_dir: {self.folder} cannot be written to ({error.strerror})"

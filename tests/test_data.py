@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from kl_autoencoder.images import load_image
+from kl_autoencoder.sources import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
 from train.data import DataConfig, SampleOrder, replacements, train_loader, validation_images
 from train.samples import Crop, RandomCrops, SkippedImages, augmentation, permutation, read_crop
-from train.sources import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
 
 SHARDS = Path(__file__).parents[2] / "shared" / "images"
 

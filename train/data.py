@@ -20,18 +20,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kl_autoencoder.images import load_image, open_image
+from kl_autoencoder.sources import Keys, encoded_file, open_source, record_name
 
 from .samples import RandomCrops, SkippedImages, augmentation, check_images, collate, permutation, read_sample
-from .sources import encoded_file, open_source, record_name
 from .streams import StreamedImages
 
 LOOKED_AT = 32  # images whose headers are read before any work starts
+TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
 HELD_OUT = 0  # key of the permutation that chooses held-out images
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on. `train` and `validation` are sources, see `sources.KINDS`.
+    """What is trained on. `train` and `validation` are sources, see `kl_autoencoder.sources.KINDS`.
 
     `validation`: None holds `validation_images` images of the training source out of the training.
     `image_column`: the column of parquet, webdataset (there: the suffix, such as jpg), saved and hub sources.
@@ -182,7 +183,7 @@ def train_loader(
     Do not pass it to accelerate's `prepare`, which would deal the batches out to the ranks a second time.
     Raises ValueError or FileNotFoundError for a source that cannot be used.
     """
-    images = open_source(config.train, "train", config.image_column, config.split, config.streaming)
+    images = open_source(config.train, TRAIN, config.image_column, config.split, config.streaming)
     if isinstance(images, datasets.IterableDataset):
         dataset = StreamedImages(
             images, config.image_column, config.crops, seed=seed, batch_size=config.batch_size,
@@ -238,12 +239,11 @@ def validation_images(config: DataConfig) -> Tensor:
 def _validation_records(config: DataConfig) -> list[tuple[dict, str]]:
     column, wanted = config.image_column, config.validation_images
     if config.validation is None:
-        images = open_source(config.train, "train", column, config.split, streaming=False)
+        images = open_source(config.train, TRAIN, column, config.split)
         _, rows = split_rows(config, len(images))
     else:
-        images = open_source(
-            config.validation, "validation", column, config.validation_split, config.streaming
-        )
+        split, streaming = config.validation_split, config.streaming
+        images = open_source(config.validation, VALIDATION, column, split, streaming, samples="validation")
         if isinstance(images, datasets.IterableDataset):
             head = next(images.iter(wanted), {column: []})[column]
             return [(record, record_name(record, f"image {i}")) for i, record in enumerate(head)]

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from kl_autoencoder.images import image_size, image_to_tensor, to_rgb
-
-from .sources import encoded_file
+from kl_autoencoder.sources import encoded_file
 
 ATTEMPTS = 1000  # unreadable images in a row after which a source counts as unreadable
 WARNED = 5  # unreadable images that are named in the log at once

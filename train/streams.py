@@ -7,8 +7,9 @@ from itertools import count, islice
 import datasets
 from torch.utils.data import IterableDataset, get_worker_info
 
+from kl_autoencoder.sources import record_name
+
 from .samples import RandomCrops, augmentation, permutation, read_sample
-from .sources import record_name
 
 MAX_LANES = 16  # files that are read at the same time
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import datasets
 import fsspec
@@ -34,29 +34,44 @@ SAMPLE_FILES = {
     "validation": ("astronaut.png", "chelsea.png"),
 }  # fmt: skip
 
-Role = Literal["train", "validation"]
 Images = datasets.Dataset | datasets.IterableDataset
 
 
-def open_source(source: str, role: Role, column: str, split: str, streaming: bool) -> Images:
-    """Open a source; see `KINDS`. The result has the one column `column`, cast to Image(decode=False).
+class Keys(NamedTuple):
+    """What the user calls a source and its image column: the names that errors begin with."""
 
-    `role` says which half of the sample photographs is meant and gives errors their key. `split` matters
-    where splits have names: on the hub and in a saved DatasetDict. `streaming` reads parquet, webdataset and
-    hub sources in sequence instead of converting them to Arrow files on this disk first; other kinds are
-    read in place and come as a `datasets.Dataset` in any case. Raises FileNotFoundError for a source that is
-    not there or cannot be reached, ValueError for one that cannot be used; both name the key and the source.
+    source: str
+    column: str
+
+
+def open_source(
+    source: str,
+    keys: Keys,
+    column: str = "image",
+    split: str = "train",
+    streaming: bool = False,
+    samples: Literal["train", "validation"] = "train",
+    keep: Sequence[str] = (),
+) -> Images:
+    """Open a source; see `KINDS`. The result has the column `column`, cast to Image(decode=False), and `keep`.
+
+    `split` matters where splits have names: on the hub and in a saved DatasetDict. `streaming` reads parquet,
+    webdataset and hub sources in sequence instead of converting them to Arrow files on this disk first; other
+    kinds are read in place and come as a `datasets.Dataset` in any case. `samples` says which half of the sample
+    photographs is meant. Raises FileNotFoundError for a source that is not there or cannot be reached,
+    ValueError for one that cannot be used; both name the key and the source.
     """
-    key = f"data.{role}"
+    path = os.path.expanduser(source)
     if source == SAMPLE_PHOTOGRAPHS:
         folder = Path(skimage.__file__).parent / "data"
-        return _image_files([str(folder / name) for name in SAMPLE_FILES[role]], column)
-    path = os.path.expanduser(source)
-    if os.path.isdir(path):
-        return _open_folder(path, key, column, split, streaming)
-    if files := sorted(glob.glob(path, recursive=True)):
-        return _open_files(files, source, key, column, streaming)
-    return _open_hub(source, key, column, split, streaming)
+        images = _image_files([str(folder / name) for name in SAMPLE_FILES[samples]], column)
+    elif os.path.isdir(path):
+        images = _open_folder(path, keys.source, column, split, streaming)
+    elif files := sorted(glob.glob(path, recursive=True)):
+        images = _open_files(files, source, keys.source, column, streaming)
+    else:
+        images = _open_hub(source, keys.source, split, streaming)
+    return _encoded(images, source, keys, column, keep)
 
 
 def encoded_file(record: dict | None, name: str) -> io.BytesIO:
@@ -83,7 +98,7 @@ def _open_folder(path: str, key: str, column: str, split: str, streaming: bool) 
     if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(
         os.path.join(path, "dataset_dict.json")
     ):
-        return _open_saved(path, key, column, split)
+        return _open_saved(path, key, split)
     images, tables = _files_below(path, IMAGE_SUFFIXES), _files_below(path, tuple(BUILDERS))
     if images and tables:
         raise ValueError(
@@ -117,7 +132,7 @@ def _image_files(paths: Sequence[str], column: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({column: list(paths)}, features=features)
 
 
-def _open_saved(path: str, key: str, column: str, split: str) -> datasets.Dataset:
+def _open_saved(path: str, key: str, split: str) -> datasets.Dataset:
     try:
         saved = datasets.load_from_disk(path)
     except Exception as error:
@@ -128,7 +143,7 @@ def _open_saved(path: str, key: str, column: str, split: str) -> datasets.Datase
         if split not in saved:
             raise ValueError(f"{key}: no split {split!r} in {path}; allowed: {', '.join(saved)}")
         saved = saved[split]
-    return _encoded(saved, path, key, column)
+    return saved
 
 
 def _open_files(files: list[str], source: str, key: str, column: str, streaming: bool) -> Images:
@@ -142,10 +157,10 @@ def _open_files(files: list[str], source: str, key: str, column: str, streaming:
         loaded = datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
     except Exception as error:  # pyarrow's, tarfile's, datasets' own: no common base
         raise ValueError(f"{key}: {source} cannot be read as {builder} files ({_cause(error)})") from error
-    return _encoded(loaded, source, key, column)
+    return loaded
 
 
-def _open_hub(source: str, key: str, column: str, split: str, streaming: bool) -> Images:
+def _open_hub(source: str, key: str, split: str, streaming: bool) -> Images:
     missing = f"{key}: {source!r} is no file or folder here"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise FileNotFoundError(f"{missing}; allowed: {KINDS}")
@@ -165,24 +180,23 @@ def _open_hub(source: str, key: str, column: str, split: str, streaming: bool) -
         raise FileNotFoundError(
             f"{missing}, and split {split!r} of the data set on the hub cannot be loaded ({_cause(error)})"
         ) from error
-    return _encoded(loaded, source, key, column)
+    return loaded
 
 
-def _encoded(images: Images, source: str, key: str, column: str) -> Images:
+def _encoded(images: Images, source: str, keys: Keys, column: str, keep: Sequence[str]) -> Images:
     """Keep the image column, as encoded bytes: datasets would decode whole pictures in the main process."""
     columns = images.column_names or []
-    if column not in columns:
-        raise ValueError(
-            f"data.image_column: no column {column!r} in {source}; allowed: {', '.join(columns)}"
-        )
+    for name in (column, *keep):
+        if name not in columns:
+            raise ValueError(f"{keys.column}: no column {name!r} in {source}; allowed: {', '.join(columns)}")
     kind = images.features[column]
     # A struct of bytes or a path, encoded bytes, or a path.
     encoded = (
         "bytes" in kind if isinstance(kind, dict) else getattr(kind, "dtype", "") in ("binary", "string")
     )
     if not encoded and not isinstance(kind, datasets.Image):
-        raise ValueError(f"data.image_column: column {column!r} of {source} holds {kind}, not images")
-    return images.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        raise ValueError(f"{keys.column}: column {column!r} of {source} holds {kind}, not images")
+    return images.select_columns([column, *keep]).cast_column(column, datasets.Image(decode=False))
 
 
 def _cause(error: BaseException) -> str:

@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-# Before torch is imported anywhere: LPIPS backbones from beside the project, unless the user has some.
+# Before torch is imported anywhere, for this process and those it starts. Small networks gain nothing from more
+# threads, and where another program holds a core these wait for one another thousands of times a second.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# LPIPS backbones from beside the project, unless the user has some.
 if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
 

@@ -27,14 +27,26 @@ def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     return conv(F.silu(norm(x)))
 
 
-class ResnetBlock(nn.Module):
-    """(B, in_channels, H, W) -> (B, out_channels, H, W): norm-SiLU-conv twice, plus the input.
+def recomputed_norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The backward pass computes norm and SiLU again instead of keeping their results.
 
-    With `recompute_norms` the backward pass computes norm and SiLU again instead of keeping their results, which
-    are two thirds of what a training step holds; the convolutions, nearly all of the work, are not repeated.
+    These are two thirds of what a training step holds; the convolutions, nearly all of the work, are not repeated.
     """
+    return (
+        recomputed(norm_silu_conv, norm, conv, x)
+        if torch.is_grad_enabled()
+        else norm_silu_conv(norm, conv, x)
+    )
 
-    recompute_norms = False
+
+def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResnetBlock(nn.Module):
+    """(B, in_channels, H, W) -> (B, out_channels, H, W): norm-SiLU-conv twice, plus the input."""
+
+    norm_silu_conv = staticmethod(norm_silu_conv)  # a trainer may put another way to compute it in its place
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -46,12 +58,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute_norms and torch.is_grad_enabled():
-            h = recomputed(norm_silu_conv, self.norm1, self.conv1, x)
-            h = recomputed(norm_silu_conv, self.norm2, self.conv2, h)
-        else:
-            h = norm_silu_conv(self.norm1, self.conv1, x)
-            h = norm_silu_conv(self.norm2, self.conv2, h)
+        h = self.norm_silu_conv(self.norm1, self.conv1, x)
+        h = self.norm_silu_conv(self.norm2, self.conv2, h)
         return self.conv_shortcut(x) + h
 
 
@@ -89,12 +97,14 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
 
+    upsample_conv = staticmethod(upsample_conv)  # as ResnetBlock.norm_silu_conv
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.upsample_conv(self.conv, x)
 
 
 class Stage(nn.Module):

@@ -48,15 +48,9 @@ class WinogradConv:
         self.bias = conv.bias.to(self.dtype)
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
-        b, height, width, c = x.shape
-        r, s, o = (height - 2) // 4, (width - 2) // 4, self.filters.shape[2]
-        half = work.get("half", (6, b, r, width, c), self.dtype)  # rows transformed, columns not yet
-        _inputs([x[:, k : k + 4 * r - 3 : 4] for k in range(6)], half, work)
-        pixels = work.get("pixels", (6, 6, b, r, s, c), self.dtype)
-        _inputs([half[:, :, :, k : k + 4 * s - 3 : 4] for k in range(6)], pixels.transpose(0, 1), work)
-
+        b, r, s, o = x.shape[0], (x.shape[1] - 2) // 4, (x.shape[2] - 2) // 4, self.filters.shape[2]
         products = work.get("products", (6, 6, b, r, s, o), self.dtype)
-        torch.bmm(pixels.view(36, -1, c), self.filters, out=products.view(36, -1, o))
+        torch.bmm(input_tiles(x, work), self.filters, out=products.view(36, -1, o))
 
         half = work.get("pixels", (4, 6, b, r, s, o), self.dtype)
         _outputs(products, half, work)
@@ -98,6 +92,27 @@ class WinogradUpsample:
         return y.view(b, 2 * r, 2 * s, o).add_(self.bias)
 
 
+def input_tiles(x: Tensor, work: Workspace) -> Tensor:
+    """B^T d B of each tile d of a window: (36, tiles, channels)."""
+    b, height, width, c = x.shape
+    r, s = (height - 2) // 4, (width - 2) // 4
+    half = work.get("half", (6, b, r, width, c), x.dtype)  # rows transformed, columns not yet
+    _inputs([x[:, k : k + 4 * r - 3 : 4] for k in range(6)], half, work)
+    pixels = work.get("pixels", (6, 6, b, r, s, c), x.dtype)
+    _inputs([half[:, :, :, k : k + 4 * s - 3 : 4] for k in range(6)], pixels.transpose(0, 1), work)
+    return pixels.view(36, -1, c)
+
+
+def output_gradient_tiles(y: Tensor, work: Workspace) -> Tensor:
+    """A y A^T of each tile y of the gradient in a result, (B, rows, columns, channels): (36, tiles, channels)."""
+    b, height, width, c = y.shape
+    half = work.get("products", (6, b, height // 4, width, c), y.dtype)
+    _outputs_adjoint([y[:, k::4] for k in range(4)], half, work)
+    tiles = work.get("gradients", (6, 6, b, height // 4, width // 4, c), y.dtype)
+    _outputs_adjoint([half[:, :, :, k::4] for k in range(4)], tiles.transpose(0, 1), work)
+    return tiles.view(36, -1, c)
+
+
 def _inputs(d: list[Tensor], out: Tensor, work: Workspace) -> None:
     """B^T d along one side: six slices -> the six of `out`. The pairs +-p share d4 - q^2 d2 and d3 - q^2 d1."""
     torch.add(d[4], d[0], alpha=A * A * B * B, out=out[0]).sub_(d[2], alpha=A * A + B * B)
@@ -120,6 +135,18 @@ def _outputs(m: Tensor, out: Tensor, work: Workspace) -> None:
     torch.add(difference_a, difference_b, out=out[1])
     torch.mul(sum_a, A, out=out[2]).add_(sum_b, alpha=B)
     torch.add(m[5], difference_a, alpha=A * A, out=out[3]).add_(difference_b, alpha=B * B)
+
+
+def _outputs_adjoint(y: list[Tensor], out: Tensor, work: Workspace) -> None:
+    """A y along one side: four slices -> the six of `out`, what `_outputs` makes of gradients."""
+    out[0].copy_(y[0])
+    even = work.get("odd", y[0].shape, y[0].dtype)
+    for k, p in ((1, A), (3, B)):
+        torch.mul(y[0], 1 / p, out=even).add_(y[2], alpha=p)
+        odd = torch.add(y[1], y[3], alpha=p * p, out=out[k + 1])
+        torch.add(even, odd, out=out[k])
+        torch.sub(even, odd, out=odd)
+    out[5].copy_(y[3])
 
 
 def transform_filters(weight: Tensor, matrix: Tensor, work: Workspace) -> Tensor:

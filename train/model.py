@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kl_autoencoder import DiagonalGaussian, KLAutoencoder
-from kl_autoencoder.network import AttentionBlock, ResnetBlock
+from kl_autoencoder.network import AttentionBlock, ResnetBlock, Upsample, recomputed_norm_silu_conv
+from kl_autoencoder.winograd_training import FewerProducts
 
 from .config import ModelConfig
 
@@ -50,6 +51,23 @@ def damp_residual_branches(vae: KLAutoencoder) -> KLAutoencoder:
             last.weight *= 0.1
             last.bias *= 0.1
     return vae
+
+
+def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
+    """What the backward pass computes again: "no"thing, "norms" and SiLUs, or whole "blocks".
+
+    With "norms" the convolutions take fewer products where that pays, in float32 on a CPU.
+    """
+    if recompute == "blocks":
+        vae.enable_gradient_checkpointing()
+    if recompute != "norms":
+        return
+    fewer = FewerProducts() if vae.device.type == "cpu" else None
+    for block in vae.modules():
+        if isinstance(block, ResnetBlock):
+            block.norm_silu_conv = fewer.norm_silu_conv if fewer else recomputed_norm_silu_conv
+        elif isinstance(block, Upsample) and fewer:
+            block.upsample_conv = fewer.upsample_conv
 
 
 class TrainedModel(nn.Module):

@@ -17,7 +17,6 @@ from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.files import replacing
 from kl_autoencoder.latents import LatentStatistics
 from kl_autoencoder.metrics import LPIPS
-from kl_autoencoder.network import ResnetBlock
 
 from . import checkpoint, data, losses, validation
 from .config import Config, to_yaml
@@ -25,7 +24,7 @@ from .discriminator import PatchDiscriminator
 from .export import export
 from .journal import Journal
 from .launch import StopRequest, hold, ranks_on_cpus
-from .model import MovingAverage, TrainedModel, build_autoencoder
+from .model import MovingAverage, TrainedModel, build_autoencoder, choose_backward
 
 POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
@@ -567,11 +566,7 @@ class Trainer:
         learn_scale = config.loss.reconstruction in losses.LEARNED_SCALE
         self.unwrapped = TrainedModel(self.vae, learn_scale, config.train.decoder_only).to(self.device)
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
-        if config.train.gradient_checkpointing == "blocks":
-            self.vae.enable_gradient_checkpointing()
-        for block in self.vae.modules():
-            if isinstance(block, ResnetBlock):
-                block.recompute_norms = config.train.gradient_checkpointing == "norms"
+        choose_backward(self.vae, config.train.gradient_checkpointing)
         if config.train.compile:
             for network in (
                 self.vae.encoder,

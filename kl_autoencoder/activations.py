@@ -13,17 +13,14 @@ from .normalization import Statistics
 
 @dataclass(frozen=True)
 class Block:
-    """Rows [top, bottom) and columns [left, right) of an activation: the share of one piece of work."""
+    """Rows [top, bottom) of an activation: one piece of work."""
 
     number: int
     top: int
     bottom: int
-    left: int
-    right: int
 
     def scaled(self, up: int, down: int) -> "Block":
-        edges = (self.top, self.bottom, self.left, self.right)
-        return Block(self.number, *(edge * up // down for edge in edges))
+        return Block(self.number, self.top * up // down, self.bottom * up // down)
 
 
 class Strips:
@@ -44,8 +41,8 @@ class Strips:
         With `add` y is added to what the block holds. A block lies within one strip.
         """
         self.statistics.add_and_measure(block.number, y, self.get(block) if add else None, work)
-        i, whole = block.top // self.rows, y.shape[2] == self.shape[2] and y.dtype == self.dtype
-        if self.memory.adopts and whole and block.bottom - block.top == self.rows_of(i):
+        i = block.top // self.rows
+        if self.memory.adopts and y.dtype == self.dtype and block.bottom - block.top == self.rows_of(i):
             self.strips[i] = y
         else:
             self.place(block).copy_(y, non_blocking=True)
@@ -70,7 +67,7 @@ class Strips:
         with self.lock:
             if self.strips[i] is None:
                 self.strips[i] = self.memory.empty((b, self.rows_of(i), width, channels), self.dtype)
-        return self.strips[i][:, block.top - first : block.bottom - first, block.left : block.right]
+        return self.strips[i][:, block.top - first : block.bottom - first]
 
     def rows_of(self, i: int) -> int:
         return min(self.rows, self.shape[1] - i * self.rows)

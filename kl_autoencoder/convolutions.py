@@ -8,8 +8,7 @@ channels); for a result of r rows and s columns
 - an upsampling one, whose result is `up` = 2 times larger, r/2 + 2 and s/2 + 2,
 - a downsampling one, whose result is `down` = 2 times smaller, 2r + 2 and 2s + 2.
 
-The window is of the kernel's `dtype` and its inside a multiple of `tile`. `block` is how many pixels of the result
-are a good piece of work for one core.
+The window is of the kernel's `dtype` and its inside a multiple of `tile`.
 """
 
 import torch
@@ -20,7 +19,7 @@ from .memory import Workspace
 
 
 class DirectConv:
-    up, down, tile, block = 1, 1, 1, 4096
+    up, down, tile = 1, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         self.weight, self.bias, self.stride = laid_out(conv.weight), conv.bias, conv.stride
@@ -34,7 +33,7 @@ class DirectConv:
 class DirectDownsample(DirectConv):
     """Stride 2: zeros at the right and bottom only, so that the window's first row and column are not read."""
 
-    up, down, tile, block = 1, 2, 1, 2048
+    up, down, tile = 1, 2, 1
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
         return super().__call__(x[:, 1:, 1:], work)
@@ -46,7 +45,7 @@ class DirectUpsample:
     An output row sees two rows of pixels, one of them twice: its kernel is that with two of the three rows added.
     """
 
-    up, down, tile, block = 2, 1, 1, 4096
+    up, down, tile = 2, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         w = conv.weight.to(torch.promote_types(conv.weight.dtype, torch.float32))

@@ -16,7 +16,7 @@ PLAIN_MODULES = {
     *(net.ResnetBlock, net.AttentionBlock, net.Downsample, net.Upsample),
     *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Identity, nn.ModuleList),
 }
-STRIP_BYTES_CPU = 4 << 20
+STRIP_BYTES_A_THREAD = 2 << 20  # on a CPU: about what its share of the caches holds
 STRIP_BYTES_GPU, STRIP_BYTES_GPU_LEAST = 256 << 20, 64 << 20
 STREAMS = 3  # when offloading: one copies in, one computes, one copies out
 LARGEST_ACTIVATIONS = 2.5  # held at once, scratch memory included
@@ -57,12 +57,13 @@ def infer_in_pieces(
 ) -> Tensor:
     """`rows` fixes the height of all strips, a multiple of 4, instead of their size in bytes."""
     device = execution_device(network, x)
-    on_cpu = device.type == "cpu"
-    threads = torch.get_num_threads() if on_cpu else STREAMS if offload else 1
-    strip_bytes = STRIP_BYTES_CPU if on_cpu else STRIP_BYTES_GPU_LEAST if least else STRIP_BYTES_GPU
+    if device.type == "cpu":
+        strip_bytes = STRIP_BYTES_A_THREAD * (2 if least else max(2, torch.get_num_threads()))
+    else:
+        strip_bytes = STRIP_BYTES_GPU_LEAST if least else STRIP_BYTES_GPU
     x = x.to(device)
     images = x.split(1) if least else [x]
-    with Workers(threads, device) as workers:
+    with Workers(STREAMS if offload else 1, device) as workers:
         results = [Executor(one, workers, strip_bytes, rows, offload).run(network, one) for one in images]
     return results[0] if len(results) == 1 else torch.cat(results)
 

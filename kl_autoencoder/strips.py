@@ -85,7 +85,7 @@ class Executor:
         y = torch.empty((b, conv.out_channels, height, width), device=self.device, dtype=self.dtype)
 
         def task(block: Block) -> None:
-            part = y[:, :, block.top : block.bottom, block.left : block.right]
+            part = y[:, :, block.top : block.bottom]
             part.copy_(self.apply(kernel, x, block, fill).permute(0, 3, 1, 2))
 
         self.sweep(task, x, kernel, consumes=x)
@@ -126,10 +126,7 @@ class Executor:
         b, height, width, channels = x.shape
         norm = Normalization(block.group_norm, x.statistics, silu=False)
         key, value = torch.empty((2, b, 1, height * width, channels), device=self.device, dtype=self.dtype)
-        parts = [
-            Block(number, top, min(top + x.rows, height), 0, width)
-            for number, top in enumerate(range(0, height, x.rows))
-        ]
+        parts = pieces(x)
         for part in parts:
             tokens, positions = self.tokens(norm, x, part), slice(part.top * width, part.bottom * width)
             key[:, :, positions] = linear(block.to_k, tokens)
@@ -164,31 +161,27 @@ class Executor:
     def apply(self, kernel, x: Strips, block: Block, fill: Callable) -> Tensor:
         """The block of kernel(fill(x)), zeros around the image."""
         window = self.window(x, block.scaled(kernel.down, kernel.up), kernel, fill)
-        return kernel(window, self.work)[:, : block.bottom - block.top, : block.right - block.left]
+        height, width = block.bottom - block.top, x.shape[2] * kernel.up // kernel.down
+        return kernel(window, self.work)[:, :height, :width]
 
     def window(self, x: Strips, inside: Block, kernel, fill: Callable) -> Tensor:
-        """fill(x) on the block and one pixel around it, with zeros outside the image and up to whole tiles."""
+        """fill(x) on the rows and one pixel around them, with zeros outside the image and up to whole tiles."""
         b, height, width, channels = x.shape
-        rows, columns = (
-            -(-n // kernel.tile) * kernel.tile + 2
-            for n in (inside.bottom - inside.top, inside.right - inside.left)
-        )
+        rows, columns = (-(-n // kernel.tile) * kernel.tile + 2 for n in (inside.bottom - inside.top, width))
         window = self.work.get("window", (b, rows, columns, channels), kernel.dtype)
         top, bottom = max(inside.top - 1, 0), min(inside.bottom + 1, height)
-        left, right = max(inside.left - 1, 0), min(inside.right + 1, width)
-        down, across = inside.top - 1, inside.left - 1  # where the window begins
+        down = inside.top - 1  # where the window begins
         window[:, : top - down].zero_()
         window[:, bottom - down :].zero_()
-        window[:, :, : left - across].zero_()
-        window[:, :, right - across :].zero_()
+        window[:, :, :1].zero_()
+        window[:, :, width + 1 :].zero_()
         for first, piece in x.read(top, bottom):
-            place = window[:, first - down : first - down + piece.shape[1], left - across : right - across]
-            fill(piece[:, :, left:right], place, self.work)
+            fill(piece, window[:, first - down : first - down + piece.shape[1], 1 : width + 1], self.work)
         return window
 
     def sweep(self, task: Callable, out: Strips, kernel, consumes: Strips | None) -> None:
         """task(block) for blocks that cover `out`; strips of `consumes` are freed when the last reader is done."""
-        blocks = self.blocks(out, kernel)
+        blocks = pieces(out)
         if consumes is None:
             return self.workers.run(task, blocks)
 
@@ -214,21 +207,6 @@ class Executor:
         for i in range(len(consumes.strips)):  # an odd row at the bottom may have had no reader
             consumes.free(i)
 
-    def blocks(self, out: Strips, kernel) -> list[Block]:
-        b, height, width, _ = out.shape
-        columns = width
-        if self.workers.count > 1:
-            share = b * height * width // self.workers.count
-            pixels = max(min(kernel.block, share), kernel.block // 4)
-            step = TILE * kernel.up  # so that windows are whole tiles
-            columns = max(pixels // (b * out.rows) // step, 1) * step
-        edges = [
-            (top, min(top + out.rows, height), left, min(left + columns, width))
-            for top in range(0, height, out.rows)
-            for left in range(0, width, columns)
-        ]
-        return [Block(number, *edge) for number, edge in enumerate(edges)]
-
     def kernel(self, conv: nn.Conv2d):
         fewer_products = winograd.pays(conv, self.device, self.dtype)
         return (winograd.WinogradConv if fewer_products else DirectConv)(conv, self.work)
@@ -240,6 +218,13 @@ class Executor:
         if self.offload:
             return HostStrips(shape, rows, self.dtype, self.memory, device=self.device)
         return Strips(shape, rows, self.dtype, self.memory)
+
+
+def pieces(x: Strips) -> list[Block]:
+    """One a strip."""
+    height = x.shape[1]
+    tops = range(0, height, x.rows)
+    return [Block(number, top, min(top + x.rows, height)) for number, top in enumerate(tops)]
 
 
 def offloading_hook(module: nn.Module):

@@ -40,7 +40,7 @@ def _cpu_has(feature: str) -> bool:
 class WinogradConv:
     """A 3x3 convolution as F(4x4, 3x3)."""
 
-    up, down, tile, block = 1, 1, 4, 2048
+    up, down, tile = 1, 1, 4
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         self.filters = transform_filters(conv.weight, FILTER_4, work)  # (36, in, out)
@@ -62,7 +62,7 @@ class WinogradConv:
 class WinogradUpsample:
     """A 3x3 convolution of the nearest-neighbour upsampling by two, from the pixels themselves."""
 
-    up, down, tile, block = 2, 1, 1, 2048
+    up, down, tile = 2, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         self.filters = transform_filters(conv.weight, FILTER_UP, work)  # (9, in, out)

@@ -21,10 +21,11 @@ from .activations import Block, Strips
 from .memory import Workspace
 from .network import recomputed_norm_silu_conv, upsample_conv
 from .normalization import Normalization, Statistics, copy
-from .strips import Executor
+from .strips import Executor, pieces
 from .winograd import FILTER_4, WinogradConv, input_tiles, output_gradient_tiles
 from .workers import Workers
 
+PIXELS_A_THREAD = 2048  # about what its share of the caches holds
 LEAST_CHANNELS, LEAST_PIXELS = 64, 2048  # fewer, and moving the filters costs more than the products saved
 
 
@@ -36,14 +37,13 @@ class Filters(NamedTuple):
 class Tiles:
     """What a convolution in tiles reads."""
 
-    up, down, tile, block, dtype = 1, 1, WinogradConv.tile, WinogradConv.block, torch.float32
+    up, down, tile, dtype = 1, 1, WinogradConv.tile, torch.float32
 
 
 class FewerProducts:
     """Stands in for `network.norm_silu_conv` and `network.upsample_conv`; holds scratch memory.
 
-    torch's own threads share each operation. (The `Workers` of inference, which have to share Python, were a fifth
-    slower here on two idle cores, and each needed a gradient of the filters of its own.)
+    torch's own threads share each operation, as in inference.
     """
 
     def __init__(self):
@@ -65,8 +65,8 @@ class FewerProducts:
 
     def blocks(self, shape: tuple[int, ...]) -> list[Block]:
         b, _, width, _ = shape
-        rows = Tiles.block * torch.get_num_threads() // (b * width) // Tiles.tile * Tiles.tile
-        return self.executor.blocks(Strips(shape, max(rows, Tiles.tile), Tiles.dtype, memory=None), Tiles)
+        rows = PIXELS_A_THREAD * torch.get_num_threads() // (b * width) // Tiles.tile * Tiles.tile
+        return pieces(Strips(shape, max(rows, Tiles.tile), Tiles.dtype, memory=None))
 
     def measured(self, x: Strips) -> Statistics:
         statistics = Statistics()

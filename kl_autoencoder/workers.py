@@ -1,12 +1,8 @@
-"""A Python thread for each core, running torch single-threaded: parallel over pieces of work, not inside them.
+"""Threads that execute pieces at the same time, each on a CUDA stream of its own.
 
-torch parallelises each operation on its own and waits for all threads at the end of every one. For the short
-operations on cache-sized tensors here that costs more than it gives, and where another program holds a core for a
-moment everybody waits for it, thousands of times. Here a thread takes the next piece when it has finished one, and
-all wait for one another once a layer.
-
-On a GPU each thread has a stream of its own, so that one's copies from and to host memory run beside another's
-computations.
+So one's copies from and to host memory run beside another's computations. On a CPU torch's own threads share each
+operation instead: on two idle cores Python threads, which take turns in Python between these short operations,
+decoded no faster and encoded an eighth slower.
 """
 
 import threading

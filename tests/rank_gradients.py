@@ -30,10 +30,10 @@ def write_gradients(photographs: Path, folder: Path, batch_size: int, with_lpips
     )
     trainer = Trainer(config)
     # the gradients are to stay
-    trainer._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
+    trainer.engine._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
     trainer.train_step([next(iter(trainer._loader(0)))])
     if trainer.is_main:
-        networks = {"autoencoder": trainer.unwrapped, "discriminator": trainer.discriminator}
+        networks = {"autoencoder": trainer.engine.unwrapped, "discriminator": trainer.engine.discriminator}
         gradients = {
             f"{name}.{key.removeprefix('module.')}": parameter.grad.contiguous()
             for name, network in networks.items()

@@ -143,13 +143,13 @@ def loss_section(net=None, **values):
 
 def keep_gradients(run):
     """Leave the gradients of a step where they are, for a test to look at."""
-    run._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
+    run.engine._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
     return run
 
 
 def inputs(run, batch):
     images = batch["images"].to(memory_format=torch.channels_last)
-    return images, run._noise(batch["sample"])
+    return images, run.engine.noise(batch["sample"])
 
 
 ANCHORS = [0.3, -0.2]
@@ -158,21 +158,21 @@ ANCHORS = [0.3, -0.2]
 def lively(run):
     """Larger weights in the discriminator, so that its terms are not lost beside the others."""
     torch.manual_seed(7)
-    for p in run.disc_parameters:
+    for p in run.engine.disc_parameters:
         p.data.normal_(0, 0.15)
-    run.lecam_anchors = torch.tensor(ANCHORS)
+    run.engine.lecam_anchors = torch.tensor(ANCHORS)
     return run
 
 
 def whole_graph(run, images, noise):
     """The objective written down once more, all terms in one graph; returns it and the adaptive weight."""
-    config, vae, network = run.config.loss, run.vae, run.discriminator
+    config, vae, network = run.config.loss, run.engine.vae, run.engine.discriminator
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.mean + posterior.std * noise).sample
-    scale = run.unwrapped.log_scale
+    scale = run.engine.unwrapped.log_scale
     nll = ((images - output).abs() / scale.exp() + scale + math.log(2)).mean()
-    if run.perceptual is not None:
-        nll = nll + config.perceptual.weight * run.perceptual(output, images).mean()
+    if run.engine.perceptual is not None:
+        nll = nll + config.perceptual.weight * run.engine.perceptual(output, images).mean()
     variance = posterior.logvar.exp()
     kl = 0.5 * (posterior.mean**2 + variance - 1 - posterior.logvar).sum() / images.numel()
     fooled = -network(output).mean()
@@ -191,14 +191,14 @@ def test_the_autoencoders_gradients_are_those_of_one_whole_graph(small, tmp_path
     run = lively(keep_gradients(make(small(tmp_path, loss=loss_section(net, adaptive=adaptive)))))
     images, noise = inputs(run, next(iter(run.loader)))
     total, weight, _ = whole_graph(run, images, noise)
-    expected = torch.autograd.grad(total, run.parameters)
-    with run.accelerator.accumulate(run.model, run.discriminator):
-        terms, _ = run.autoencoder_step(images, noise)
+    expected = torch.autograd.grad(total, run.engine.parameters)
+    with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
+        terms, _ = run.engine.autoencoder_step(images, noise)
     assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert terms.get("adaptive_weight", torch.tensor(1.0)).item() == pytest.approx(weight, rel=1e-4)
     assert not adaptive or weight > 0.05
-    names = [name for name, _ in run.unwrapped.named_parameters()]
-    ours = dict(zip(names, (p.grad for p in run.parameters), strict=True))
+    names = [name for name, _ in run.engine.unwrapped.named_parameters()]
+    ours = dict(zip(names, (p.grad for p in run.engine.parameters), strict=True))
     assert_near(ours, dict(zip(names, expected, strict=True)), 1e-4)
 
 
@@ -208,9 +208,9 @@ def test_the_adversarial_term_is_felt(small, tmp_path):
     for value in (0.5, 1.0):
         config = small(tmp_path / str(value), loss=loss_section(weight=value))
         run = lively(keep_gradients(make(config)))
-        with run.accelerator.accumulate(run.model, run.discriminator):
-            run.autoencoder_step(*inputs(run, next(iter(run.loader))))
-        gradients.append(run.vae.decoder.conv_in.weight.grad)
+        with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
+            run.engine.autoencoder_step(*inputs(run, next(iter(run.loader))))
+        gradients.append(run.engine.vae.decoder.conv_in.weight.grad)
     assert (gradients[1] - gradients[0]).norm() > 0.1 * gradients[0].norm()
 
 
@@ -219,8 +219,8 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
     run = lively(keep_gradients(make(small(tmp_path, loss=loss_section(loss=kind)))))
     images, noise = inputs(run, next(iter(run.loader)))
     _, _, output = whole_graph(run, images, noise)
-    x, (real_anchor, fake_anchor) = images.clone().requires_grad_(), run.lecam_anchors
-    real, fake = run.discriminator(x), run.discriminator(output.detach())
+    x, (real_anchor, fake_anchor) = images.clone().requires_grad_(), run.engine.lecam_anchors
+    real, fake = run.engine.discriminator(x), run.engine.discriminator(output.detach())
     each = {"hinge": torch.relu, "logistic": nn.functional.softplus}[kind]
     margin = 1 if kind == "hinge" else 0
     expected = 0.5 * (each(margin - real).mean() + each(margin + fake).mean())
@@ -229,15 +229,15 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
     expected = expected + 0.1 * 16 * 0.5 * slope.square().sum() / len(
         x
     )  # R1 every 16th step, 16 times as strong
-    gradients = torch.autograd.grad(expected, run.disc_parameters)
-    with run.accelerator.accumulate(run.model, run.discriminator):
-        _, reconstruction = run.autoencoder_step(images, noise)
-        terms = run.discriminator_step(images, reconstruction)
+    gradients = torch.autograd.grad(expected, run.engine.disc_parameters)
+    with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
+        _, reconstruction = run.engine.autoencoder_step(images, noise)
+        terms = run.engine.discriminator_step(images, reconstruction)
     assert terms["discriminator/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    for p, wanted in zip(run.disc_parameters, gradients, strict=True):
+    for p, wanted in zip(run.engine.disc_parameters, gradients, strict=True):
         torch.testing.assert_close(p.grad, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
     torch.testing.assert_close(
-        run.lecam_anchors,
+        run.engine.lecam_anchors,
         0.99 * torch.tensor([real_anchor, fake_anchor]) + 0.01 * torch.stack([real.mean(), fake.mean()]),
     )
     assert not images.requires_grad
@@ -250,20 +250,22 @@ def test_no_gradient_crosses(small, tmp_path, options):
     run = lively(keep_gradients(make(small(tmp_path, loss=loss_section(), train=options))))
     images, noise = inputs(run, next(iter(run.loader)))
     for left in (None, 3.0):
-        for p in [*run.parameters, *run.disc_parameters]:
+        for p in [*run.engine.parameters, *run.engine.disc_parameters]:
             p.grad = left and torch.full_like(p, left)
-        before = [left and p.grad.clone() for p in run.disc_parameters]
-        with run.accelerator.accumulate(run.model, run.discriminator):
-            _, reconstruction = run.autoencoder_step(images, noise)
-        assert untouched(run.disc_parameters, before)
+        before = [left and p.grad.clone() for p in run.engine.disc_parameters]
+        with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
+            _, reconstruction = run.engine.autoencoder_step(images, noise)
+        assert untouched(run.engine.disc_parameters, before)
         assert not reconstruction.requires_grad
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in run.parameters)
-        assert all((p.grad != (left or 0)).any() for p in (run.parameters[0], run.parameters[-1]))
-        before = [p.grad.clone() for p in run.parameters]
-        with run.accelerator.accumulate(run.model, run.discriminator):
-            run.discriminator_step(images, reconstruction)
-        assert untouched(run.parameters, before)
-        assert all(p.grad is not None and (p.grad != (left or 0)).any() for p in run.disc_parameters)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in run.engine.parameters)
+        assert all(
+            (p.grad != (left or 0)).any() for p in (run.engine.parameters[0], run.engine.parameters[-1])
+        )
+        before = [p.grad.clone() for p in run.engine.parameters]
+        with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
+            run.engine.discriminator_step(images, reconstruction)
+        assert untouched(run.engine.parameters, before)
+        assert all(p.grad is not None and (p.grad != (left or 0)).any() for p in run.engine.disc_parameters)
 
 
 def untouched(parameters, before):
@@ -276,7 +278,7 @@ def untouched(parameters, before):
 
 def count_calls(run):
     calls = []
-    run.discriminator.register_forward_hook(lambda *_: calls.append(run.step))
+    run.engine.discriminator.register_forward_hook(lambda *_: calls.append(run.step))
     return calls
 
 
@@ -284,23 +286,26 @@ def test_before_its_start_the_discriminator_costs_nothing(small, tmp_path):
     """It is not called, nothing of it moves, and the autoencoder's weights are those of a run without one."""
     train = {"steps": 4, "gradient_accumulation": 2}
     run = make(small(tmp_path / "with", loss=loss_section(disc_start=3), train=train))
-    first, calls = [p.clone() for p in run.disc_parameters], count_calls(run)
+    first, calls = [p.clone() for p in run.engine.disc_parameters], count_calls(run)
     for micro_batches in run.batches():
         if run.step == 3:
             break
         run.train_step(micro_batches)
-        assert not calls and not run.disc_optimizer.state
-    assert all(torch.equal(p, was) for p, was in zip(run.disc_parameters, first, strict=True))
+        assert not calls and not run.engine.disc_optimizer.state
+    assert all(torch.equal(p, was) for p, was in zip(run.engine.disc_parameters, first, strict=True))
     without = make(small(tmp_path / "without", loss=loss_section(weight=0.0), train=train))
-    assert without.discriminator is None
+    assert without.engine.discriminator is None
     for micro_batches in without.batches():
         if without.step == 3:
             break
         without.train_step(micro_batches)
-    for ours, theirs in ((run.unwrapped, without.unwrapped), (run.ema.vae, without.ema.vae)):
+    for ours, theirs in (
+        (run.engine.unwrapped, without.engine.unwrapped),
+        (run.engine.ema.vae, without.engine.ema.vae),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     run.train_step(next(run.batches()))
-    assert set(calls) == {3} and run.disc_optimizer.state
+    assert set(calls) == {3} and run.engine.disc_optimizer.state
 
 
 def test_the_discriminator_trains_alone_before_the_autoencoder_feels_it(small, tmp_path):
@@ -311,13 +316,15 @@ def test_the_discriminator_trains_alone_before_the_autoencoder_feels_it(small, t
     plain = make(small(tmp_path / "plain", loss=loss_section(weight=0.0), train=train))
     felt, moved, factors = [], [], []
     for ours, theirs in zip(run.batches(), plain.batches(), strict=True):
-        before = [p.clone() for p in run.disc_parameters]
-        factors.append(run.adversarial_weight())
+        before = [p.clone() for p in run.engine.disc_parameters]
+        factors.append(run.schedules.adversarial_weight(run.step))
         run.train_step(ours)
         plain.train_step(theirs)
-        pairs = zip(run.unwrapped.parameters(), plain.unwrapped.parameters(), strict=True)
+        pairs = zip(run.engine.unwrapped.parameters(), plain.engine.unwrapped.parameters(), strict=True)
         felt.append(any(not torch.equal(a, b) for a, b in pairs))
-        moved.append(any(not torch.equal(a, b) for a, b in zip(run.disc_parameters, before, strict=True)))
+        moved.append(
+            any(not torch.equal(a, b) for a, b in zip(run.engine.disc_parameters, before, strict=True))
+        )
     assert moved == [False] + [True] * 7
     assert felt == [False] * 3 + [True] * 5
     assert factors == pytest.approx([0, 0, 0, 0.125, 0.25, 0.375, 0.5, 0.5])
@@ -329,18 +336,18 @@ def test_the_ramp_multiplies_what_the_autoencoder_feels(small, tmp_path):
     shares = []
     for step in (0, 1, 2, 50):
         run = lively(keep_gradients(make(config)))
-        run.step, terms = step, {"loss": torch.zeros(())}
+        run.engine.step, terms = step, {"loss": torch.zeros(())}
         images, noise = inputs(run, next(iter(run.loader)))
-        output = run.model(images, noise)[0]
+        output = run.engine.model(images, noise)[0]
         reconstruction = output.detach().requires_grad_()
-        shares.append(run._adversarial_gradient(reconstruction, output, None, terms).norm().item())
+        shares.append(run.engine._adversarial_gradient(reconstruction, output, None, terms).norm().item())
     assert shares == pytest.approx([shares[3] / 3, shares[3] * 2 / 3, shares[3], shares[3]], rel=1e-5)
 
 
 def test_a_learning_rate_of_its_own(small, tmp_path):
     run = make(small(tmp_path, loss=loss_section(learning_rate=5e-4)))
-    run._set_learning_rates()
-    ratio = run.disc_optimizer.param_groups[0]["lr"] / run.optimizer.param_groups[0]["lr"]
+    run.engine._set_learning_rates()
+    ratio = run.engine.disc_optimizer.param_groups[0]["lr"] / run.engine.optimizer.param_groups[0]["lr"]
     assert ratio == pytest.approx(5e-4 / 2e-3)
 
 
@@ -351,8 +358,8 @@ def both_gradients(run, batches):
     """Of a step over these micro-batches."""
     keep_gradients(lively(run)).train_step(batches)
     networks = {
-        "autoencoder": run.unwrapped,
-        "discriminator": run.accelerator.unwrap_model(run.discriminator),
+        "autoencoder": run.engine.unwrapped,
+        "discriminator": run.accelerator.unwrap_model(run.engine.discriminator),
     }
     return {f"{n}.{k}": p.grad.clone() for n, net in networks.items() for k, p in net.named_parameters()}
 
@@ -376,11 +383,11 @@ def test_micro_batches_are_one_large_batch(small, tmp_path):
     one = make(small(tmp_path / "one", loss=loss))
     batch = next(iter(one.loader))
     expected = both_gradients(one, [batch])
-    assert not torch.equal(one.lecam_anchors, torch.tensor(ANCHORS))
+    assert not torch.equal(one.engine.lecam_anchors, torch.tensor(ANCHORS))
     train = {"steps": 6, "gradient_accumulation": 4}
     four = make(small(tmp_path / "four", loss=loss, train=train, data={"batch_size": 1}))
     assert_near(both_gradients(four, split(batch, 4)), expected, 1e-4)
-    torch.testing.assert_close(four.lecam_anchors, one.lecam_anchors)
+    torch.testing.assert_close(four.engine.lecam_anchors, one.engine.lecam_anchors)
 
 
 @pytest.mark.parametrize("options, tolerance", [
@@ -408,14 +415,14 @@ def whole(gradients, network):
 def test_r1_is_float32_under_autocast(small, tmp_path):
     run = lively(make(small(tmp_path, loss=loss_section(), train={"steps": 6, "mixed_precision": "bf16"})))
     kinds = []
-    for module in run.discriminator.modules():
+    for module in run.engine.discriminator.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda module, given, out: kinds.append(out.dtype))
     images, _ = inputs(run, next(iter(run.loader)))
-    run.discriminator(images)
+    run.engine.discriminator(images)
     assert set(kinds) == {torch.bfloat16}
     kinds.clear()
-    run._r1(images)
+    run.engine._r1(images)
     assert set(kinds) == {torch.float32}
 
 
@@ -423,13 +430,15 @@ def test_the_adaptive_weight_survives_half_precision(small, tmp_path):
     """The gradient of a mean over a real batch, some 1e-7, is nothing in float16."""
     run = make(small(tmp_path, loss=loss_section()))
     images, noise = inputs(run, next(iter(run.loader)))
-    output = run.model(images, noise)[0]
+    output = run.engine.model(images, noise)[0]
     generator = torch.Generator().manual_seed(0)
     pair = [torch.randn(output.shape, generator=generator) * size for size in (3e-9, 1e-9)]
-    exact = run._adaptive_weight(output, *(1e6 * g for g in pair))  # large enough for the 1e-4 not to matter
-    half = run._adaptive_weight(output.half(), *(1e6 * g for g in pair))
-    small_ones = run._adaptive_weight(output.half(), *pair)
-    last = run.vae.decoder.conv_out.weight
+    exact = run.engine._adaptive_weight(
+        output, *(1e6 * g for g in pair)
+    )  # large enough for the 1e-4 not to matter
+    half = run.engine._adaptive_weight(output.half(), *(1e6 * g for g in pair))
+    small_ones = run.engine._adaptive_weight(output.half(), *pair)
+    last = run.engine.vae.decoder.conv_out.weight
     norms = [torch.autograd.grad(output, last, g, retain_graph=True)[0].norm() for g in pair]
     assert half.item() == pytest.approx(exact.item(), rel=1e-2)
     assert small_ones.item() == pytest.approx((norms[0] / (norms[1] + 1e-4)).item(), rel=1e-2)
@@ -445,7 +454,7 @@ def test_a_gradient_scaler_and_accumulation_go_together(small, tmp_path):
         taken = run.batches()
         for _ in range(2):
             run.train_step(next(taken))
-        ends.append([p.detach().clone() for p in [*run.parameters, *run.disc_parameters]])
+        ends.append([p.detach().clone() for p in [*run.engine.parameters, *run.engine.disc_parameters]])
     for plain, scaled in zip(*ends, strict=True):
         torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=2e-4)
     assert scaler.get_scale() == 2.0**12

@@ -7,7 +7,8 @@ import torch
 from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal
 
 from kl_autoencoder import DiagonalGaussian
-from train.losses import kl_per_dimension, ramp, reconstruction_nll
+from train.losses import kl_per_dimension, reconstruction_nll
+from train.schedules import ramp
 
 
 def pair(seed=0):

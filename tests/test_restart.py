@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.processes import PATIENCE, finish, start, start_ranks, wait_until
 from tests.test_trainer import make, records, small_config, write_odd_images
-from train import trainer
+from train import engine, trainer
 from train.__main__ import STOPPED, main
 from train.config import to_yaml
 from train.launch import hold
@@ -175,7 +175,7 @@ def half_written(folder):
 
 def signalled(number, times, step, rank, arguments):
     """`python -m train` in which a rank receives a signal in the middle of a step."""
-    original, moments = trainer.Trainer.autoencoder_step, [step] * times
+    original, moments = engine.Engine.autoencoder_step, [step] * times
 
     def autoencoder_step(self, *batch):
         if self.step in moments and self.accelerator.process_index == rank:
@@ -183,7 +183,7 @@ def signalled(number, times, step, rank, arguments):
             os.kill(os.getpid(), number)
         return original(self, *batch)
 
-    trainer.Trainer.autoencoder_step = autoencoder_step
+    engine.Engine.autoencoder_step = autoencoder_step
     return train(arguments)
 
 

@@ -11,7 +11,7 @@ from kl_autoencoder import DiagonalGaussian
 from tests.processes import finish, start_ranks
 from tests.test_restart import command, everything, train
 from tests.test_trainer import make, records, small_config, weights
-from train import trainer
+from train import engine, trainer
 from train.__main__ import main
 from train.losses import latent_summary
 from train.trainer import TooManyBadSteps
@@ -40,15 +40,15 @@ def state(run):
     """Copies of all that a step may move."""
     moments = [
         value
-        for optimizer in (run.optimizer, run.disc_optimizer)
+        for optimizer in (run.engine.optimizer, run.engine.disc_optimizer)
         for entry in optimizer.state.values()
         for value in entry.values()
     ]
     everything = [
-        *run.parameters,
-        *run.disc_parameters,
-        *run.ema.vae.parameters(),
-        run.lecam_anchors,
+        *run.engine.parameters,
+        *run.engine.disc_parameters,
+        *run.engine.ema.vae.parameters(),
+        run.engine.lecam_anchors,
         *moments,
     ]
     return [tensor.detach().clone() for tensor in everything]
@@ -63,9 +63,13 @@ def test_a_bad_step_moves_nothing(small, tmp_path, value, place):
     run.loader = poisoned(run.loader, {9 if place == "first" else 14}, value)  # both of step 1
     steps = run.batches()
     run.train_step(next(steps))
-    run.ema.vae.load_state_dict(run.vae.state_dict())  # an average of what does not move does not move
+    run.engine.ema.vae.load_state_dict(
+        run.engine.vae.state_dict()
+    )  # an average of what does not move does not move
     before = state(run)
-    assert len(before) > 3 * (len(run.parameters) + len(run.disc_parameters))  # the moments are there
+    assert len(before) > 3 * (
+        len(run.engine.parameters) + len(run.engine.disc_parameters)
+    )  # the moments are there
     run.train_step(next(steps))
     after = state(run)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -78,17 +82,17 @@ def test_a_bad_step_moves_nothing(small, tmp_path, value, place):
 def test_a_loss_that_is_not_finite_with_a_gradient_that_is(small, tmp_path):
     """A loss that overflows where its gradient, for once, does not: the step is skipped too."""
     run = make(small(tmp_path, loss=LOSS))
-    kl = trainer.losses.kl_per_dimension
+    kl = engine.losses.kl_per_dimension
     steps = run.batches()
     run.train_step(next(steps))
-    before = [p.detach().clone() for p in run.parameters]
-    trainer.losses.kl_per_dimension = lambda *given: kl(*given).detach() + math.inf
+    before = [p.detach().clone() for p in run.engine.parameters]
+    engine.losses.kl_per_dimension = lambda *given: kl(*given).detach() + math.inf
     try:
         run.train_step(next(steps))
     finally:
-        trainer.losses.kl_per_dimension = kl
-    assert all(torch.equal(p, was) for p, was in zip(run.parameters, before, strict=True))
-    assert run.bad_steps[-1]["bad"]
+        engine.losses.kl_per_dimension = kl
+    assert all(torch.equal(p, was) for p, was in zip(run.engine.parameters, before, strict=True))
+    assert run.bad_steps.noted[-1][2]
 
 
 def test_bad_steps_are_counted_logged_and_survive_a_restart(small, tmp_path, capsys):
@@ -163,7 +167,7 @@ def poison_one_rank(arguments):
         before = state(self)[0]
         original(self, micro_batches)
         moved = not torch.equal(before, state(self)[0])
-        total = sum(p.double().sum().item() for p in [*self.parameters, *self.disc_parameters])
+        total = sum(p.double().sum().item() for p in [*self.engine.parameters, *self.engine.disc_parameters])
         print("rank", json.dumps([self.step, self.accelerator.process_index, moved, total]), flush=True)
 
     trainer.Trainer.train_step = train_step

@@ -170,7 +170,7 @@ def test_everything_is_freed_and_little_is_held(two_threads):
         (vae.encoder, torch.randn(1, 3, 256, 256), 2.3),
         (vae.decoder, torch.randn(1, 4, 128, 128), 2.3),
     ):
-        with Workers(2, CPU) as workers, torch.no_grad():
+        with Workers(1, CPU) as workers, torch.no_grad():
             executor = Executor(x, workers, strip_bytes=1 << 16)
             executor.memory = Arena()
             chunk = "kl_autoencoder.memory.CHUNK_BYTES"

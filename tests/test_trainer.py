@@ -107,7 +107,7 @@ def test_one_batch_is_learned(small, tmp_path, kind):
 
     def error():
         with torch.no_grad():
-            return (trainer.vae(batch["images"]).sample - batch["images"]).square().mean().item()
+            return (trainer.engine.vae(batch["images"]).sample - batch["images"]).square().mean().item()
 
     before = error()
     for _ in range(60):

@@ -61,11 +61,6 @@ def kl_per_dimension(posterior: DiagonalGaussian, image_dimensions: int, free_bi
     return channels.sum(dim=1) * (positions / image_dimensions)
 
 
-def ramp(step: int, warmup_steps: int) -> float:
-    """0 at step 0, 1 from `warmup_steps` on, linear between."""
-    return 1.0 if step >= warmup_steps else step / warmup_steps
-
-
 # -------------------------------------------------------------------- adversarial
 
 

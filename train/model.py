@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ from kl_autoencoder.network import AttentionBlock, ResnetBlock, Upsample, recomp
 from kl_autoencoder.winograd_training import FewerProducts
 
 from .config import ModelConfig
+
+POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
 
 
 def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
@@ -106,3 +109,15 @@ class MovingAverage:
         """`step` counts from 1; the decay rises with it, so that the first weights are soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.vae.parameters()), list(vae.parameters()), 1 - decay)
+
+
+def posterior_noise(seed: int, samples: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise for the posteriors, (B, *shape), a function of the seed and the sample's number alone.
+
+    So it is the same on any number of ranks and after any restart.
+    """
+    noise = np.empty((len(samples), *shape), np.float32)
+    for row, n in zip(noise, samples.tolist(), strict=True):
+        key = np.random.SeedSequence((seed, n, POSTERIOR_NOISE))
+        np.random.Generator(np.random.Philox(key)).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(noise)

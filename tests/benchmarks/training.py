@@ -106,9 +106,9 @@ def measure_speed(options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config_for(options, folder))
         batch, noise = a_batch(trainer.config)
-        trainer._noise = lambda _: noise.to(trainer.device)  # the same for both
+        trainer.engine.noise = lambda _: noise.to(trainer.device)  # the same for both
         reference = Reference(trainer.config, options.device, options.precision)
-        reference.vae.load_state_dict(trainer.vae.state_dict())
+        reference.vae.load_state_dict(trainer.engine.vae.state_dict())
         batches = iter(trainer.loader)
         first = reference.step(batch["images"], noise)
         trainer.train_step([batch])

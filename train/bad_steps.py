@@ -1,0 +1,37 @@
+"""Steps that were skipped because their gradient is not finite: noted on the device, counted when asked."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .journal import Journal
+
+
+class BadSteps:
+    """`total` over the run and `in_a_row` up to now are part of a checkpoint."""
+
+    def __init__(self, samples_per_step: int, journal: Journal, say: Callable[[str], None]):
+        self.samples_per_step, self.journal, self.say = samples_per_step, journal, say
+        self.total = self.in_a_row = 0
+        self.noted: list[tuple[int, int, Tensor]] = []  # step, samples after it, whether it was skipped
+
+    def note(self, step: int, samples: int, terms: dict[str, Tensor]) -> None:
+        norms = [terms[n] for n in ("gradient_norm", "discriminator/gradient_norm") if n in terms]
+        self.noted.append((step, samples, ~torch.stack(norms).isfinite().all()))
+
+    def report(self) -> int:
+        """Write down those since the last report; the most in a row."""
+        flags = torch.stack([bad for *_, bad in self.noted]).tolist() if self.noted else []
+        most = 0
+        for (step, end, _), bad in zip(self.noted, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            most = max(most, self.in_a_row)
+            if bad:
+                self.total += 1
+                # a step takes the next samples of the one order, over all ranks
+                samples = list(range(end - self.samples_per_step, end))
+                self.say(f"step {step} skipped: its gradient is not finite (samples {samples})")
+                self.journal.write(step, end, {"skipped_samples": samples, "train/skipped_steps": self.total})
+        self.noted.clear()
+        return most

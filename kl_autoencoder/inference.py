@@ -39,6 +39,8 @@ def infer(
         return network(x)
     least = tiling or offload
     try:
+        if network._compiled_call_impl is not None and not least:
+            return network(x)
         return infer_in_pieces(network, x, least or not fits(network, x), offload)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if least or not is_out_of_memory(error):

@@ -161,6 +161,27 @@ def test_a_wrong_type_is_torchs_error_as_ever(vae):
         vae.decode(latents(1, 4, 8, 8).double())
 
 
+def test_compiled_once_for_all_sizes(vae):
+    sizes = [(1, 4, 48, 32), (1, 4, 30, 56), (1, 4, 80, 22)]
+    wanted = [whole(vae, latents(*size)) for size in sizes]
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    vae.compile_for_inference(backend=backend)
+    with torch.inference_mode():
+        for size, image in zip(sizes, wanted, strict=True):
+            torch.testing.assert_close(vae.decode(latents(*size)).sample, image)
+        assert len(graphs) == 1
+        vae.enable_tiling()
+        vae.decode(latents(1, 4, 40, 8))
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
 def test_several_threads_may_decode_at_once(vae):
     z = latents(4, 4, 12, 10)
     wanted, results = whole(vae, z), [None] * 4

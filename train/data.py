@@ -205,7 +205,6 @@ def train_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         worker_init_fn=leave_interrupts_to_the_trainer,
-        persistent_workers=config.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each new iterator advances torch's global generator
     )

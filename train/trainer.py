@@ -18,13 +18,14 @@ from kl_autoencoder.files import replacing
 from kl_autoencoder.latents import LatentStatistics
 from kl_autoencoder.metrics import LPIPS
 from kl_autoencoder.network import ResnetBlock
+from kl_autoencoder.ranks import ranks_on_cpus
 
 from . import checkpoint, data, losses, validation
 from .config import Config, to_yaml
 from .discriminator import PatchDiscriminator
 from .export import export
 from .journal import Journal
-from .launch import StopRequest, hold, ranks_on_cpus
+from .launch import StopRequest, hold
 from .model import MovingAverage, TrainedModel, build_autoencoder
 
 POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it

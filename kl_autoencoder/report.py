@@ -1,0 +1,2 @@
+def plain_table(metrics): return str(metrics["results"])
+def render(metrics, evaluation): return "x"

@@ -1,4 +1,4 @@
-"""What an autoencoder has to beat: images made small and large again, and JPEG and WebP of as many bytes as latents."""
+"""What an autoencoder has to beat: images made small and large again, JPEG and WebP in the bytes of latents."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Everything that is compared: autoencoders, and what they have to beat. Each gives back images that it is given."""
+"""What is compared: autoencoders, and what they have to beat. Each gives back the images it is given."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

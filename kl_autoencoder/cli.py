@@ -140,12 +140,21 @@ def _evaluate(commands) -> None:
         description="Measures how well models reproduce photographs, beside bicubic, JPEG and WebP, and what their "
         "latents are like. On several processes with `accelerate launch -m kl_autoencoder.cli evaluate ...`.",
     )
-    sub.add_argument("--model", required=True, action="append", metavar="MODEL", help=MODEL + "; may be repeated")
     sub.add_argument(
-        "--data", required=True, metavar="SOURCE", help="a folder, parquet or .tar files, or a data set's hub id"
+        "--model", required=True, action="append", metavar="MODEL", help=MODEL + "; may be repeated"
     )
     sub.add_argument(
-        "--size", type=_size, default=256, metavar="N", help="scale the short side to N, crop the centre (256), or native"
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="a folder, parquet or .tar files, or a data set's hub id",
+    )
+    sub.add_argument(
+        "--size",
+        type=_size,
+        default=256,
+        metavar="N",
+        help="scale the short side to N, crop the centre (256), or native",
     )
     _output(sub, "FOLDER", "where to write the report")
     sub.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
@@ -158,7 +167,9 @@ def _evaluate(commands) -> None:
     )
     sub.add_argument("--save-images", action="store_true", help="write what was measured as PNG files, too")
     sub.add_argument("--batch-size", type=_positive, default=4, metavar="N", help="images at a time (4)")
-    sub.add_argument("--seed", type=int, default=0, help="of samples and noise; image i draws with seed + i (0)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="of samples and noise; image i draws with seed + i (0)"
+    )
     sub.add_argument("--column", default="image", help="the column of images in the data (image)")
     sub.add_argument("--split", default="validation", help="the split of a data set on the hub (validation)")
     _device(sub)

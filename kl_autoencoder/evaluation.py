@@ -45,11 +45,16 @@ class Instruments:
 
         with frechet.short_patience():
             lpips = have(lambda: LPIPS(lpips_net).to(device), "no LPIPS")
-        rfid = have(lambda: frechet.inception(device), "no rFID, but the same distance on SqueezeNet's features")
+        rfid = have(
+            lambda: frechet.inception(device),
+            "no rFID, but the same distance on SqueezeNet's features, under a name of its own",
+        )
         features = {"rfid": rfid}
         if rfid is None:
             name = "squeezenet_frechet_distance"
-            features = {name: have(lambda: frechet.squeezenet(device), "no distance on SqueezeNet's features")}
+            features = {
+                name: have(lambda: frechet.squeezenet(device), "no distance on SqueezeNet's features")
+            }
         return cls(lpips, {name: network for name, network in features.items() if network}, notes)
 
 
@@ -190,7 +195,9 @@ class Evaluation:
         tasks = [(model, i) for model in self.models for i in range(len(pairs))]
         place, found = ranks.join(), []
         mine = tasks[place.process_index :: place.num_processes]
-        for model, i in tqdm(mine, unit="pair", desc="latents", disable=True if place.process_index else None):
+        for model, i in tqdm(
+            mine, unit="pair", desc="latents", disable=True if place.process_index else None
+        ):
             study = latent_studies.Study(model.vae, moments[model.name], self.tools.lpips, seed)
             pair = [(number, self._for_study(number, model)) for number in pairs[i]]
             found.append((model.name, i, study.of_pair(pair)))

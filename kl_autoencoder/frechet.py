@@ -71,7 +71,7 @@ def inception(device: torch.device) -> Features:
         except (OSError, RuntimeError) as error:  # a URLError is an OSError; a RuntimeError is a wrong hash
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise FileNotFoundError(
-                f"Inception weights: no {path.name} in {path.parent}, nor could it be downloaded ({reason}); "
+                f"the Inception weights are not in {path.parent} and could not be downloaded ({reason}); "
                 f"put {URL_INCEPTION_V3} there"
             ) from None
     read_tensors(path)  # torch-fidelity would run what a pickle says; this one refuses all but tensors

@@ -1,4 +1,4 @@
-"""What latents are like over a set of images: moments of each channel, their correlation, logvar, power spectrum."""
+"""What latents are like over a set of images: moments of channels, correlation, logvar, power spectrum."""
 
 from typing import Any
 
@@ -41,17 +41,18 @@ class SpectrumSum:
 
     def summary(self) -> dict[str, Any]:
         """`frequency` (of Nyquist), `power` with mean 1 (white noise is 1 everywhere), `slope` of log power over
-        log frequency, and the `high_frequency_share`: the power above half of Nyquist. None where nothing is."""
+        log frequency, and the `high_frequency_share`: the power above half of Nyquist. Frequencies without power are
+        left out."""
         centres = (SPECTRUM_EDGES[1:] + SPECTRUM_EDGES[:-1]) / 2
-        seen = (self.count > 0) & (self.power > 0)
+        seen = (self.count > 0) & (self.power > 0)  # small latents have nothing in the lowest frequencies
         total = self.power.sum()
         if seen.sum() < 2:
-            return {"frequency": centres.tolist(), "power": None, "slope": None, "high_frequency_share": None}
-        power = self.power / np.maximum(self.count, 1) * (self.count.sum() / total)
+            return {"frequency": [], "power": [], "slope": None, "high_frequency_share": None}
+        power = self.power[seen] / self.count[seen] * (self.count.sum() / total)
         return {
-            "frequency": centres.tolist(),
+            "frequency": centres[seen].tolist(),
             "power": power.tolist(),
-            "slope": float(np.polyfit(np.log(centres[seen]), np.log(power[seen]), 1)[0]),
+            "slope": float(np.polyfit(np.log(centres[seen]), np.log(power), 1)[0]),
             "high_frequency_share": float(self.power[centres > 0.5].sum() / total),
         }
 

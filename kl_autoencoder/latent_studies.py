@@ -5,6 +5,7 @@ Each study looks at few images, since each costs a dozen passes through the netw
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,9 @@ class Study:
         cases = [(number, image, z) for (number, image), z in zip(pair, latents, strict=True)]
         found = {
             "noise": [self.noise(number, image, z) for number, image, z in cases],
-            "eight_bits": [self._psnr(rounded_to_8_bits(z), image) for _, image, z in cases],
+            "eight_bits": [
+                _capped(psnr(self._decode(rounded_to_8_bits(z)).cpu(), image)) for _, image, z in cases
+            ],
             "equivariance": [self.equivariance(image, z) for _, image, z in cases],
             "histogram": [self.histogram(z) for z in latents],
             "path": [],
@@ -56,16 +59,21 @@ class Study:
             found["path"].append(self.path(*latents))
         return found
 
-    def noise(self, number: int, image: Tensor, z: Tensor) -> list[float]:
-        """PSNR of what is decoded from z + sigma e, for each of `SIGMAS`; e is the same for every sigma."""
+    def noise(self, number: int, image: Tensor, z: Tensor) -> list[tuple[float, float]]:
+        """PSNR of what is decoded from z + sigma e, for each of `SIGMAS`; e is the same for every sigma.
+
+        Against the image, and against what is decoded from z: where a model is far from the image, the first
+        hardly moves.
+        """
         generator = torch.Generator().manual_seed(self.seed + number)
         e = torch.randn(z.shape, generator=generator).to(z.device) * self.spread
-        return [self._psnr(z + sigma * e, image) for sigma in SIGMAS]
+        decoded = [self._decode(z + sigma * e).cpu() for sigma in SIGMAS]
+        return [(_capped(psnr(one, image)), _capped(psnr(one, decoded[0]))) for one in decoded]
 
     def path(self, a: Tensor, b: Tensor) -> list[float]:
         """LPIPS of each of `STEPS` equal steps on the straight line from a to b, and of its two ends."""
         frames = [self._decode(a + (b - a) * k / STEPS) for k in range(STEPS + 1)]
-        pairs = [*zip(frames, frames[1:], strict=False), (frames[0], frames[-1])]
+        pairs = [*pairwise(frames), (frames[0], frames[-1])]
         return [float(self.lpips(y, x)) for x, y in pairs]
 
     def equivariance(self, image: Tensor, z: Tensor) -> list[tuple[float, float]]:
@@ -92,9 +100,6 @@ class Study:
     def _decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z.to(self.vae.dtype)).sample.float().nan_to_num(-1.0).clamp(-1, 1)
 
-    def _psnr(self, z: Tensor, image: Tensor) -> float:
-        return _capped(psnr(self._decode(z).cpu(), image))
-
 
 def rounded_to_8_bits(z: Tensor) -> Tensor:
     """Latents (B, C, h, w) as 256 levels hold them, from the least to the largest value of each channel."""
@@ -106,15 +111,19 @@ def rounded_to_8_bits(z: Tensor) -> Tensor:
 def summary(found: list[dict[str, list]]) -> dict[str, Any]:
     """The means over what `Study.of_pair` found, in the order of the images, ready for JSON."""
     together = {name: [entry for one in found for entry in one[name]] for name in found[0]}
-    noise = np.array(together["noise"])
+    noise = np.array(together["noise"]).mean(axis=0)  # (sigmas, 2)
     equivariance = np.array(together["equivariance"]).mean(axis=0)
     names = ("latent_error", "image_psnr")
     result = {
-        "images": len(noise),
-        "noise": {"sigma": list(SIGMAS), "psnr": noise.mean(axis=0).tolist()},
+        "images": len(together["noise"]),
+        "noise": {
+            "sigma": list(SIGMAS),
+            "psnr": noise[:, 0].tolist(),
+            "psnr_to_noiseless": [None, *noise[1:, 1].tolist()],
+        },
         "eight_bit_latents": {
             "psnr": float(np.mean(together["eight_bits"])),
-            "psnr_unrounded": float(noise[:, 0].mean()),
+            "psnr_unrounded": float(noise[0, 0]),
         },
         "equivariance": {
             transform: dict(zip(names, map(float, values), strict=True))

@@ -1,6 +1,7 @@
 """The numbered images of a source, each always the same pixels: what models are compared on."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,7 +26,12 @@ class Photographs:
     """
 
     def __init__(
-        self, source: str, size: int | None, column: str = "image", split: str = "validation", limit: int | None = None
+        self,
+        source: str,
+        size: int | None,
+        column: str = "image",
+        split: str = "validation",
+        limit: int | None = None,
     ):
         if size is not None and size < SMALLEST:
             raise ValueError(f"--size: {size}; allowed: native, or a number from {SMALLEST} on")
@@ -39,7 +45,9 @@ class Photographs:
         """How photographs become the images that are compared."""
         if self.size is None:
             return "every pixel as it is"
-        return f"short side scaled to {self.size} (bicubic, antialiased), centre {self.size}x{self.size} cropped"
+        return (
+            f"short side scaled to {self.size} (bicubic, antialiased), centre {self.size}x{self.size} cropped"
+        )
 
     def __getitem__(self, number: int) -> Photograph:
         """ValueError or OSError if it cannot be read or is too small."""
@@ -48,12 +56,19 @@ class Photographs:
     def at(self, number: int, size: int | None) -> Photograph:
         """Photograph `number`, by the same rule at another size."""
         record = self.records[number][self.column]
-        name = record_name(record, f"row {number}")
+        name = self._name(record, number)
         image = load_image(open_image(encoded_file(record, name)), size, multiple_of=1)
         if min(image.shape[2:]) < SMALLEST:
             height, width = image.shape[2:]
             raise ValueError(f"{name}: {width}x{height} pixels; allowed: {SMALLEST} a side and more")
         return Photograph(number, name, image)
+
+    def _name(self, record: dict, number: int) -> str:
+        """Its path in the folder that it is from, if it is from one."""
+        path, folder = (record or {}).get("path"), Path(self.source).expanduser()
+        if path and Path(path).is_relative_to(folder):
+            return Path(path).relative_to(folder).as_posix()
+        return record_name(record, f"row {number}")
 
     def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Photograph]]:
         """Every `ranks`-th batch from number `rank` on. What cannot be used is left out and noted in `skipped`.

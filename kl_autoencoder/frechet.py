@@ -1,7 +1,7 @@
 """The Frechet distance between two sets of images (Heusel et al. 2017, eq. 6), on the features of a network.
 
-The rFID of the literature is the one on Inception's features, with the weights, the resizing and the formula of
-torch-fidelity, which are those of the original TensorFlow code.
+The rFID of the literature is the one on Inception's features, with the weights and the resizing of torch-fidelity,
+which are those of the original TensorFlow code.
 """
 
 import socket
@@ -42,20 +42,26 @@ class FeatureSums:
         total.products = self.products + other.products
         return total
 
-    def statistics(self) -> dict[str, np.ndarray]:
-        """Mean and covariance (divided by n - 1), as torch-fidelity calls them."""
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and covariance (D, D), divided by n - 1."""
         mean = self.sum / self.count
-        covariance = (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
-        return {"mu": mean, "sigma": covariance}
+        return mean, (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
 
 
 def frechet_distance(a: FeatureSums, b: FeatureSums) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). ValueError for fewer than two images."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). ValueError for fewer than two images.
 
+    With S_a = R R^T the eigenvalues of S_a S_b are those of R^T S_b R, which is symmetric: seconds for 2048
+    features, where those of the product itself, as torch-fidelity takes them, are minutes on one core.
+    """
     if min(a.count, b.count) < 2:
         raise ValueError(f"Frechet distance: {a.count} and {b.count} images; allowed: at least 2 each")
-    return fid_statistics_to_metric(a.statistics(), b.statistics(), verbose=False)[KEY_METRIC_FID]
+    (mean_a, covariance_a), (mean_b, covariance_b) = a.statistics(), b.statistics()
+    values, vectors = np.linalg.eigh(covariance_a)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    product = np.linalg.eigvalsh(root.T @ covariance_b @ root)
+    trace = np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(np.maximum(product, 0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + trace)
 
 
 def inception(device: torch.device) -> Features:

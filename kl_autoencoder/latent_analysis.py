@@ -41,7 +41,7 @@ class SpectrumSum:
 
     def summary(self) -> dict[str, Any]:
         """`frequency` (of Nyquist), `power` with mean 1 (white noise is 1 everywhere), `slope` of log power over
-        log frequency, and the `high_frequency_share`: the power above half of Nyquist. Frequencies without power are
+        log frequency, and `high_frequency_share`, the power above half of Nyquist. Frequencies without power are
         left out."""
         centres = (SPECTRUM_EDGES[1:] + SPECTRUM_EDGES[:-1]) / 2
         seen = (self.count > 0) & (self.power > 0)  # small latents have nothing in the lowest frequencies

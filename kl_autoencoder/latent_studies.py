@@ -44,22 +44,22 @@ class Study:
     @torch.inference_mode()
     def of_pair(self, pair: list[tuple[int, Tensor]]) -> dict[str, list]:
         """(number, image) of one or two images -> what each study found, an entry an image, or of `path` a pair."""
-        latents = [self._encode(image) for _, image in pair]
-        cases = [(number, image, z) for (number, image), z in zip(pair, latents, strict=True)]
-        found = {
-            "noise": [self.noise(number, image, z) for number, image, z in cases],
-            "eight_bits": [
-                _capped(psnr(self._decode(rounded_to_8_bits(z)).cpu(), image)) for _, image, z in cases
-            ],
-            "equivariance": [self.equivariance(image, z) for _, image, z in cases],
-            "histogram": [self.histogram(z) for z in latents],
-            "path": [],
-        }
-        if len(latents) == 2 and self.lpips is not None:
-            found["path"].append(self.path(*latents))
+        found = {name: [] for name in ("noise", "eight_bits", "equivariance", "histogram", "path")}
+        ends = []
+        for number, image in pair:
+            image = image.to(self.vae.device)
+            z = self._encode(image)
+            decoded = self._decode(z)
+            found["noise"].append(self.noise(number, image, z, decoded))
+            found["eight_bits"].append(_capped(psnr(self._decode(rounded_to_8_bits(z)), image)))
+            found["equivariance"].append(self.equivariance(image, z, decoded))
+            found["histogram"].append(self.histogram(z))
+            ends.append((z, decoded))
+        if len(ends) == 2 and self.lpips is not None:
+            found["path"].append(self.path(*ends))
         return found
 
-    def noise(self, number: int, image: Tensor, z: Tensor) -> list[tuple[float, float]]:
+    def noise(self, number: int, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float]]:
         """PSNR of what is decoded from z + sigma e, for each of `SIGMAS`; e is the same for every sigma.
 
         Against the image, and against what is decoded from z: where a model is far from the image, the first
@@ -67,20 +67,21 @@ class Study:
         """
         generator = torch.Generator().manual_seed(self.seed + number)
         e = torch.randn(z.shape, generator=generator).to(z.device) * self.spread
-        decoded = [self._decode(z + sigma * e).cpu() for sigma in SIGMAS]
-        return [(_capped(psnr(one, image)), _capped(psnr(one, decoded[0]))) for one in decoded]
+        noisy = [decoded, *(self._decode(z + sigma * e) for sigma in SIGMAS[1:])]
+        return [(_capped(psnr(one, image)), _capped(psnr(one, decoded))) for one in noisy]
 
-    def path(self, a: Tensor, b: Tensor) -> list[float]:
-        """LPIPS of each of `STEPS` equal steps on the straight line from a to b, and of its two ends."""
-        frames = [self._decode(a + (b - a) * k / STEPS) for k in range(STEPS + 1)]
+    def path(self, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> list[float]:
+        """(latents, decoded) of two images -> LPIPS of each of `STEPS` equal steps on the straight line between
+        the latents, and of its two ends."""
+        (a, first), (b, last) = start, end
+        frames = [first, *(self._decode(a + (b - a) * k / STEPS) for k in range(1, STEPS)), last]
         pairs = [*pairwise(frames), (frames[0], frames[-1])]
         return [float(self.lpips(y, x)) for x, y in pairs]
 
-    def equivariance(self, image: Tensor, z: Tensor) -> list[tuple[float, float]]:
+    def equivariance(self, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float]]:
         """For each of `TRANSFORMS` T: the error of E(T x) against T E(x), as a share of the latents' deviation;
         and the PSNR of D(T z) against T D(z)."""
         results = []
-        decoded = self._decode(z)
         for transform in TRANSFORMS.values():
             expected = transform(z)
             error = (self._encode(transform(image)) - expected).square().mean().sqrt() / self.spread
@@ -95,7 +96,7 @@ class Study:
         return np.histogram(values, HISTOGRAM_EDGES)[0]
 
     def _encode(self, image: Tensor) -> Tensor:
-        return self.vae.encode(image.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        return self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float()
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z.to(self.vae.dtype)).sample.float().nan_to_num(-1.0).clamp(-1, 1)

@@ -141,11 +141,11 @@ def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Itera
                     "label": f"{row.name} {row.detail if many_types else row.latents or ''}".strip()
                     if row.kind == "model"
                     else row.name,
-                    "values": "  ".join(
-                        f"{c.label} {c.text(values[c.key])}{' ' + c.unit if c.unit else ''}"
+                    "values": [  # with spaces that do not break
+                        f"{c.label} {c.text(values[c.key])} {c.unit}".strip().replace(" ", "\u00a0")
                         for c in COLUMNS
                         if c.key in ("psnr", "ssim", "lpips") and c.key in values
-                    ),
+                    ],
                     "source": _embedded(as_saved(reproduction.images)),
                 }
             )

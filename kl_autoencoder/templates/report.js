@@ -121,7 +121,7 @@ function viewer(figure) {
       over.src = choice.source;
       over.alt = choice.label;
       tag.textContent = error ? "error ×4" : choice.label;
-      values.textContent = choice.values;
+      values.textContent = choice.values.join("  ");
       stage.classList.toggle("error", error);
       draw();
     },

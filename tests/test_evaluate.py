@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kl_autoencoder import KLAutoencoder
@@ -16,52 +15,8 @@ from kl_autoencoder.candidates import Model, short_names
 from kl_autoencoder.cli import main
 from kl_autoencoder.images import load_image, tensor_to_images
 from kl_autoencoder.photographs import Photographs
-from tests.conftest import backbone_missing
+from tests.evaluated import NET, SIZE, evaluate
 from tests.processes import finish, start_ranks
-
-SIZE = 168  # the least multiple of 8 that MS-SSIM takes
-NET = next((net for net in ("alex", "squeeze") if not backbone_missing(net)), None)
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Two small models of different shapes, untrained."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, (name, levels, channels) in enumerate((("first", 4, 4), ("second", 3, 2))):
-        torch.manual_seed(seed)
-        vae = KLAutoencoder(block_out_channels=(8,) * levels, norm_num_groups=4, latent_channels=channels)
-        vae.save_pretrained(folder / name / "export")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """Five photographs of different shapes, and a file that is none."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i, name in enumerate(("astronaut", "chelsea", "coffee", "rocket", "cat")):
-        Image.fromarray(getattr(data, name)()[40 : 240 + 10 * i, 60 : 320 - 10 * i]).save(
-            folder / f"{name}.png"
-        )
-    (folder / "broken.png").write_bytes(b"no picture")
-    return folder
-
-
-def evaluate(models, photos, output, *more):
-    paths = [models / name for name in ("first", "second")]
-    return main(
-        [
-            "evaluate", *(f"--model={path}" for path in paths), "--data", str(photos), "--size", str(SIZE),
-            "-o", str(output), "--study-images", "2", "--batch-size", "2", "--lpips", NET or "alex", *more,
-        ]
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def report(models, photos, tmp_path_factory):
-    """The folder that one process wrote, with all images."""
-    output = tmp_path_factory.mktemp("report") / "report"
-    assert evaluate(models, photos, output, "--save-images") == 0
-    return output
 
 
 @pytest.fixture
@@ -109,19 +64,21 @@ def test_means_and_deviations_are_those_of_the_rows(metrics, rows):
             assert found["std"] == pytest.approx(np.std(values, ddof=1))
 
 
-def test_what_is_measured_on(report, metrics, rows, photos):
+def test_what_is_measured_on(report, metrics, rows, five_photos):
     assert [skipped["number"] for skipped in metrics["data"]["skipped"]] == [1]
     assert "broken.png" in metrics["data"]["skipped"][0]["reason"]
-    assert [row["name"] for row in rows] == [p.name for p in sorted(photos.iterdir()) if p.stem != "broken"]
+    assert [row["name"] for row in rows] == [
+        p.name for p in sorted(five_photos.iterdir()) if p.stem != "broken"
+    ]
     for row in rows:
-        expected = tensor_to_images(load_image(photos / row["name"], SIZE, multiple_of=1))[0]
+        expected = tensor_to_images(load_image(five_photos / row["name"], SIZE, multiple_of=1))[0]
         written = Image.open(report / "images" / "original" / f"{int(row['number']):06d}.png")
         assert (np.asarray(written) == np.asarray(expected)).all()
 
 
-def test_rows_are_what_they_say(report, metrics, models, photos):
-    vae = KLAutoencoder.from_pretrained(models / "first" / "export")
-    images = load_image(photos / "astronaut.png", SIZE)
+def test_rows_are_what_they_say(report, metrics, two_models, five_photos):
+    vae = KLAutoencoder.from_pretrained(two_models / "first" / "export")
+    images = load_image(five_photos / "astronaut.png", SIZE)
     with torch.inference_mode():
         posterior = vae.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(7 + 0))
@@ -151,9 +108,9 @@ def test_latents_are_in_the_metrics(metrics):
     assert metrics["settings"]["study_images"] == [0, 5]
 
 
-def test_two_processes_find_what_one_finds(models, photos, metrics, tmp_path):
+def test_two_processes_find_what_one_finds(two_models, five_photos, metrics, tmp_path):
     log = tmp_path / "log"
-    codes = finish(*start_ranks(2, log, evaluate, models, photos, tmp_path / "two"))
+    codes = finish(*start_ranks(2, log, evaluate, two_models, five_photos, tmp_path / "two"))
     assert codes == [0, 0], log.read_text()
     same(json.loads((tmp_path / "two" / "metrics.json").read_text()), metrics)
 
@@ -174,8 +131,8 @@ def same(found, expected, place="metrics"):
         assert found == expected, place
 
 
-def test_types_side_by_side_and_broken_values(models, photos, tmp_path, capsys):
-    vae = KLAutoencoder.from_pretrained(models / "second" / "export")
+def test_types_side_by_side_and_broken_values(two_models, five_photos, tmp_path, capsys):
+    vae = KLAutoencoder.from_pretrained(two_models / "second" / "export")
     vae.decoder.conv_out.bias.data[:] = 1e5  # beyond float16, white in the others
     vae.save_pretrained(tmp_path / "model")
     types = ["float32", "bfloat16", "float16"]
@@ -184,7 +141,7 @@ def test_types_side_by_side_and_broken_values(models, photos, tmp_path, capsys):
         "--model",
         str(tmp_path / "model"),
         "--data",
-        str(photos / "cat.png"),
+        str(five_photos / "cat.png"),
         "--size",
         "64",
     ]
@@ -198,9 +155,9 @@ def test_types_side_by_side_and_broken_values(models, photos, tmp_path, capsys):
     assert "model, mode, float16" in capsys.readouterr().out
 
 
-def test_what_is_there_already_stays(report, models, photos, capsys):
+def test_what_is_there_already_stays(report, two_models, five_photos, capsys):
     before = (report / "metrics.json").read_bytes()
-    assert evaluate(models, photos, report) == 2
+    assert evaluate(two_models, five_photos, report) == 2
     assert "metrics.json: exists already; --overwrite" in capsys.readouterr().err
     assert (report / "metrics.json").read_bytes() == before
 
@@ -213,7 +170,7 @@ def test_what_is_there_already_stays(report, models, photos, capsys):
         (["--column", "picture"], "--column: no column 'picture'"),
     ],
 )
-def test_errors_name_the_option(models, tmp_path, capsys, arguments, told):
+def test_errors_name_the_option(two_models, tmp_path, capsys, arguments, told):
     (tmp_path / "data").mkdir()
     parquet = tmp_path / "data" / "a.parquet"
     import datasets
@@ -222,7 +179,7 @@ def test_errors_name_the_option(models, tmp_path, capsys, arguments, told):
     command = [
         "evaluate",
         "--model",
-        str(models / "first"),
+        str(two_models / "first"),
         "--data",
         str(parquet),
         "-o",
@@ -232,21 +189,21 @@ def test_errors_name_the_option(models, tmp_path, capsys, arguments, told):
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_photographs_of_any_size(photos):
-    native = Photographs(str(photos), None)
+def test_photographs_of_any_size(five_photos):
+    native = Photographs(str(five_photos), None)
     batches = list(native.batches(4))
     assert [len(batch) for batch in batches] == [1] * 5 and list(native.skipped) == [1]
-    expected = np.asarray(Image.open(photos / "cat.png").convert("RGB"))
+    expected = np.asarray(Image.open(five_photos / "cat.png").convert("RGB"))
     cat = next(p for (p,) in batches if p.name == "cat.png")
     assert (np.asarray(tensor_to_images(cat.image)[0]) == expected).all()
 
 
-def test_a_photograph_is_in_the_same_batch_on_any_number_of_ranks(photos):
-    alone = [[p.number for p in batch] for batch in Photographs(str(photos), 64).batches(2)]
+def test_a_photograph_is_in_the_same_batch_on_any_number_of_ranks(five_photos):
+    alone = [[p.number for p in batch] for batch in Photographs(str(five_photos), 64).batches(2)]
     shared = [
         [p.number for p in batch]
         for rank in (0, 1)
-        for batch in Photographs(str(photos), 64).batches(2, rank, 2)
+        for batch in Photographs(str(five_photos), 64).batches(2, rank, 2)
     ]
     assert sorted(shared) == alone == [[0], [2, 3], [4, 5]]
 

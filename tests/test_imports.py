@@ -24,11 +24,24 @@ LIBRARY = {
     "latents": {"files"},
     "checkpoints": {"files"},
     "ranks": set(),
+    "baselines": {"images"},
+    "photographs": {"images", "sources"},
+    "frechet": {"files", "metrics"},
+    "latent_analysis": {"posterior"},
+    "latent_studies": {"autoencoder", "metrics"},
+    "candidates": {"autoencoder", "baselines", "images", "posterior"},
+    "evaluation": {
+        *("candidates", "frechet", "images", "latent_analysis", "latent_studies", "metrics"),
+        *("photographs", "ranks"),
+    },
+    "plots": set(),
+    "report": {"evaluation", "images", "plots"},
+    "evaluate": {"candidates", "evaluation", "files", "finding", "photographs", "ranks", "report"},
     "autoencoder": {"network", "posterior", "checkpoints", "latents", "inference"},
     "half": {"autoencoder", "network"},
     "half_check": {"autoencoder", "half", "images"},
     "finding": {"autoencoder", "images"},
-    "cli": {"commands"},
+    "cli": {"commands", "ranks"},
 }
 TOP = {"cli", "commands"}  # these sit on top: nobody imports them but one another
 

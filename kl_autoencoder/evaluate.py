@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import ranks, report
 from .candidates import Model, baselines_of, short_names
 from .evaluation import FORMAT, PER_IMAGE, STUDY_SIZE, Evaluation, Instruments
@@ -25,15 +27,17 @@ def run(arguments: argparse.Namespace) -> None:
     refuse_existing([output / name for name in FILES], [], arguments.overwrite)
     names = short_names(arguments.model)
     place = ranks.join(arguments.device)
+    # of several processes each has a device of its own
+    device = place.device if place.num_processes > 1 else torch.device(arguments.device or place.device)
     photographs = Photographs(
         arguments.data, arguments.size, arguments.column, arguments.split, arguments.limit
     )
     models = [
-        Model(name, load_model(given, arguments.device or str(place.device), dtype), arguments.seed)
+        Model(name, load_model(given, str(device), dtype), arguments.seed)
         for name, given in zip(names, arguments.model, strict=True)
         for dtype in dict.fromkeys(arguments.dtype)
     ]
-    tools = Instruments.find(arguments.lpips, place.device, place.is_main_process)
+    tools = Instruments.find(arguments.lpips, device, place.is_main_process)
     evaluation = Evaluation(photographs, [*models, *baselines_of(models)], tools)
     evaluation.measure(arguments.batch_size, output / "images" if arguments.save_images else None)
     latents = evaluation.study(arguments.study_images, arguments.seed)

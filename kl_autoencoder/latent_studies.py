@@ -143,7 +143,8 @@ def summary(found: list[dict[str, list]]) -> dict[str, Any]:
             "pairs": len(paths),
             "lpips_of_steps": steps.mean(axis=0).tolist(),
             "lpips_of_ends": float(ends.mean()),
-            "unevenness": float((steps.max(axis=1) / steps.mean(axis=1)).mean()),
+            # a decoder that makes the same of everything takes no steps
+            "unevenness": float((steps.max(axis=1) / np.maximum(steps.mean(axis=1), 1e-12)).mean()),
         }
     return result
 

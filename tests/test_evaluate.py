@@ -151,7 +151,7 @@ def test_types_side_by_side_and_broken_values(two_models, five_photos, tmp_path,
     assert broken == {"float32": 0, "bfloat16": 0, "float16": 1}
     assert results["model/mode/float32"]["metrics"]["psnr"]["std"] is None  # of one image
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "not finite in 1 image, taken as black" in page
+    assert "not finite in 1 image (NaN is black)" in page
     assert "model, mode, float16" in capsys.readouterr().out
 
 

@@ -9,6 +9,8 @@ function show() {
 }
 document.querySelectorAll(".controls input").forEach((input) => input.addEventListener("change", show));
 show();
+const chosen = document.querySelector("input[name=choice]:checked").parentElement;
+chosen.parentElement.scrollLeft = chosen.offsetLeft;  // where the choices are wider than the screen
 
 // One picture: `split` is the divider's place from 0 to 1; the images are scaled by `zoom` and moved by (x, y) pixels.
 function viewer(figure) {

@@ -1,4 +1,4 @@
-"""kl-autoencoder encode | decode | reconstruct | export | info | fp16-check: what the command line looks like.
+"""kl-autoencoder encode | decode | reconstruct | evaluate | export | info | fp16-check: the command line's looks.
 
 The commands themselves are in commands.py, which is imported when one runs: `--help` answers at once.
 """
@@ -15,10 +15,14 @@ EXAMPLES = """examples:
   kl-autoencoder reconstruct photo.jpg --model runs/quickstart/export -o reconstruction.png --compare
   kl-autoencoder encode photos/ --model stabilityai/sd-vae-ft-mse -o latents.safetensors
   kl-autoencoder decode latents.safetensors -o decoded/
+  kl-autoencoder evaluate --model runs/quickstart --data photos/ --size 256 -o report/
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
   kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
 """
+DTYPES = ["float32", "bfloat16", "float16"]
 MODEL = "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, or a hub id"
+
+ON_RANKS = ("evaluate",)  # commands that several processes share
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         from . import commands
 
+        if argv is None and arguments.command in ON_RANKS:
+            from .ranks import start_all_cpu_processes
+
+            start_all_cpu_processes("kl_autoencoder.cli", sys.argv[1:])
         with _warnings_in_one_line():
             return getattr(commands, arguments.command.replace("-", "_"))(arguments) or 0
     except KeyboardInterrupt:
@@ -95,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _output(sub, "OUT", "a picture, or a folder for several")
 
+    _evaluate(commands)
+
     sub = commands.add_parser("export", help="write a trained model for use elsewhere")
     sub.add_argument("model", metavar="RUN", help=MODEL)
     sub.add_argument("--single-file", action="store_true", help="one .safetensors in LDM layout")
@@ -123,6 +133,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _evaluate(commands) -> None:
+    sub = commands.add_parser(
+        "evaluate",
+        help="measure models on photographs: metrics.json, images.csv and report.html",
+        description="Measures how well models reproduce photographs, beside bicubic, JPEG and WebP, and what their "
+        "latents are like. On several processes with `accelerate launch -m kl_autoencoder.cli evaluate ...`.",
+    )
+    sub.add_argument(
+        "--model", required=True, action="append", metavar="MODEL", help=MODEL + "; may be repeated"
+    )
+    sub.add_argument(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="a folder, parquet or .tar files, or a data set's hub id",
+    )
+    sub.add_argument(
+        "--size",
+        type=_size,
+        default=256,
+        metavar="N",
+        help="scale the short side to N, crop the centre (256), or native",
+    )
+    _output(sub, "FOLDER", "where to write the report")
+    sub.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
+    sub.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="one or more, side by side (float32)"
+    )
+    sub.add_argument("--lpips", choices=["alex", "squeeze", "vgg"], default="alex", help="its network (alex)")
+    sub.add_argument(
+        "--study-images", type=_positive, default=8, metavar="N", help="images for the studies of latents (8)"
+    )
+    sub.add_argument("--save-images", action="store_true", help="write what was measured as PNG files, too")
+    sub.add_argument("--batch-size", type=_positive, default=4, metavar="N", help="images at a time (4)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="of samples and noise; image i draws with seed + i (0)"
+    )
+    sub.add_argument("--column", default="image", help="the column of images in the data (image)")
+    sub.add_argument("--split", default="validation", help="the split of a data set on the hub (validation)")
+    _device(sub)
+
+
 def _photographs(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("photographs", nargs="+", metavar="PHOTO", help="photographs and folders of them")
     sub.add_argument(
@@ -141,12 +193,16 @@ def _device(sub: argparse.ArgumentParser) -> None:
 
 
 def _dtype(sub: argparse.ArgumentParser, default: str | None, help: str) -> None:
-    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default, help=help)
+    sub.add_argument("--dtype", choices=DTYPES, default=default, help=help)
 
 
 def _output(sub: argparse.ArgumentParser, metavar: str, help: str, required: bool = True) -> None:
     sub.add_argument("-o", "--output", required=required, metavar=metavar, help=help)
     sub.add_argument("--overwrite", action="store_true", help="replace what is there already")
+
+
+def _size(text: str) -> int | None:
+    return None if text == "native" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -1,6 +1,6 @@
-"""How alike two images are: PSNR, SSIM and LPIPS, of (B, 3, H, W) tensors in [-1, 1].
+"""How alike two images are: PSNR, SSIM, MS-SSIM and LPIPS, of (B, 3, H, W) tensors in [-1, 1].
 
-PSNR and SSIM are of the images as they would be saved: clamped and rounded to 8 bits.
+All but LPIPS are of the images as they would be saved: clamped and rounded to 8 bits.
 """
 
 import os
@@ -17,6 +17,8 @@ BACKBONES = {  # what torchvision downloads for each net
     "alex": "alexnet-owt-7be5be79.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
+PSNR_OF_EQUALS = 100.0  # dB, where a mean over images is taken: one level in one value of 256x256 gives 101
+MS_SSIM_TOO_SMALL = 160  # pixels: 2^4 of them are one at the fifth scale, where 11 are needed
 
 
 def to_8_bits(images: Tensor) -> Tensor:
@@ -45,6 +47,19 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(
         np.array([structural_similarity(x, y, channel_axis=2, **settings) for x, y in pairs])
     )
+
+
+def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Multi-scale structural similarity at 8 bits (Wang et al. 2003), an image: (B,), float64.
+
+    Five scales, an 11-pixel Gaussian window of deviation 1.5, the mean over the colour channels, as TensorFlow has
+    it. Raises ValueError for images of 160 pixels or less, whose smallest scale would be below the window.
+    """
+    import pytorch_msssim
+
+    if min(a.shape[2:]) <= MS_SSIM_TOO_SMALL:
+        raise ValueError(f"ms_ssim: images of {a.shape[2]}x{a.shape[3]}; allowed: 161x161 and larger")
+    return pytorch_msssim.ms_ssim(to_8_bits(a).float(), to_8_bits(b).float(), size_average=False).double()
 
 
 class LPIPS(nn.Module):

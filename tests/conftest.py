@@ -45,3 +45,43 @@ def photographs(tmp_path_factory):
             y, x = 64 * (i // 4) + 20, 64 * (i % 4) + 100
             Image.fromarray(photo[y : y + 64, x : x + 64]).save(folder / f"{name}-{i:02}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory):
+    """A folder with two small models of different shapes, untrained."""
+    import torch
+
+    from kl_autoencoder import KLAutoencoder
+
+    folder = tmp_path_factory.mktemp("models")
+    for seed, (name, levels, channels) in enumerate((("first", 4, 4), ("second", 3, 2))):
+        torch.manual_seed(seed)
+        vae = KLAutoencoder(block_out_channels=(8,) * levels, norm_num_groups=4, latent_channels=channels)
+        vae.save_pretrained(folder / name / "export")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def five_photos(tmp_path_factory):
+    """A folder of five photographs of different shapes, and a file that is none."""
+    from PIL import Image
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photos")
+    for i, name in enumerate(("astronaut", "chelsea", "coffee", "rocket", "cat")):
+        Image.fromarray(getattr(data, name)()[40 : 240 + 10 * i, 60 : 320 - 10 * i]).save(
+            folder / f"{name}.png"
+        )
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report(two_models, five_photos, tmp_path_factory):
+    """The folder that one process of `evaluate` wrote of them, with all images."""
+    from tests.evaluated import evaluate
+
+    output = tmp_path_factory.mktemp("report") / "report"
+    assert evaluate(two_models, five_photos, output, "--save-images") == 0
+    return output

@@ -1,13 +1,14 @@
-"""PSNR and SSIM against scikit-image, LPIPS against the lpips package."""
+"""PSNR and SSIM against scikit-image, MS-SSIM against its definition, LPIPS against the lpips package."""
 
 import lpips
 import numpy as np
 import pytest
 import torch
+from scipy.signal import fftconvolve
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from kl_autoencoder.metrics import LPIPS, psnr, ssim, to_8_bits
+from kl_autoencoder.metrics import LPIPS, ms_ssim, psnr, ssim, to_8_bits
 
 
 @pytest.fixture
@@ -39,6 +40,33 @@ def test_images_are_rounded_to_8_bits_first():
     flat = torch.zeros(1, 3, 16, 16)
     assert to_8_bits(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
     assert psnr(flat + 1e-4, flat).isinf() and ssim(flat + 1e-4, flat) == 1
+
+
+def test_ms_ssim_is_that_of_wang_2003():
+    photo = torch.from_numpy(data.astronaut()[:178, 100:300].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    noisy = photo + 0.3 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))
+    bell = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.outer(bell, bell) / bell.sum() ** 2
+    channels = []
+    for x, y in zip(*(to_8_bits(i)[0].double().numpy() for i in (noisy, photo)), strict=True):
+        product = 1.0
+        for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+            mx, my, xx, yy, xy = (fftconvolve(a, window, "valid") for a in (x, y, x * x, y * y, x * y))
+            contrast = (2 * (xy - mx * my) + 58.5225) / (xx - mx**2 + yy - my**2 + 58.5225)
+            luminance = (2 * mx * my + 6.5025) / (mx**2 + my**2 + 6.5025) if scale == 4 else 1
+            product *= np.mean(contrast * luminance) ** weight
+            x, y = (_halved(a) for a in (x, y))
+        channels.append(product)
+    assert ms_ssim(noisy, photo).item() == pytest.approx(np.mean(channels), abs=1e-5)
+    with pytest.raises(ValueError, match="160x200; allowed: 161x161"):
+        ms_ssim(photo[:, :, :160], photo[:, :, :160])
+
+
+def _halved(a):
+    """Means of 2x2; an odd side begins with half of its first pixels, as zeros beside them make it."""
+    padded = np.pad(a, [(n % 2, n % 2) for n in a.shape])
+    padded = padded[: padded.shape[0] // 2 * 2, : padded.shape[1] // 2 * 2]
+    return padded.reshape(padded.shape[0] // 2, 2, -1, 2).mean(axis=(1, 3))
 
 
 def test_ssim_refuses_images_below_its_window():

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from kl_autoencoder.files import replacing
 from kl_autoencoder.latents import LatentStatistics
 from kl_autoencoder.metrics import LPIPS
+from kl_autoencoder.ranks import ranks_on_cpus
 
 from . import checkpoint, data, validation
 from .bad_steps import BadSteps
@@ -20,7 +21,7 @@ from .config import Config, to_yaml
 from .engine import Engine
 from .export import export
 from .journal import Journal
-from .launch import StopRequest, hold, ranks_on_cpus
+from .launch import StopRequest, hold
 from .schedules import Schedules
 
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256

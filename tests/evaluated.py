@@ -1,0 +1,17 @@
+"""`evaluate` as the tests of it run it: on two small models and five photographs; the fixtures are in conftest."""
+
+from kl_autoencoder.cli import main
+from tests.conftest import backbone_missing
+
+SIZE = 168  # the least multiple of 8 that MS-SSIM takes
+NET = next((net for net in ("alex", "squeeze") if not backbone_missing(net)), None)
+
+
+def evaluate(models, photos, output, *more):
+    paths = [models / name for name in ("first", "second")]
+    return main(
+        [
+            "evaluate", *(f"--model={path}" for path in paths), "--data", str(photos), "--size", str(SIZE),
+            "-o", str(output), "--study-images", "2", "--batch-size", "2", "--lpips", NET or "alex", *more,
+        ]
+    )  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 PROGRAM = "kl-autoencoder"
 EXAMPLES = """examples:
@@ -18,6 +19,10 @@ EXAMPLES = """examples:
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
   kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
 """
+HOME = {  # of the commands that are not in commands.py
+    **dict.fromkeys(("encode-dataset", "set-scaling"), "dataset_commands"),
+    **dict.fromkeys(("interpolate", "sample", "attribute", "anomaly"), "latent_commands"),
+}
 MODEL = "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, or a hub id"
 
 
@@ -28,10 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        from . import commands
-
+        module = import_module(f".{HOME.get(arguments.command, 'commands')}", __package__)
         with _warnings_in_one_line():
-            return getattr(commands, arguments.command.replace("-", "_"))(arguments) or 0
+            return getattr(module, arguments.command.replace("-", "_"))(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -120,7 +124,54 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fix", action="store_true", help="write the same model, rescaled to be safe, to -o")
     _device(sub)
     _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
+    _dataset_commands(commands)
     return parser
+
+
+def _dataset_commands(commands) -> None:
+    sub = commands.add_parser(
+        "encode-dataset",
+        help="a data set to latents for diffusion training",
+        description="Encodes a source of photographs into shards of parquet. Running the same command again "
+        "continues, also on another number of ranks (accelerate launch, torchrun, srun, or by hand).",
+    )
+    _model(sub)
+    sub.add_argument(
+        "--data", required=True, metavar="SOURCE", help="a folder, parquet or webdataset files, a hub id"
+    )
+    sub.add_argument("--size", type=_positive, required=True, metavar="N", help="of the crops, N x N pixels")
+    sub.add_argument(
+        "--crop", choices=["centre", "random", "buckets"], default="centre",
+        help="which part; buckets: sizes of about N x N pixels by aspect ratio, as SDXL's (centre)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--content", choices=["moments", "sample", "mode"], default="moments",
+        help="mean and logvar of the posterior, a draw from it, or its mode (moments)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--store", dest="stored_as", choices=["float16", "bfloat16", "float32"], default="float16",
+        help="store in this type (float16)",
+    )  # fmt: skip
+    sub.add_argument("--flip", action="store_true", help="the mirrored photographs' latents too")
+    sub.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to take along")
+    sub.add_argument("--image-column", default="image", metavar="COLUMN", help="with the photographs (image)")
+    sub.add_argument("--split", default="train", help="of a hub or saved data set (train)")
+    sub.add_argument("--seed", type=int, default=0, help="of random crops and samples (0)")
+    sub.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="photographs at once (16)")
+    sub.add_argument(
+        "--shard-rows", type=_positive, default=512, metavar="N", help="photographs a shard (512)"
+    )
+    sub.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read, a rank (2)")
+    sub.add_argument("-o", "--output", required=True, metavar="OUT", help="a folder of its own")
+
+    sub = commands.add_parser("set-scaling", help="the statistics of encode-dataset into the model's config")
+    sub.add_argument(
+        "model", metavar="MODEL", help="the folder of the model that encoded, or its training run"
+    )
+    sub.add_argument("--from", dest="latents", required=True, metavar="OUT", help="what encode-dataset wrote")
+    sub.add_argument(
+        "--per-channel", action="store_true", help="a mean and a std for each channel, instead of one for all"
+    )
 
 
 def _photographs(sub: argparse.ArgumentParser) -> None:

@@ -1,47 +1,17 @@
-"""What accelerate leaves out: several processes on the CPUs of one machine, requests to stop, one run a folder."""
+"""What accelerate leaves out of a run: that there are ranks on CPUs, requests to stop, one run a folder."""
 
-import ctypes
 import fcntl
 import os
 import signal
-import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-import psutil
 import torch
 
-OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+from kl_autoencoder.launching import launched
+
 PATIENCE = 60  # seconds that a run which is on its way out may still hold its folder
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def start_all_cpu_processes(module: str, arguments: list[str]) -> None:
-    """Become N processes of `python -m module` if this is the only one of `accelerate launch --cpu -n N`.
-
-    On CPUs accelerate starts a single process whatever `--num_processes` says, expecting mpirun to have started
-    the rest; a run then trains on one rank and says nothing. Torch's launcher starts them here instead. Returns,
-    having done nothing, wherever the number of processes is already right.
-    """
-    alone = "MASTER_PORT" in os.environ and not any(name in os.environ for name in OTHER_LAUNCHERS)
-    if not alone or os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
-        return
-    processes = _asked_for(psutil.Process().parent().cmdline())
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *arguments])
-
-
-def _asked_for(command: list[str]) -> int:
-    """The --num_processes of an accelerate command line."""
-    words = [word for part in command for word in part.split("=", 1)]
-    for flag, value in pairwise(words):
-        if flag in ("--num_processes", "--num-processes") and value.isdigit():
-            return int(value)
-    return 1
 
 
 def ranks_on_cpus() -> bool:
@@ -50,20 +20,6 @@ def ranks_on_cpus() -> bool:
     accelerate must be told: else each process that torchrun started on CPUs is a run of its own in the one folder.
     """
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-
-
-def launched() -> bool:
-    """Whether accelerate or torchrun started this process."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def end_with_the_launcher() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies (Linux).
-
-    accelerate passes no signal on: killed, it would leave a run behind that nobody sees and that goes on writing.
-    """
-    if launched() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def hold(folder: Path, say, patience: float = PATIENCE) -> IO:

@@ -67,11 +67,10 @@ class EncodeSettings:
         """The columns of the result."""
         value, sequence = datasets.Value, datasets.Sequence
         own = {
-            "row": value("int64"),  # of the source
-            "source": value("string"),
-            "height": value("int32"),  # of the photograph, in pixels
-            "width": value("int32"),
-            "crop": sequence(value("float32"), length=4),  # left, top, right, bottom, in its pixels
+            "row": value("int64"),  # its number in the source
+            "source_id": value("string"),  # the file's path where there is one
+            "original_size": sequence(value("int32"), length=2),  # height, width in pixels
+            "crop_box": sequence(value("float32"), length=4),  # left, top, right, bottom, in those pixels
             "flipped": value("bool"),
             "shape": sequence(value("int32"), length=3),
             "dtype": value("string"),
@@ -161,7 +160,7 @@ class Once:
 
 
 class Photographs(Dataset):
-    """(shard, row) -> {"shard", "row", "source", "part", "kept"}, or {..., "reason"} why there is none."""
+    """(shard, row) -> {"shard", "row", "source_id", "part", "kept"}, or {..., "reason"} why there is none."""
 
     def __init__(self, photographs: datasets.Dataset, column: str, targets: list, settings: EncodeSettings):
         self.photographs, self.column, self.targets, self.settings = photographs, column, targets, settings
@@ -170,7 +169,7 @@ class Photographs(Dataset):
         shard, row = place
         record = self.photographs[row]
         name = (record[self.column] or {}).get("path") or f"row {row}"
-        loaded = {"shard": shard, "row": row, "source": name}
+        loaded = {"shard": shard, "row": row, "source_id": name}
         rng = random_of(self.settings.seed, row, "crop") if self.settings.crop == "random" else None
         try:
             part = read_part(encoded_file(record[self.column], name), self.targets, rng)
@@ -200,7 +199,7 @@ class BatchEncoder:
         for loaded, finite in zip(batch, stored.isfinite().flatten(1).all(1), strict=True):
             if not finite:
                 raise ValueError(
-                    f"{loaded['source']}: its latents are not finite in {self.settings.dtype} stored as "
+                    f"{loaded['source_id']}: its latents are not finite in {self.settings.dtype} stored as "
                     f"{self.settings.stored_as}; try float32"
                 )
         self.count(stored)
@@ -241,10 +240,9 @@ class BatchEncoder:
         part: Part = loaded["part"]
         return {
             "row": loaded["row"],
-            "source": loaded["source"],
-            "height": part.size[0],
-            "width": part.size[1],
-            "crop": part.box,
+            "source_id": loaded["source_id"],
+            "original_size": part.size,
+            "crop_box": part.box,
             "flipped": flipped,
             "shape": list(z.shape),
             "dtype": self.settings.stored_as,
@@ -264,7 +262,7 @@ def encode_shard(photographs: Iterable[dict], encoder: BatchEncoder) -> tuple[li
 
     for loaded in photographs:
         if "reason" in loaded:
-            skipped.append((loaded["row"], loaded["source"], loaded["reason"]))
+            skipped.append((loaded["row"], loaded["source_id"], loaded["reason"]))
             continue
         shape = loaded["part"].pixels.shape
         waiting.setdefault(shape, []).append(loaded)

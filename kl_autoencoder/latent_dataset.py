@@ -15,15 +15,15 @@ from .latents import SCALING_KEYS, scale
 from .posterior import DiagonalGaussian
 from .shards import read_manifest
 
-PLAIN = ("row", "source", "flipped")  # columns that are passed on as they are
+PLAIN = ("row", "source_id", "flipped")  # columns that are passed on as they are
 
 
 class LatentDataset(Dataset):
-    """`dataset[i]` -> {"latents": (C, h, w) float32, scaled, "size": (H, W) of the photograph, "crop": ..., ...}.
+    """`dataset[i]` -> {"latents": (C, h, w) float32, scaled, "original_size": (H, W), ...}.
 
     Where moments are stored, the latents are a draw from them, another one in each epoch: a function of the seed,
-    the epoch and i. `set_epoch` reaches the workers of a loader that are running already. "crop" is (left, top,
-    right, bottom) in pixels of the photograph; "row", "source", "flipped" and the columns kept are as they are in
+    the epoch and i. `set_epoch` reaches the workers of a loader that are running already. "crop_box" is (left, top,
+    right, bottom) in pixels of the photograph; "row", "source_id", "flipped" and the columns kept are as they are in
     the files. Latents of buckets differ in shape: `DataLoader(dataset, batch_sampler=SameShape(dataset, 16))`.
 
     Args:
@@ -60,8 +60,8 @@ class LatentDataset(Dataset):
             stored = DiagonalGaussian(stored).sample(torch.Generator().manual_seed(int(seed[0])))
         return {
             "latents": scale(stored, self.config)[0],
-            "size": torch.tensor([row["height"], row["width"]]),
-            "crop": torch.tensor(row["crop"]),
+            "original_size": torch.tensor(row["original_size"]),
+            "crop_box": torch.tensor(row["crop_box"]),
             **{key: row[key] for key in (*PLAIN, *self.kept)},
         }
 

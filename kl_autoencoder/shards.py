@@ -105,12 +105,12 @@ class ShardFolder:
             )
 
     def finish(self, result: dict, skipped: Sequence[Sequence]) -> dict:
-        """Add `result` to the manifest and list what was skipped: (row, source, reason). Returns the manifest."""
+        """Add `result` to the manifest and list what was skipped: (row, source_id, reason). Returns the manifest."""
         with self._held(self.count):
             for left_by_the_killed in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):
                 left_by_the_killed.unlink(missing_ok=True)
             with replacing(self.folder / SKIPPED) as temporary, temporary.open("w", newline="") as file:
-                csv.writer(file).writerows([("row", "source", "reason"), *skipped])
+                csv.writer(file).writerows([("row", "source_id", "reason"), *skipped])
             manifest = {**json.loads((self.folder / MANIFEST).read_text()), **result}
             _write_json(self.folder / MANIFEST, manifest)
         return manifest

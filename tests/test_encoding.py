@@ -92,15 +92,15 @@ def test_every_row_is_what_the_model_says(model, parquet, undisturbed):
     for row in rows:
         photo = open_image(io.BytesIO(source[row["row"]]["image"]["bytes"]))
         height, width = 4 * row["shape"][1], 4 * row["shape"][2]
-        images = load_image(photo, (height, width))
+        images = load_image(photo, (height, width), multiple_of=1)
         images = images.flip(-1) if row["flipped"] else images
         posterior = vae.encode(images).latent_dist
         moments = torch.cat([posterior.mean, posterior.logvar], 1)[0]
         assert torch.allclose(stored_latents(row, "moments").float(), moments, rtol=1e-3, atol=1e-3)
-        assert (row["width"], row["height"]) == photo.size
-        assert (row["source"], row["dtype"]) == (f"row {row['row']}", "float16")
+        assert row["original_size"] == [photo.height, photo.width]
+        assert (row["source_id"], row["dtype"]) == (f"row {row['row']}", "float16")
         assert (row["caption"], row["kind"]) == (CAPTIONS[row["row"] % 3], row["row"] % 2)
-        left, top, right, bottom = row["crop"]
+        left, top, right, bottom = row["crop_box"]
         assert left == pytest.approx(photo.width - right, abs=1e-3)
         assert top == pytest.approx(photo.height - bottom, abs=1e-3)
         assert (right - left) / (bottom - top) == pytest.approx(width / height, rel=1e-3)
@@ -111,7 +111,7 @@ def test_what_is_skipped_is_counted_and_listed(undisturbed):
     manifest = json.loads((undisturbed / "manifest.json").read_text())
     assert manifest["skipped"] == {"too small": 4, "unreadable": 1}
     lines = (undisturbed / "skipped.csv").read_text().splitlines()
-    assert lines[0] == "row,source,reason" and lines[1].startswith("5,row 5,unreadable: ")
+    assert lines[0] == "row,source_id,reason" and lines[1].startswith("5,row 5,unreadable: ")
     assert [line.split(",")[0] for line in lines[2:]] == ["8", "9", "10", "11"]
     assert lines[2] == '8,row 8,"too small: 200x10 pixels, too small for 64x16"'
     assert [path.name for path in (undisturbed / "empty").iterdir()] == ["train-00002-of-00007.parquet"]
@@ -254,7 +254,7 @@ def test_random_crops_are_the_seeds(model, photographs, tmp_path):
     for seed in ("0", "1"):
         Image.fromarray(data.coffee()).save(tmp_path / "wide.png")
         assert encode(model, tmp_path / "*.png", tmp_path / seed, "--crop", "random", "--seed", seed) == 0
-        crops[seed] = rows_of(tmp_path / seed)[0]["crop"]
+        crops[seed] = rows_of(tmp_path / seed)[0]["crop_box"]
     assert crops["0"] != crops["1"] and crops["0"][3] - crops["0"][1] == 400
 
 

@@ -23,8 +23,8 @@ class LatentDataset(Dataset):
 
     Where moments are stored, the latents are a draw from them, another one in each epoch: a function of the seed,
     the epoch and i. `set_epoch` reaches the workers of a loader that are running already. "crop_box" is (left, top,
-    right, bottom) in pixels of the photograph; "row", "source_id", "flipped" and the columns kept are as they are in
-    the files. Latents of buckets differ in shape: `DataLoader(dataset, batch_sampler=SameShape(dataset, 16))`.
+    right, bottom) in pixels of the photograph; "row", "source_id", "flipped" and the columns kept are as they are
+    in the files. Latents of buckets differ in shape: `DataLoader(dataset, batch_sampler=SameShape(dataset, 16))`.
 
     Args:
         folder: the output of `encode-dataset`.

@@ -105,7 +105,7 @@ class ShardFolder:
             )
 
     def finish(self, result: dict, skipped: Sequence[Sequence]) -> dict:
-        """Add `result` to the manifest and list what was skipped: (row, source_id, reason). Returns the manifest."""
+        """Add `result` to the manifest, list what was `skipped` (row, source_id, reason); returns the manifest."""
         with self._held(self.count):
             for left_by_the_killed in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):
                 left_by_the_killed.unlink(missing_ok=True)

@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _device(sub)
     _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
     _dataset_commands(commands)
+    _latent_commands(commands)
     return parser
 
 
@@ -172,6 +173,55 @@ def _dataset_commands(commands) -> None:
     sub.add_argument(
         "--per-channel", action="store_true", help="a mean and a std for each channel, instead of one for all"
     )
+
+
+def _latent_commands(commands) -> None:
+    size = {"type": _positive, "metavar": "N"}
+
+    sub = commands.add_parser("interpolate", help="a strip of pictures between two photographs")
+    sub.add_argument("a", metavar="A", help="a photograph")
+    sub.add_argument("b", metavar="B", help="another, which is cropped to the size of A")
+    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    sub.add_argument("--steps", type=int, default=8, metavar="N", help="pictures, A and B included (8)")
+    sub.add_argument("--spherical", action="store_true", help="along an arc, which keeps the latents' norm")
+    sub.add_argument("--size", **size, help="crop both to squares of N x N")
+    _device(sub)
+    _output(sub, "STRIP.png", "a picture")
+
+    sub = commands.add_parser(
+        "sample", help="decoded draws from the prior, or from a Gaussian fitted to data"
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL)
+    sub.add_argument("--data", metavar="SOURCE", help="photographs for --fit: a folder, parquet, a hub id")
+    sub.add_argument(
+        "--fit", choices=["channel", "position"], help="a mean and variance for each channel or value"
+    )
+    sub.add_argument("--size", **size, help="of the pictures (what the model is made for)")
+    sub.add_argument("--grid", type=_positive, default=4, metavar="N", help="N x N draws (4)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    _device(sub)
+    _output(sub, "GRID.png", "a picture")
+
+    sub = commands.add_parser("attribute", help="add to a photograph what two sets of photographs differ by")
+    sub.add_argument("photograph", metavar="PHOTO", help="the photograph to change")
+    sub.add_argument("--plus", required=True, metavar="SOURCE", help="photographs with the attribute")
+    sub.add_argument("--minus", required=True, metavar="SOURCE", help="photographs without it")
+    sub.add_argument(
+        "--strength", type=float, nargs="+", default=[0.0, 1.0], help="how often to add it (0 1)"
+    )
+    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    sub.add_argument("--size", **size, help="crop all to squares of N x N (what the model is made for)")
+    _device(sub)
+    _output(sub, "STRIP.png", "a picture")
+
+    sub = commands.add_parser("anomaly", help="score photographs by how strange they are to a model")
+    sub.add_argument("model", metavar="MODEL", help=MODEL)
+    sub.add_argument("--reference", required=True, metavar="SOURCE", help="ordinary photographs")
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="photographs to score")
+    sub.add_argument("--labels", metavar="FILE.csv", help="lines of name,0 (ordinary) or name,1 (strange)")
+    sub.add_argument("--size", **size, help="crop all to squares of N x N (what the model is made for)")
+    _device(sub)
+    _output(sub, "SCORES.csv", "with labels, SCORES.roc.csv too")
 
 
 def _photographs(sub: argparse.ArgumentParser) -> None:

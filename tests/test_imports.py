@@ -32,6 +32,8 @@ LIBRARY = {
     "launching": set(),
     "shards": {"files"},
     "encoding": {"autoencoder", "crops", "latents", "posterior", "shards", "sources", "workers"},
+    "latent_space": {"latents", "posterior"},
+    "anomaly": {"autoencoder"},
     "latent_dataset": {"latents", "posterior", "shards"},
 }
 TOP = {

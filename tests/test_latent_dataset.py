@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli import main
 from kl_autoencoder.latent_dataset import LatentDataset, SameShape, stored_latents
+from kl_autoencoder.latents import SCALING_KEYS, LatentStatistics
 from kl_autoencoder.posterior import DiagonalGaussian
 from tests.test_encoding import encode, model, parquet, tiny, undisturbed  # noqa: F401 (fixtures)
 
@@ -88,7 +89,8 @@ def test_set_scaling_gives_unit_latents_in_diffusers_too(tmp_path, photographs, 
     if per_channel:
         assert z.mean((0, 2, 3)).abs().max() < 0.05 and (z.std((0, 2, 3)) - 1).abs().max() < 0.05
     theirs = AutoencoderKL.from_pretrained(tmp_path / "vae").config
-    assert dict(theirs) == dict(vae.config) and (theirs.latents_std is not None) == per_channel
+    assert {key: theirs[key] for key in SCALING_KEYS} == {key: vae.config[key] for key in SCALING_KEYS}
+    assert (theirs.latents_std is not None) == per_channel != (theirs.shift_factor is not None)
     # the same weights: the data set goes on
     assert encode(tmp_path / "vae", photographs, tmp_path / "out", "--store", "float32") == 0
 
@@ -102,8 +104,6 @@ def test_set_scaling_of_another_model_is_refused(tmp_path, undisturbed, capsys):
 
 
 def test_statistics_of_posteriors_are_those_of_their_draws():
-    from kl_autoencoder.latents import LatentStatistics
-
     generator = torch.Generator().manual_seed(0)
     posterior = DiagonalGaussian(torch.randn(4, 6, 5, 7, generator=generator))
     expected, drawn = LatentStatistics(3), LatentStatistics(3)

@@ -120,7 +120,7 @@ def trained():
         block_out_channels=(16, 16), norm_num_groups=4, sample_size=48, mid_block_add_attention=False
     )
     optimizer, photo = torch.optim.Adam(vae.parameters(), 3e-3), tiles(48, 32, seed=1)
-    for step in range(60):
+    for step in range(40):
         batch = photo[torch.randint(len(photo), (8,), generator=torch.Generator().manual_seed(step))]
         output = vae(batch, sample_posterior=True)
         loss = (output.sample - batch).square().mean() + 1e-5 * output.latent_dist.kl().mean() / 3

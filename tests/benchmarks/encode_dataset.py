@@ -3,7 +3,7 @@
     python tests/benchmarks/encode_dataset.py SOURCE [--model MODEL ...] [--size 256] [--images 64] [--rounds 3]
 
 SOURCE: photographs as JPEG, a folder or parquet. Without --model: a network as the quick start's and Stable
-Diffusion's (kl-f8), with random weights. Both ways encode the same photographs in batches of 16, in turn; the command
+Diffusion's (kl-f8), with random weights. Both encode the same photographs in batches of 16, in turn; the command
 is measured from the first photograph asked for to the last shard written, without the imports and the model's
 loading. Prints a line a round, and the medians.
 """

@@ -1,6 +1,6 @@
-"""kl-autoencoder encode | decode | reconstruct | export | info | fp16-check: what the command line looks like.
+"""kl-autoencoder encode | decode | encode-dataset | anomaly ...: what the command line looks like.
 
-The commands themselves are in commands.py, which is imported when one runs: `--help` answers at once.
+The commands themselves are in commands.py and the modules of HOME, imported when one runs: `--help` answers at once.
 """
 
 import argparse
@@ -18,6 +18,8 @@ EXAMPLES = """examples:
   kl-autoencoder decode latents.safetensors -o decoded/
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
   kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
+  accelerate launch -m kl_autoencoder.cli encode-dataset --model vae/ --data photos/ --size 512 -o latents/
+  kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
 """
 HOME = {  # of the commands that are not in commands.py
     **dict.fromkeys(("encode-dataset", "set-scaling"), "dataset_commands"),

@@ -39,7 +39,7 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
         done = encoding.encode_dataset(
             vae, photographs, column, shards, settings, rank, ranks, arguments.workers, progress=rank == 0
         )
-    if done and rank == 0:
+    if done:  # the last of the ranks
         _print(arguments.output, done)
 
 

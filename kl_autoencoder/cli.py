@@ -1,6 +1,6 @@
 """kl-autoencoder encode | decode | encode-dataset | anomaly ...: what the command line looks like.
 
-The commands themselves are in commands.py and the modules of HOME, imported when one runs: `--help` answers at once.
+The commands themselves are in commands.py and the modules of HOME, imported when one runs: `--help` comes at once.
 """
 
 import argparse

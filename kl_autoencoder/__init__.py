@@ -11,6 +11,8 @@ _HOME = {
     "load_image": "images",
     "save_image": "images",
     "image_size": "images",
+    "LatentDataset": "latent_dataset",
+    "SameShape": "latent_dataset",
 }
 __all__ = list(_HOME)
 

@@ -1,6 +1,6 @@
-"""kl-autoencoder encode | decode | reconstruct | evaluate | export | info | fp16-check: the command line's looks.
+"""kl-autoencoder encode | decode | evaluate | encode-dataset ...: what the command line looks like.
 
-The commands themselves are in commands.py, which is imported when one runs: `--help` answers at once.
+The commands themselves are in commands.py and the modules of HOME, imported when one runs: `--help` comes at once.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 PROGRAM = "kl-autoencoder"
 EXAMPLES = """examples:
@@ -18,11 +19,18 @@ EXAMPLES = """examples:
   kl-autoencoder evaluate --model runs/quickstart --data photos/ --size 256 -o report/
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
   kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
+  accelerate launch -m kl_autoencoder.cli encode-dataset --model vae/ --data photos/ --size 512 -o latents/
+  kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
 """
 DTYPES = ["float32", "bfloat16", "float16"]
+HOME = {  # of the commands that are not in commands.py
+    "evaluate": "evaluate",
+    **dict.fromkeys(("encode-dataset", "set-scaling"), "dataset_commands"),
+    **dict.fromkeys(("interpolate", "sample", "attribute", "anomaly"), "latent_commands"),
+}
 MODEL = "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, or a hub id"
 
-ON_RANKS = ("evaluate",)  # commands that several processes share
+ON_RANKS = ("evaluate", "encode-dataset")  # commands that several processes share
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        from . import commands
-
         if argv is None and arguments.command in ON_RANKS:
-            from .ranks import start_all_cpu_processes
+            from .launching import end_with_the_launcher, start_all_cpu_processes
 
+            end_with_the_launcher()
             start_all_cpu_processes("kl_autoencoder.cli", sys.argv[1:])
+        module = import_module(f".{HOME.get(arguments.command, 'commands')}", __package__)
         with _warnings_in_one_line():
-            return getattr(commands, arguments.command.replace("-", "_"))(arguments) or 0
+            return getattr(module, arguments.command.replace("-", "_"))(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -130,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fix", action="store_true", help="write the same model, rescaled to be safe, to -o")
     _device(sub)
     _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
+    _dataset_commands(commands)
+    _latent_commands(commands)
     return parser
 
 
@@ -173,6 +183,101 @@ def _evaluate(commands) -> None:
     sub.add_argument("--column", default="image", help="the column of images in the data (image)")
     sub.add_argument("--split", default="validation", help="the split of a data set on the hub (validation)")
     _device(sub)
+
+
+def _dataset_commands(commands) -> None:
+    sub = commands.add_parser(
+        "encode-dataset",
+        help="a data set to latents for diffusion training",
+        description="Encodes a source of photographs into shards of parquet. Running the same command again "
+        "continues, also on another number of ranks (accelerate launch, torchrun, srun, or by hand).",
+    )
+    _model(sub)
+    sub.add_argument(
+        "--data", required=True, metavar="SOURCE", help="a folder, parquet or webdataset files, a hub id"
+    )
+    sub.add_argument("--size", type=_positive, required=True, metavar="N", help="of the crops, N x N pixels")
+    sub.add_argument(
+        "--crop", choices=["centre", "random", "buckets"], default="centre",
+        help="which part; buckets: sizes of about N x N pixels by aspect ratio, as SDXL's (centre)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--content", choices=["moments", "sample", "mode"], default="moments",
+        help="mean and logvar of the posterior, a draw from it, or its mode (moments)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--store", dest="stored_as", choices=["float16", "bfloat16", "float32"], default="float16",
+        help="store in this type (float16)",
+    )  # fmt: skip
+    sub.add_argument("--flip", action="store_true", help="the mirrored photographs' latents too")
+    sub.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to take along")
+    sub.add_argument("--image-column", default="image", metavar="COLUMN", help="with the photographs (image)")
+    sub.add_argument("--split", default="train", help="of a hub or saved data set (train)")
+    sub.add_argument("--seed", type=int, default=0, help="of random crops and samples (0)")
+    sub.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="photographs at once (16)")
+    sub.add_argument(
+        "--shard-rows", type=_positive, default=512, metavar="N", help="photographs a shard (512)"
+    )
+    sub.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read, a rank (2)")
+    sub.add_argument("-o", "--output", required=True, metavar="OUT", help="a folder of its own")
+
+    sub = commands.add_parser("set-scaling", help="the statistics of encode-dataset into the model's config")
+    sub.add_argument(
+        "model", metavar="MODEL", help="the folder of the model that encoded, or its training run"
+    )
+    sub.add_argument("--from", dest="latents", required=True, metavar="OUT", help="what encode-dataset wrote")
+    sub.add_argument(
+        "--per-channel", action="store_true", help="a mean and a std for each channel, instead of one for all"
+    )
+
+
+def _latent_commands(commands) -> None:
+    size = {"type": _positive, "metavar": "N"}
+
+    sub = commands.add_parser("interpolate", help="a strip of pictures between two photographs")
+    sub.add_argument("a", metavar="A", help="a photograph")
+    sub.add_argument("b", metavar="B", help="another, which is cropped to the size of A")
+    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    sub.add_argument("--steps", type=int, default=8, metavar="N", help="pictures, A and B included (8)")
+    sub.add_argument("--spherical", action="store_true", help="along an arc, which keeps the latents' norm")
+    sub.add_argument("--size", **size, help="crop both to squares of N x N")
+    _device(sub)
+    _output(sub, "STRIP.png", "a picture")
+
+    sub = commands.add_parser(
+        "sample", help="decoded draws from the prior, or from a Gaussian fitted to data"
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL)
+    sub.add_argument("--data", metavar="SOURCE", help="photographs for --fit: a folder, parquet, a hub id")
+    sub.add_argument(
+        "--fit", choices=["channel", "position"], help="a mean and variance for each channel or value"
+    )
+    sub.add_argument("--size", **size, help="of the pictures (what the model is made for)")
+    sub.add_argument("--grid", type=_positive, default=4, metavar="N", help="N x N draws (4)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    _device(sub)
+    _output(sub, "GRID.png", "a picture")
+
+    sub = commands.add_parser("attribute", help="add to a photograph what two sets of photographs differ by")
+    sub.add_argument("photograph", metavar="PHOTO", help="the photograph to change")
+    sub.add_argument("--plus", required=True, metavar="SOURCE", help="photographs with the attribute")
+    sub.add_argument("--minus", required=True, metavar="SOURCE", help="photographs without it")
+    sub.add_argument(
+        "--strength", type=float, nargs="+", default=[0.0, 1.0], help="how often to add it (0 1)"
+    )
+    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    sub.add_argument("--size", **size, help="crop all to squares of N x N (what the model is made for)")
+    _device(sub)
+    _output(sub, "STRIP.png", "a picture")
+
+    sub = commands.add_parser("anomaly", help="score photographs by how strange they are to a model")
+    sub.add_argument("model", metavar="MODEL", help=MODEL)
+    sub.add_argument("--reference", required=True, metavar="SOURCE", help="ordinary photographs")
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="photographs to score")
+    sub.add_argument("--labels", metavar="FILE.csv", help="lines of name,0 (ordinary) or name,1 (strange)")
+    sub.add_argument("--size", **size, help="crop all to squares of N x N (what the model is made for)")
+    _device(sub)
+    _output(sub, "SCORES.csv", "with labels, SCORES.roc.csv too")
 
 
 def _photographs(sub: argparse.ArgumentParser) -> None:

@@ -95,13 +95,6 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     _refuse_unread(unread, photographs)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Models measured on photographs -> a folder with metrics.json, images.csv and report.html."""
-    from . import evaluate  # which imports what no other command needs
-
-    evaluate.run(arguments)
-
-
 def export(arguments: argparse.Namespace) -> None:
     """A training run or any model -> a diffusers folder or an LDM single file."""
     source, output = Path(arguments.model), Path(arguments.output)

@@ -20,7 +20,7 @@ from .photographs import Photographs
 FILES = ("metrics.json", "images.csv", "report.html")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.is_file():
         raise ValueError(f"{output}: is a file; a folder is written")

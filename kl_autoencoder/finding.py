@@ -30,8 +30,13 @@ def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencode
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     with _quiet_diffusers():
         vae = _load(name)
-        vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
-    return vae.eval().requires_grad_(False)
+    return move_model(vae, device, dtype).eval().requires_grad_(False)
+
+
+def move_model(vae: KLAutoencoder, device: str, dtype: str | None) -> KLAutoencoder:
+    """The same model, on `device` and in the type `dtype` (None: as it is)."""
+    with _quiet_diffusers():
+        return vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
 
 
 def _load(name: str) -> KLAutoencoder:

@@ -175,6 +175,30 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return images
 
 
+def cover_box(
+    size: tuple[int, int], target: tuple[int, int], x: float = 0.5, y: float = 0.5
+) -> tuple[float, float, float, float]:
+    """The largest part of an image of `size` (H, W) with the sides' ratio of `target`: (left, top, right, bottom).
+
+    In pixels, not always whole ones. `x`, `y` in [0, 1] say where it lies, of the places there are.
+    """
+    (height, width), (wanted_height, wanted_width) = size, target
+    scale = max(wanted_height / height, wanted_width / width)
+    left, top = (width - wanted_width / scale) * x, (height - wanted_height / scale) * y
+    if scale == 1:  # whole pixels rather than half a pixel aside, which would have to be interpolated
+        return int(left), int(top), int(left) + wanted_width, int(top) + wanted_height
+    right, bottom = left + wanted_width / scale, top + wanted_height / scale
+    return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+
+
+def resize_box(image: Image.Image, box: Sequence[float], height: int, width: int) -> Image.Image:
+    """The part `box` (left, top, right, bottom) of an image, scaled (bicubic, antialiased) to height and width."""
+    if box == (int(box[0]), int(box[1]), int(box[0]) + width, int(box[1]) + height):
+        return image.crop(box)
+    # Scaling the part alone: the whole of a very long image may not fit into memory once enlarged.
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
 def difference_image(a: Tensor, b: Tensor, gain: float = DIFFERENCE_GAIN) -> Tensor:
     """|a - b| of two (B, 3, H, W) in [-1, 1], amplified: black (-1) where equal, white from 2 / gain on."""
     return ((a.float() - b.float()).abs() * gain - 1).clamp(-1, 1)
@@ -285,18 +309,7 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scale (bicubic, antialiased) until height and width are covered, and crop the centre."""
-    scale = max(height / image.height, width / image.width)
-    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-    if scale == 1:  # crop whole pixels rather than interpolate half a pixel aside
-        return image.crop((int(left), int(top), int(left) + width, int(top) + height))
-    # Scaling the centre alone: the whole of a very long image may not fit into memory once enlarged.
-    box = (
-        max(left, 0),
-        max(top, 0),
-        min(image.width - left, image.width),
-        min(image.height - top, image.height),
-    )
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return resize_box(image, cover_box((image.height, image.width), (height, width)), height, width)
 
 
 def _top_left(image: Image.Image, height: int, width: int) -> Image.Image:

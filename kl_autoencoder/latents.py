@@ -52,8 +52,12 @@ class LatentStatistics:
         self.channel_mean = torch.zeros(channels, dtype=torch.float64)
         self.m2 = torch.zeros(channels, dtype=torch.float64)
 
-    def update(self, latents: Tensor) -> None:
-        """Add raw latents (B, C, h, w). ValueError for other channels and for values that are not finite."""
+    def update(self, latents: Tensor, variance: Tensor | None = None) -> None:
+        """Add raw latents (B, C, h, w). ValueError for other channels and for values that are not finite.
+
+        `variance`, of the same shape: the latents are means of posteriors with this variance, and what is added is
+        all samples of them: Var[z] = Var[mean] + E[variance].
+        """
         channels = len(self.channel_mean)
         if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
             raise ValueError(f"latents must be (B, {channels}, h, w), not {tuple(latents.shape)}")
@@ -66,6 +70,8 @@ class LatentStatistics:
         batch.count = float(values.shape[1])
         batch.channel_mean = values.mean(1)
         batch.m2 = (values - batch.channel_mean[:, None]).square().sum(1)
+        if variance is not None:
+            batch.m2 += variance.detach().cpu().double().sum(dim=(0, 2, 3))
         self.merge(batch)
 
     def merge(self, other: "LatentStatistics") -> None:
@@ -90,6 +96,18 @@ class LatentStatistics:
         total.channel_mean = sums[1:].cpu() / max(total.count, 1.0)
         total.m2 = sum_over_ranks(self._m2_about(total.channel_mean)).cpu()
         return total
+
+    def state(self) -> dict:
+        """The three, exactly, as JSON can hold them; `from_state` makes the same statistics of it."""
+        return {"count": self.count, "mean": self.channel_mean.tolist(), "m2": self.m2.tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "LatentStatistics":
+        statistics = cls(len(state["mean"]))
+        statistics.count = state["count"]
+        statistics.channel_mean = torch.tensor(state["mean"], dtype=torch.float64)
+        statistics.m2 = torch.tensor(state["m2"], dtype=torch.float64)
+        return statistics
 
     @property
     def mean(self) -> Tensor:

@@ -3,9 +3,7 @@
 import argparse
 import sys
 
-from kl_autoencoder.ranks import start_all_cpu_processes
-
-from .launch import end_with_the_launcher
+from kl_autoencoder.launching import end_with_the_launcher, start_all_cpu_processes
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 

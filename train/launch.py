@@ -1,32 +1,16 @@
-"""What accelerate leaves out: requests to stop, an end with the launcher, one run a folder."""
+"""What accelerate leaves out of a run: requests to stop, one run a folder."""
 
-import ctypes
 import fcntl
-import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import IO
 
 import torch
 
+from kl_autoencoder.launching import launched
+
 PATIENCE = 60  # seconds that a run which is on its way out may still hold its folder
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def launched() -> bool:
-    """Whether accelerate or torchrun started this process."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def end_with_the_launcher() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies (Linux).
-
-    accelerate passes no signal on: killed, it would leave a run behind that nobody sees and that goes on writing.
-    """
-    if launched() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def hold(folder: Path, say, patience: float = PATIENCE) -> IO:

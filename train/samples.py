@@ -14,15 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from kl_autoencoder.crops import JPEG_MARGIN
 from kl_autoencoder.images import image_size, image_to_tensor, to_rgb
 from kl_autoencoder.sources import encoded_file
 
 ATTEMPTS = 1000  # unreadable images in a row after which a source counts as unreadable
 WARNED = 5  # unreadable images that are named in the log at once
-# A JPEG is decoded at 1/2, 1/4 or 1/8 as long as the crop keeps this many times its final side, the rest being
-# bicubic. Measured on 1024-pixel JPEGs to 256: twice the images a second from a crop of 768 on, 40 to 48 dB
-# from the full decode; a margin of 1 would be faster still, but aliases (gradients 6 % too large).
-JPEG_MARGIN = 1.5
 
 log = logging.getLogger(__name__)
 

@@ -39,6 +39,8 @@ TRAIN = {
     "data": {"samples", "streams"},
     "samples": set(),
     "streams": {"samples"},
+    "start": set(),
+    "model": {"config", "start"},
 }
 LEAVES_READ = {"config"}
 

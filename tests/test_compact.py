@@ -22,6 +22,8 @@ from kl_autoencoder.cli import main
 from kl_autoencoder.images import load_image, pad_to_multiple, tensor_to_images
 from kl_autoencoder.latents import load_latents
 from kl_autoencoder.metrics import LPIPS
+from train.config import ModelConfig
+from train.model import build_autoencoder
 
 from .conftest import ROOT, backbone_missing
 
@@ -150,6 +152,11 @@ def test_a_local_folder_of_that_name_goes_first(photo, capsys):
     assert KLAutoencoder.from_pretrained("compact").config.latent_channels == 3
     assert main(["encode", str(photo), "-o", "latents.safetensors"]) == 0
     assert load_latents("latents.safetensors").raw()[0].shape[0] == 3
+
+
+def test_training_can_go_on_from_it(vae, photo):
+    again = build_autoencoder(ModelConfig(pretrained="compact"))
+    torch.testing.assert_close(again.state_dict(), vae.state_dict(), rtol=0, atol=0)
 
 
 def test_a_wheel_carries_it(tmp_path):

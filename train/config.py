@@ -25,7 +25,8 @@ def number(default, low=None, above=None, high=None) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A diffusers AutoencoderKL configuration, or `pretrained`: a folder, single file or hub id to start from.
+    """A diffusers AutoencoderKL configuration, or `pretrained`: a folder, single file, hub id or
+    "compact" to start from.
 
     What is left out is what AutoencoderKL's default or the pretrained model says. `scaling_factor` is measured
     at the end of the training in any case. `start` is what a new network computes: nothing (random numbers), or

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from kl_autoencoder import DiagonalGaussian, KLAutoencoder
+from kl_autoencoder.autoencoder import COMPACT
 
 from .config import ModelConfig
 from .start import damp_residual_branches, start_as_enlargement
 
 
 def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
-    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, or an LDM single file.
+    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
 
     Raises ValueError naming the key for what gives no network of RGB images.
     """
@@ -25,7 +26,11 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
             vae = start_as_enlargement(vae) if config.start == "enlargement" else vae
         elif Path(source).is_file():
             vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
-        elif Path(source).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        elif (
+            Path(source).is_dir()
+            or source == COMPACT.name
+            or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+        ):
             vae = KLAutoencoder.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
         else:
             raise ValueError("no such folder or file, and no hub id (owner/name)")

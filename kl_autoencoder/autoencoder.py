@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,6 +19,8 @@ from . import checkpoints, latents
 from .inference import infer
 from .network import Decoder, Encoder
 from .posterior import DiagonalGaussian
+
+COMPACT = Path(__file__).with_name("compact")  # the model that comes with the package, its card beside it
 
 
 @dataclass
@@ -229,15 +232,17 @@ class KLAutoencoder(AutoencoderKL):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "KLAutoencoder":
-        """A folder in diffusers' layout or a hub id -> the model, in evaluation mode.
+        """A folder in diffusers' layout, "compact" or a hub id -> the model, in evaluation mode.
 
+        "compact" is the small model that comes with the package; a local folder of that name goes first.
         Takes `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError where
         tensors are missing or left over (diffusers warns and goes on with random weights).
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
+        source = pretrained_model_name_or_path
+        if source == COMPACT.name and not os.path.isdir(source):
+            source = COMPACT
+        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         checkpoints.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
         return (model, info) if wants_info else model
 

@@ -12,6 +12,7 @@ from importlib import import_module
 
 PROGRAM = "kl-autoencoder"
 EXAMPLES = """examples:
+  kl-autoencoder reconstruct photo.jpg -o reconstruction.png
   kl-autoencoder info runs/quickstart/export
   kl-autoencoder reconstruct photo.jpg --model runs/quickstart/export -o reconstruction.png --compare
   kl-autoencoder encode photos/ --model stabilityai/sd-vae-ft-mse -o latents.safetensors
@@ -28,7 +29,10 @@ HOME = {  # of the commands that are not in commands.py
     **dict.fromkeys(("encode-dataset", "set-scaling"), "dataset_commands"),
     **dict.fromkeys(("interpolate", "sample", "attribute", "anomaly"), "latent_commands"),
 }
-MODEL = "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, or a hub id"
+MODEL = (
+    "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, a hub id, or "
+    "compact, the small model that comes with this program"
+)
 
 ON_RANKS = ("evaluate", "encode-dataset")  # commands that several processes share
 
@@ -100,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("decode", help="latents back to photographs")
     sub.add_argument("latents", nargs="+", metavar="LATENTS", help="files written by encode")
-    _model(sub, "; default: the one that encoded them", required=False)
+    _model(sub, None, "the one that encoded them")
     _output(sub, "PHOTO.png", "a picture, or a folder for several")
 
     sub = commands.add_parser("reconstruct", help="encode and decode photographs")
@@ -287,8 +291,8 @@ def _photographs(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _model(sub: argparse.ArgumentParser, more: str = "", required: bool = True) -> None:
-    sub.add_argument("--model", required=required, metavar="MODEL", help=MODEL + more)
+def _model(sub: argparse.ArgumentParser, default: str | None = "compact", told: str = "compact") -> None:
+    sub.add_argument("--model", default=default, metavar="MODEL", help=f"{MODEL} (default: {told})")
     _device(sub)
     _dtype(sub, "float32", "compute in this type (default: float32)")
 

@@ -15,7 +15,15 @@ from . import half, half_check
 from .autoencoder import KLAutoencoder
 from .checkpoints import family_of
 from .cli import say
-from .finding import find_photographs, inside, load_model, model_folder, plan_targets, refuse_existing
+from .finding import (
+    find_photographs,
+    inside,
+    load_model,
+    model_folder,
+    model_path,
+    plan_targets,
+    refuse_existing,
+)
 from .images import (
     DIFFERENCE_GAIN,
     difference_image,
@@ -97,7 +105,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """A training run or any model -> a diffusers folder or an LDM single file."""
-    source, output = Path(arguments.model), Path(arguments.output)
+    source, output = model_path(arguments.model), Path(arguments.output)
     folder = model_folder(source) if source.is_dir() else None
     if arguments.single_file:
         if output.suffix != ".safetensors":
@@ -149,7 +157,7 @@ def fp16_check(arguments: argparse.Namespace) -> int:
     if arguments.fix != bool(arguments.output):
         raise ValueError("--fix and -o FOLDER belong together")
     photographs = find_photographs([arguments.images] if arguments.images else [])
-    source = Path(arguments.model)
+    source = model_path(arguments.model)
     folder = model_folder(source) if source.is_dir() else None
     if arguments.fix:
         _refuse_folder(Path(arguments.output), folder, arguments.overwrite)

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
-from .autoencoder import KLAutoencoder
+from .autoencoder import COMPACT, KLAutoencoder
 from .images import WRITERS
 
 PHOTOGRAPHS = (
@@ -21,9 +21,9 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencoder:
-    """A folder, run, single file or hub id -> the model for inference on `device` (None: the best there is).
+    """A folder, run, single file, hub id or "compact" -> the model for inference on `device`.
 
-    `dtype` None keeps the type that the tensors are stored in.
+    `device` None is the best there is, `dtype` None the type that the tensors are stored in.
     """
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -40,7 +40,7 @@ def move_model(vae: KLAutoencoder, device: str, dtype: str | None) -> KLAutoenco
 
 
 def _load(name: str) -> KLAutoencoder:
-    path = Path(name)
+    path = model_path(name)
     if path.is_dir() and name:
         folder = model_folder(path)
         return KLAutoencoder.from_pretrained(folder, torch_dtype=_stored_dtype(folder))
@@ -48,7 +48,7 @@ def _load(name: str) -> KLAutoencoder:
         return KLAutoencoder.from_single_file(path)
     if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"{name!r}: no such model, neither a folder nor a file nor a hub id (owner/name)"
+            f"{name!r}: no such model, neither a folder nor a file nor a hub id (owner/name) nor 'compact'"
         )
     try:
         return KLAutoencoder.from_pretrained(name)
@@ -58,6 +58,12 @@ def _load(name: str) -> KLAutoencoder:
         except OSError:
             message = "no such folder or file, and no model on the hub could be loaded under that name"
             raise FileNotFoundError(f"{name}: {message} ({error})") from error
+
+
+def model_path(name: str) -> Path:
+    """A model's name as a path; "compact" is the folder in the package, unless something local is called so."""
+    path = Path(name)
+    return COMPACT if name == COMPACT.name and not path.exists() else path
 
 
 def model_folder(path: Path) -> Path:

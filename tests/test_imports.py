@@ -62,6 +62,8 @@ TRAIN = {
     "engine": {"checkpoint", "config", "discriminator", "losses", "model", "schedules"},
     "samples": set(),
     "streams": {"samples"},
+    "start": set(),
+    "model": {"config", "start"},
 }
 LEAVES_READ = {"config"}
 

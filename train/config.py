@@ -25,14 +25,17 @@ def number(default, low=None, above=None, high=None) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A diffusers AutoencoderKL configuration, or `pretrained`: a folder, single file or hub id to start from.
+    """A diffusers AutoencoderKL configuration, or `pretrained`: a folder, single file, hub id or
+    "compact" to start from.
 
     What is left out is what AutoencoderKL's default or the pretrained model says. `scaling_factor` is measured
-    at the end of the training in any case.
+    at the end of the training in any case. `start` is what a new network computes: nothing (random numbers), or
+    the shrunk image enlarged again (see `start.start_as_enlargement`), which saves much of a short training.
     """
 
     pretrained: str | None = None
     subfolder: str | None = None
+    start: Literal["random", "enlargement"] = "random"
     in_channels: int | None = number(None, low=1)
     out_channels: int | None = number(None, low=1)
     down_block_types: tuple[str, ...] | None = None
@@ -58,7 +61,7 @@ class ModelConfig:
         return {
             key: value
             for key, value in given.items()
-            if value is not None and key not in ("pretrained", "subfolder")
+            if value is not None and key not in ("pretrained", "subfolder", "start")
         }
 
     def __post_init__(self):
@@ -66,6 +69,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.{next(iter(self.network()))}: given beside model.pretrained; allowed: one of the two "
                 "(a pretrained model brings its own configuration)"
+            )
+        if self.pretrained is not None and self.start != "random":
+            raise ValueError(
+                f"model.start: {self.start} beside model.pretrained; allowed: one of the two "
+                "(a pretrained model starts from its own weights)"
             )
 
 

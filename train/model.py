@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from kl_autoencoder import DiagonalGaussian, KLAutoencoder
-from kl_autoencoder.network import AttentionBlock, ResnetBlock, Upsample, recomputed_norm_silu_conv
+from kl_autoencoder.autoencoder import COMPACT
+from kl_autoencoder.network import ResnetBlock, Upsample, recomputed_norm_silu_conv
 from kl_autoencoder.winograd_training import FewerProducts
 
 from .config import ModelConfig
+from .start import damp_residual_branches, start_as_enlargement
 
 POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
 
 
 def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
-    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, or an LDM single file.
+    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
 
     Raises ValueError naming the key for what gives no network of RGB images.
     """
@@ -26,9 +28,14 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     try:
         if source is None:
             vae = damp_residual_branches(KLAutoencoder(**config.network()))
+            vae = start_as_enlargement(vae) if config.start == "enlargement" else vae
         elif Path(source).is_file():
             vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
-        elif Path(source).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        elif (
+            Path(source).is_dir()
+            or source == COMPACT.name
+            or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+        ):
             vae = KLAutoencoder.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
         else:
             raise ValueError("no such folder or file, and no hub id (owner/name)")
@@ -38,21 +45,6 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     for key in ("in_channels", "out_channels"):
         if vae.config[key] != 3:
             raise ValueError(f"model.{key}: {vae.config[key]}; allowed: 3, photographs are RGB")
-    return vae
-
-
-@torch.no_grad()
-def damp_residual_branches(vae: KLAutoencoder) -> KLAutoencoder:
-    """Starts each residual branch at a tenth of torch's default, so that the network starts nearly linear.
-
-    The idea of Goyal et al. 2017 (section 5.1) and Fixup (Zhang et al. 2019), short of zero so that every weight
-    has a gradient from the first step on.
-    """
-    for block in vae.modules():
-        if isinstance(block, (ResnetBlock, AttentionBlock)):
-            last = block.conv2 if isinstance(block, ResnetBlock) else block.to_out[0]
-            last.weight *= 0.1
-            last.bias *= 0.1
     return vae
 
 

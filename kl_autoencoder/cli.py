@@ -196,7 +196,9 @@ def _dataset_commands(commands) -> None:
         description="Encodes a source of photographs into shards of parquet. Running the same command again "
         "continues, also on another number of ranks (accelerate launch, torchrun, srun, or by hand).",
     )
-    _model(sub)
+    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    _device(sub)
+    _dtype(sub, "float32", "compute in this type (default: float32)")
     sub.add_argument(
         "--data", required=True, metavar="SOURCE", help="a folder, parquet or webdataset files, a hub id"
     )
@@ -241,7 +243,7 @@ def _latent_commands(commands) -> None:
     sub = commands.add_parser("interpolate", help="a strip of pictures between two photographs")
     sub.add_argument("a", metavar="A", help="a photograph")
     sub.add_argument("b", metavar="B", help="another, which is cropped to the size of A")
-    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    sub.add_argument("--model", default="compact", metavar="MODEL", help=f"{MODEL} (default: compact)")
     sub.add_argument("--steps", type=int, default=8, metavar="N", help="pictures, A and B included (8)")
     sub.add_argument("--spherical", action="store_true", help="along an arc, which keeps the latents' norm")
     sub.add_argument("--size", **size, help="crop both to squares of N x N")
@@ -269,7 +271,7 @@ def _latent_commands(commands) -> None:
     sub.add_argument(
         "--strength", type=float, nargs="+", default=[0.0, 1.0], help="how often to add it (0 1)"
     )
-    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
+    sub.add_argument("--model", default="compact", metavar="MODEL", help=f"{MODEL} (default: compact)")
     sub.add_argument("--size", **size, help="crop all to squares of N x N (what the model is made for)")
     _device(sub)
     _output(sub, "STRIP.png", "a picture")

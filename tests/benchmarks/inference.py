@@ -293,7 +293,7 @@ def parsed_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cases = ["1x256", "8x256", "1x512", "1x1024"]
-    parser.add_argument("--cases", nargs="+", default=cases, metavar="BATCHxSIZE")
+    parser.add_argument("--cases", nargs="*", default=cases, metavar="BATCHxSIZE")
     parser.add_argument("--memory-cases", nargs="*", default=["1x2048"], help="too large to be timed in turn")
     parser.add_argument("--directions", nargs="+", default=["decode", "encode"], choices=["decode", "encode"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

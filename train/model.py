@@ -28,7 +28,6 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     try:
         if source is None:
             vae = damp_residual_branches(KLAutoencoder(**config.network()))
-            vae = start_as_enlargement(vae) if config.start == "enlargement" else vae
         elif Path(source).is_file():
             vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
         elif (
@@ -45,6 +44,8 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     for key in ("in_channels", "out_channels"):
         if vae.config[key] != 3:
             raise ValueError(f"model.{key}: {vae.config[key]}; allowed: 3, photographs are RGB")
+    if config.start == "enlargement":
+        start_as_enlargement(vae)
     return vae
 
 

@@ -48,7 +48,7 @@ def start_as_enlargement(vae: KLAutoencoder) -> KLAutoencoder:
     smallest = min(config.block_out_channels)
     if latents < 3 or smallest // groups < 4 or smallest - groups < 6:
         raise ValueError(
-            f"start: enlargement with block_out_channels={list(config.block_out_channels)}, "
+            f"model.start: enlargement with block_out_channels={list(config.block_out_channels)}, "
             f"norm_num_groups={groups}, latent_channels={latents}; allowed: 3 latent channels and more, widths "
             "of 4 channels a group and more, with 6 besides one a group"
         )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from functools import partial
 
 import pytest
@@ -154,8 +153,8 @@ def test_a_run_that_diverges_ends_in_one_line(photographs, tmp_path, capsys):
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())][-1] >= "step-000004"
 
 
-def poison_one_rank(arguments):
-    """`python -m train` with a bad sample that rank 1 alone reads."""
+def poison_one_rank(arguments, folder):
+    """`python -m train` with a bad sample that rank 1 alone reads; each rank writes down what its steps did."""
     original, batches = trainer.Trainer.train_step, trainer.Trainer.batches
 
     def poisoned_batches(self):
@@ -169,7 +168,9 @@ def poison_one_rank(arguments):
         original(self, micro_batches)
         moved = not torch.equal(before, state(self)[0])
         total = sum(p.double().sum().item() for p in [*self.engine.parameters, *self.engine.disc_parameters])
-        print("rank", json.dumps([self.step, self.accelerator.process_index, moved, total]), flush=True)
+        rank = self.accelerator.process_index
+        with (folder / f"rank-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([self.step, rank, moved, total]) + "\n")
 
     trainer.Trainer.train_step = train_step
     return train(arguments)
@@ -177,10 +178,10 @@ def poison_one_rank(arguments):
 
 def test_all_ranks_skip_alike(photographs, tmp_path):
     config, log = everything(photographs, tmp_path / "run", steps=4), tmp_path / "log.txt"
-    processes = start_ranks(2, log, poison_one_rank, command(config, tmp_path / "config.yaml"))
+    processes = start_ranks(2, log, poison_one_rank, command(config, tmp_path / "config.yaml"), tmp_path)
     assert finish(*processes) == [0, 0], log.read_text()
-    lines = map(json.loads, re.findall(r"rank (\[.*?\])", log.read_text()))  # two may share a line of the log
-    moved = {(step, rank): (did, total) for step, rank, did, total in lines}
+    lines = "".join((tmp_path / f"rank-{rank}.jsonl").read_text() for rank in range(2)).splitlines()
+    moved = {(step, rank): (did, total) for step, rank, did, total in map(json.loads, lines)}
     assert len(moved) == 8
     for step in range(1, 5):
         assert moved[step, 0] == moved[step, 1], "the ranks' weights are not the same"

@@ -29,14 +29,14 @@ class TooSmall(ValueError):
 class Part:
     """What `read_part` took of a photograph of `size` (H, W): `box` (left, top, right, bottom), as `pixels`."""
 
-    pixels: Tensor  # (3, h, w) uint8
+    pixels: np.ndarray  # (h, w, 3) uint8; between processes much cheaper than a tensor
     size: tuple[int, int]
     box: tuple[float, float, float, float]
 
     @property
     def images(self) -> Tensor:
         """(3, h, w), float32 in [-1, 1]."""
-        return self.pixels.float() / 127.5 - 1
+        return torch.from_numpy(self.pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def buckets(size: int, multiple: int) -> list[tuple[int, int]]:
@@ -76,4 +76,4 @@ def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Ra
     shrunk = upright.width / width, upright.height / height
     scaled = box if upright.size == (width, height) else tuple(b * shrunk[i % 2] for i, b in enumerate(box))
     pixels = np.array(resize_box(upright, scaled, *target))
-    return Part(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), (height, width), box)
+    return Part(pixels, (height, width), box)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from . import encoding
-from .encoding import EncodeSettings, binding, scaling_of, weights_hash
+from .encoding import binding, scaling_of, weights_hash
 from .files import replacing
 from .finding import load_model, model_folder, move_model
+from .latent_rows import EncodeSettings
 from .latents import SCALING_KEYS
 from .launching import rank_of
 from .shards import ShardFolder, read_manifest

@@ -8,7 +8,7 @@ of threads changes no bit of the result.)
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -27,9 +27,7 @@ class Workers:
             self.pool = ThreadPoolExecutor(self.count)
             started = threading.Barrier(self.count)
             list(self.pool.map(lambda _: _make_single_threaded(started), range(self.count)))
-            torch.set_num_threads(
-                threads
-            )  # the setting is a thread's own, but also what later threads start with
+            torch.set_num_threads(threads)  # a thread's own setting, but also what later threads start with
         return self
 
     def __exit__(self, *_) -> None:
@@ -37,22 +35,26 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
             self.pool = None
 
-    def run(self, task: Callable, items: Iterable) -> None:
-        """task(item) for every item, started in order; raises the first exception that one raises."""
+    def submit(self, task: Callable, *arguments) -> Future:
+        """task(*arguments), begun as soon as a thread is free; by a lone worker, the calling thread, at once."""
         if self.pool is None:
-            for item in items:
-                task(item)
-            return
+            done = Future()
+            done.set_result(task(*arguments))
+            return done
         inference = torch.is_inference_mode_enabled()  # which, like no_grad, is a thread's own
 
-        def one(item):
+        def one():
             with torch.inference_mode(inference), torch.no_grad(), self.stream():
-                task(item)
+                return task(*arguments)
 
-        if self.device.type == "cuda":
+        return self.pool.submit(one)
+
+    def run(self, task: Callable, items: Iterable) -> None:
+        """task(item) for every item, begun in order; raises the first exception that one raises."""
+        if self.device.type == "cuda" and self.pool is not None:
             torch.cuda.current_stream(self.device).synchronize()
-        for _ in self.pool.map(one, items):
-            pass
+        for done in [self.submit(task, item) for item in items]:
+            done.result()
 
     @contextmanager
     def stream(self):

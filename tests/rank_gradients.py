@@ -9,11 +9,14 @@ from tests.test_trainer import small_config
 from train.trainer import Trainer
 
 
-def write_gradients(photographs: Path, folder: Path, batch_size: int, with_lpips: bool) -> None:
+def write_gradients(
+    photographs: Path, folder: Path, widths: list[int], batch_size: int, with_lpips: bool
+) -> None:
     perceptual = {"weight": 0.5 if with_lpips else 0.0, "net": "squeeze"}
     config = small_config(
         photographs,
         folder,
+        model={"block_out_channels": widths},
         data={"batch_size": batch_size},
         loss={
             "reconstruction": "gaussian",

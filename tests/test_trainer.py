@@ -176,7 +176,8 @@ def test_the_ways_to_run_a_step_agree(small, tmp_path, options):
 # ------------------------------------------------------------------ ranks
 
 
-def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(photographs, tmp_path):
+@pytest.mark.parametrize("widths", [[8, 16], [64, 64]], ids=["narrow", "wide enough for winograd_training"])
+def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(photographs, tmp_path, widths):
     """Of both networks; LPIPS (where its weights are to be had), KL, a learned likelihood scale, the adaptive
     weight, LeCam and R1 included."""
     from tests.rank_gradients import write_gradients  # which reads this module
@@ -184,7 +185,7 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(phot
     with_lpips, log = not backbone_missing("squeeze"), tmp_path / "log.txt"
     for ranks, batch in ((1, 8), (2, 4)):
         folder = tmp_path / str(ranks)
-        processes = start_ranks(ranks, log, write_gradients, photographs, folder, batch, with_lpips)
+        processes = start_ranks(ranks, log, write_gradients, photographs, folder, widths, batch, with_lpips)
         assert finish(*processes) == [0] * ranks, log.read_text()
     one, two = (load_file(tmp_path / n / f"gradients-of-{n}-ranks.safetensors") for n in "12")
     assert one.keys() == two.keys() and {"autoencoder.log_scale", "discriminator.main.0.weight"} <= one.keys()

@@ -184,7 +184,7 @@ def _evaluate(commands) -> None:
     sub.add_argument(
         "--seed", type=int, default=0, help="of samples and noise; image i draws with seed + i (0)"
     )
-    sub.add_argument("--column", default="image", help="the column of images in the data (image)")
+    sub.add_argument("--image-column", default="image", metavar="COLUMN", help="with the photographs (image)")
     sub.add_argument("--split", default="validation", help="the split of a data set on the hub (validation)")
     _device(sub)
 
@@ -196,9 +196,7 @@ def _dataset_commands(commands) -> None:
         description="Encodes a source of photographs into shards of parquet. Running the same command again "
         "continues, also on another number of ranks (accelerate launch, torchrun, srun, or by hand).",
     )
-    sub.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
-    _device(sub)
-    _dtype(sub, "float32", "compute in this type (default: float32)")
+    _model(sub, required=True)
     sub.add_argument(
         "--data", required=True, metavar="SOURCE", help="a folder, parquet or webdataset files, a hub id"
     )
@@ -293,8 +291,14 @@ def _photographs(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _model(sub: argparse.ArgumentParser, default: str | None = "compact", told: str = "compact") -> None:
-    sub.add_argument("--model", default=default, metavar="MODEL", help=f"{MODEL} (default: {told})")
+def _model(
+    sub: argparse.ArgumentParser,
+    default: str | None = "compact",
+    told: str = "compact",
+    required: bool = False,
+) -> None:
+    help = MODEL if required else f"{MODEL} (default: {told})"
+    sub.add_argument("--model", default=default, required=required, metavar="MODEL", help=help)
     _device(sub)
     _dtype(sub, "float32", "compute in this type (default: float32)")
 

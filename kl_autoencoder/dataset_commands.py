@@ -14,10 +14,9 @@ from .finding import load_model, model_folder, move_model
 from .latent_rows import EncodeSettings
 from .latents import SCALING_KEYS
 from .launching import rank_of
+from .photographs import DATA
 from .shards import ShardFolder, read_manifest
-from .sources import Keys, open_source
-
-DATA = Keys("--data", "--image-column")
+from .sources import open_source
 
 
 def encode_dataset(arguments: argparse.Namespace) -> None:

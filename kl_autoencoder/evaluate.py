@@ -30,7 +30,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     # of several processes each has a device of its own
     device = place.device if place.num_processes > 1 else torch.device(arguments.device or place.device)
     photographs = Photographs(
-        arguments.data, arguments.size, arguments.column, arguments.split, arguments.limit
+        arguments.data, arguments.size, arguments.image_column, arguments.split, arguments.limit
     )
     models = [
         Model(name, load_model(given, str(device), dtype), arguments.seed)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .images import load_image, open_image
 from .sources import Keys, encoded_file, open_source, record_name
 
+DATA = Keys("--data", "--image-column")
 SMALLEST = 64  # pixels a side: below, LPIPS has no pixels left in its last layers
 
 
@@ -36,7 +37,7 @@ class Photographs:
         if size is not None and size < SMALLEST:
             raise ValueError(f"--size: {size}; allowed: native, or a number from {SMALLEST} on")
         self.source, self.size, self.column = source, size, column
-        self.records = open_source(source, Keys("--data", "--column"), column, split, samples="validation")
+        self.records = open_source(source, DATA, column, split, samples="validation")
         self.count = min(len(self.records), limit or len(self.records))
         self.skipped: dict[int, str] = {}  # number -> why it cannot be used
 

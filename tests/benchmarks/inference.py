@@ -7,7 +7,7 @@
 Stable Diffusion's network with random weights, the same for everybody. In one process, in turn (A B C A B C ...):
 
 - diffusers: its AutoencoderKL as users get it, and one moved to channels_last;
-- ours: KLAutoencoder, without and with enable_tiling();
+- ours: KLAutoencoder, without and with enable_tiling(), and if asked for (--contenders) compile_for_inference();
 - floor: the network's convolutions, linear layers and attention as torch has them, on tensors of the right shapes
   in channels_last, and nothing else.
 
@@ -38,7 +38,7 @@ from diffusers import AutoencoderKL  # noqa: E402
 from kl_autoencoder import KLAutoencoder  # noqa: E402
 from tests.published import PUBLISHED  # noqa: E402
 
-CONTENDERS = ("diffusers", "channels_last", "ours", "tiled", "floor")
+CONTENDERS = ("diffusers", "channels_last", "ours", "tiled", "compiled", "floor")
 WITH_MEMORY = ("diffusers", "channels_last", "ours", "tiled")
 
 
@@ -57,6 +57,8 @@ def build(name: str, device: str, dtype: torch.dtype):
     ours = KLAutoencoder.from_diffusers(vae)
     if name == "tiled":
         ours.enable_tiling()
+    if name == "compiled":
+        ours.compile_for_inference()
     return ours
 
 
@@ -135,7 +137,7 @@ def measure_speed(options, direction: str, batch: int, size: int, dtype: torch.d
         if name == "floor":
             runs[name] = Floor(vae, direction, x)
             continue
-        call(vae, direction, small)
+        call(vae, direction, x if name == "compiled" else small)
         runs[name] = lambda vae=vae, name=name: outputs.update({name: call(vae, direction, x)})
     rounds = max(2, round(options.rounds * min(1, 512**2 / (batch * size**2)))) if options.rounds > 1 else 1
     seconds = {name: [] for name in runs}
@@ -161,7 +163,7 @@ def accuracy(options, direction: str, x: torch.Tensor | None, outputs: dict) -> 
     spread = (theirs.max() - theirs.min()).item()
     found = {
         f"{name} max": (outputs[name].float() - theirs).abs().max().item() / spread
-        for name in ("channels_last", "ours", "tiled")
+        for name in ("channels_last", "ours", "tiled", "compiled")
         if name in outputs
     }
     if x is not None and x.dtype != torch.float32:
@@ -240,7 +242,8 @@ def row(case: dict) -> str:
 
 
 HEADER = [
-    *("case", "diffusers, s", "channels_last, s", "ours, s", "tiled, s", "floor, s"),
+    "case",
+    *(f"{name}, s" for name in CONTENDERS),
     *("ours faster", "tiled faster", "than channels_last", "ours / floor"),
     *("diffusers, MiB", "channels_last, MiB", "ours, MiB", "tiled, MiB", "largest difference: ours; tiled"),
 ]
@@ -298,7 +301,8 @@ def parsed_arguments():
     parser.add_argument("--directions", nargs="+", default=["decode", "encode"], choices=["decode", "encode"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    usual = [name for name in CONTENDERS if name != "compiled"]  # which takes minutes on a CPU
+    parser.add_argument("--contenders", nargs="+", default=usual, choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=5, help="at 512x512; fewer, but two, for larger sizes")
     parser.add_argument("--quick", action="store_true", help="a look at whether it all runs: 1x64, one round")
     parser.add_argument("-o", "--output", help="where to write a .md and a .json")

@@ -1,7 +1,7 @@
 """Memory for inference: touched once, used again.
 
 The first touch of a page can cost as much as convolving what fits into it, so neither scratch buffers nor
-activations go back to the system between layers.
+activations go back to the system between layers; only what a smaller level will not need again does.
 """
 
 import math
@@ -43,6 +43,9 @@ class DeviceMemory:
     def free(self, tensor: Tensor) -> None:
         """Nothing to do: it is free when nobody refers to it."""
 
+    def trim(self, keep: int) -> None:
+        """Nothing to do."""
+
 
 class Arena:
     """Tensors in host memory, allocated and freed by hand: first fit, neighbours merged, grown by chunks."""
@@ -51,7 +54,7 @@ class Arena:
 
     def __init__(self, pinned: bool = False):
         self.pinned = pinned
-        self.chunks: list[Tensor] = []
+        self.chunks: list[Tensor | None] = []
         self.free_ranges: list[tuple[int, int, int]] = []  # (chunk, start, stop) in bytes, ascending
         self.used: dict[int, tuple[int, int, int]] = {}  # by the tensor's address
         self.lock = Lock()
@@ -74,6 +77,17 @@ class Arena:
                     self.free_ranges[-1] = (chunk, before[1], stop)
                 else:
                     self.free_ranges.append((chunk, start, stop))
+
+    def trim(self, keep: int) -> None:
+        """Gives unused chunks back to the system, the last first, until no more than `keep` bytes are held."""
+        with self.lock:
+            held = sum(len(chunk) for chunk in self.chunks if chunk is not None)
+            for unused in self.free_ranges[::-1]:
+                chunk, start, stop = unused
+                if held > keep and (start, stop) == (0, len(self.chunks[chunk])):
+                    self.free_ranges.remove(unused)
+                    self.chunks[chunk] = None
+                    held -= stop
 
     def _take(self, size: int) -> tuple[int, int, int]:
         for i, (chunk, start, stop) in enumerate(self.free_ranges):

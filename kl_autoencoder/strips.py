@@ -11,6 +11,7 @@ What makes the result that of the whole image:
 So a ResNet block holds its input and one activation more: its output is added onto the input.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from .normalization import Normalization, Statistics, copy
 from .workers import Workers
 
 TILE = 4  # strip heights are multiples of it
+NEXT_LEVEL = 4  # what a level holds, of its input: two activations, at most twice as wide
 
 
 class Executor:
@@ -120,7 +122,9 @@ class Executor:
         return self.convolve(x, kernel, block.conv.out_channels)
 
     def downsample(self, block: Downsample, x: Strips) -> Strips:
-        return self.convolve(x, DirectDownsample(block.conv, self.work), block.conv.out_channels)
+        out = self.convolve(x, DirectDownsample(block.conv, self.work), block.conv.out_channels)
+        self.memory.trim(NEXT_LEVEL * math.prod(out.shape) * self.dtype.itemsize)
+        return out
 
     def attention(self, block: AttentionBlock, x: Strips) -> Strips:
         b, height, width, channels = x.shape

@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("encode", help="photographs to latents")
     _photographs(sub)
     _model(sub)
+    _computation(sub)
     sub.add_argument(
         "--sample", action="store_true", help="draw from the posterior instead of taking its mode"
     )
@@ -105,11 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("decode", help="latents back to photographs")
     sub.add_argument("latents", nargs="+", metavar="LATENTS", help="files written by encode")
     _model(sub, None, "the one that encoded them")
+    _computation(sub)
     _output(sub, "PHOTO.png", "a picture, or a folder for several")
 
     sub = commands.add_parser("reconstruct", help="encode and decode photographs")
     _photographs(sub)
     _model(sub)
+    _computation(sub)
     sub.add_argument(
         "--compare", action="store_true", help="original, reconstruction and difference side by side"
     )
@@ -197,6 +200,7 @@ def _dataset_commands(commands) -> None:
         "continues, also on another number of ranks (accelerate launch, torchrun, srun, or by hand).",
     )
     _model(sub, required=True)
+    _computation(sub)
     sub.add_argument(
         "--data", required=True, metavar="SOURCE", help="a folder, parquet or webdataset files, a hub id"
     )
@@ -241,7 +245,7 @@ def _latent_commands(commands) -> None:
     sub = commands.add_parser("interpolate", help="a strip of pictures between two photographs")
     sub.add_argument("a", metavar="A", help="a photograph")
     sub.add_argument("b", metavar="B", help="another, which is cropped to the size of A")
-    sub.add_argument("--model", default="compact", metavar="MODEL", help=f"{MODEL} (default: compact)")
+    _model(sub)
     sub.add_argument("--steps", type=int, default=8, metavar="N", help="pictures, A and B included (8)")
     sub.add_argument("--spherical", action="store_true", help="along an arc, which keeps the latents' norm")
     sub.add_argument("--size", **size, help="crop both to squares of N x N")
@@ -269,7 +273,7 @@ def _latent_commands(commands) -> None:
     sub.add_argument(
         "--strength", type=float, nargs="+", default=[0.0, 1.0], help="how often to add it (0 1)"
     )
-    sub.add_argument("--model", default="compact", metavar="MODEL", help=f"{MODEL} (default: compact)")
+    _model(sub)
     sub.add_argument("--size", **size, help="crop all to squares of N x N (what the model is made for)")
     _device(sub)
     _output(sub, "STRIP.png", "a picture")
@@ -299,6 +303,9 @@ def _model(
 ) -> None:
     help = MODEL if required else f"{MODEL} (default: {told})"
     sub.add_argument("--model", default=default, required=required, metavar="MODEL", help=help)
+
+
+def _computation(sub: argparse.ArgumentParser) -> None:
     _device(sub)
     _dtype(sub, "float32", "compute in this type (default: float32)")
 

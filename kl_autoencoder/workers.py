@@ -2,8 +2,8 @@
 
 So one's copies from and to host memory run beside another's computations. On a CPU torch's own threads share each
 operation instead: on two idle cores Python threads, which take turns in Python between these short operations,
-decoded no faster and encoded an eighth slower. (`encoding` gives each thread an image of its own so that the number
-of threads changes no bit of the result.)
+decoded no faster and encoded an eighth slower. (`latent_rows` gives each thread an image of its own, so that the
+number of threads changes no bit of the result.)
 """
 
 import threading

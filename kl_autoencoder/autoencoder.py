@@ -16,6 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from . import checkpoints, latents
+from .files import settle
 from .inference import infer
 from .network import Decoder, Encoder
 from .posterior import DiagonalGaussian
@@ -245,6 +246,17 @@ class KLAutoencoder(AutoencoderKL):
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         checkpoints.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *arguments, **options) -> None:
+        """Write a folder that plain diffusers loads; its files can be read by whom the umask allows.
+
+        Takes the arguments of diffusers' method. Raises ValueError if `save_directory` is a file.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder}: is a file; a model is saved as a folder")
+        super().save_pretrained(save_directory, *arguments, **options)
+        settle([folder / "config.json", *folder.glob("diffusion_pytorch_model*")])
 
     @classmethod
     def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> "KLAutoencoder":

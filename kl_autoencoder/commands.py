@@ -15,6 +15,7 @@ from . import half, half_check
 from .autoencoder import KLAutoencoder
 from .checkpoints import family_of
 from .cli import say
+from .files import temporary_beside
 from .finding import (
     find_photographs,
     inside,
@@ -232,7 +233,7 @@ def _probes(photographs: list[tuple[Path, str]], size: int) -> Iterator[Tensor]:
 
 def _export_folder(vae: KLAutoencoder, output: Path, model_card: Path | None) -> None:
     """Written beside `output` and then renamed; what else an existing folder holds stays."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(output)
     try:
         vae.save_pretrained(temporary)
         if model_card and model_card.is_file():

@@ -3,9 +3,11 @@
 import os
 import pickle
 import re
+import secrets
+import stat
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,19 +22,71 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it takes the final name when the block ends well.
 
+    By then its bytes are on the disk, and its rights are those of any new file (the umask's), whoever wrote it.
     If the block raises, the temporary file is removed and whatever `path` was before is still there.
-    Raises FileNotFoundError, naming it, if the folder to write in is missing.
+    Raises FileNotFoundError, naming it, if the folder to write in is missing, and OSError naming `path` if no file
+    can be made there.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} is missing")
-    # In the same folder, since a rename is only atomic within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
+    try:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        _settle(temporary, mode)
         os.replace(temporary, path)
+        flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A hidden name in the folder of `path` that no other thread or process uses.
+
+    In the same folder, since a rename is only atomic within one file system.
+    """
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
+
+
+def settle(files: Iterable[Path]) -> None:
+    """Give files that others wrote the rights of a new file, and bring their bytes to the disk.
+
+    safetensors writes its files readable by their owner alone. `files` lie in one folder.
+    """
+    files = list(files)
+    if files:
+        probe = temporary_beside(files[0])
+        probe.touch(exist_ok=False)
+        mode = probe.stat().st_mode
+        probe.unlink()
+        for path in files:
+            _settle(path, mode)
+        flush_folder(files[0].parent)
+
+
+def _settle(path: Path, mode: int) -> None:
+    if path.stat().st_mode != mode:
+        path.chmod(stat.S_IMODE(mode))
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kl_autoencoder.files import flush_folder, settle
+
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})")
 
@@ -37,11 +39,10 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in beside.iterdir()
         }
         (beside / MANIFEST).write_text(json.dumps(files, indent=1))
-        for path in [*beside.iterdir(), beside]:
-            _flush(path)
+        settle(beside.iterdir())
         shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that went on without it
         os.replace(beside, final)
-        _flush(root)
+        flush_folder(root)
     except Exception as error:  # safetensors raises its own type for a full disk
         shutil.rmtree(beside, ignore_errors=True)
         raise OSError(
@@ -155,12 +156,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """To the disk itself, so that a rename never outlives the data it points to."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,6 +22,7 @@ from .autoencoder import KLAutoencoder
 from .crops import TooSmall, buckets, read_part
 from .latent_rows import EncodeSettings, ShardEncoder, little_endian, random_of
 from .latents import SCALING_KEYS, LatentStatistics
+from .launching import end_with_the_parent
 from .shards import ShardFolder
 from .sources import encoded_file
 from .workers import Workers
@@ -58,7 +59,7 @@ def encode_dataset(
         num_workers=num_workers,
         prefetch_factor=2 * settings.batch_size if num_workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=_start_worker,
     )
     schema = settings.features(photographs.features).arrow_schema
     done = sum(len(shards.rows(k)) for k in shards.complete())
@@ -176,5 +177,6 @@ def _as_it_is(loaded: dict) -> dict:
     return loaded
 
 
-def _leave_interrupts(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    end_with_the_parent()
     signal(SIGINT, SIG_IGN)  # the main process's to handle

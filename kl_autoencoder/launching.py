@@ -1,9 +1,11 @@
-"""What launchers leave out: several processes on one machine's CPUs, ending with the launcher, ranks."""
+"""What launchers leave out: several processes on one machine's CPUs, ending with a parent process, ranks."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -57,6 +59,23 @@ def end_with_the_launcher() -> None:
     """
     if launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_the_parent() -> None:
+    """End this process, one that multiprocessing started, as soon as its parent ends, however that ends.
+
+    A loader's worker that is handing over an image waits for ever for a parent that was killed, and holds its
+    standard output open. The kernel closes the pipe that multiprocessing keeps to each child
+    (`Process.sentinel`, the other way round), which a thread waits for here: on every platform, without polling,
+    and whichever thread of the parent started this process.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # the main thread may be blocked in a write, where no exception reaches it
+
+    threading.Thread(target=watch, name="ends with the parent", daemon=True).start()
 
 
 def rank_of(environment: Mapping[str, str]) -> tuple[int, int, int]:

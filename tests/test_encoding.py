@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
 import random
+import signal
 import time
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -265,3 +268,28 @@ def test_latents_that_are_not_finite_are_no_result(tmp_path, photographs, capsys
     assert encode(tmp_path / "vae", photographs, tmp_path / "out") == 2
     assert "not finite in float32 stored as float16" in capsys.readouterr().err
     assert not list((tmp_path / "out" / "data").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_workers_end_with_their_parent(model, tmp_path, number):
+    """Each photograph is larger than a pipe, so that the workers are blocked as they hand one over."""
+    (tmp_path / "in").mkdir()
+    Image.fromarray(data.astronaut()).save(tmp_path / "in" / "0.jpg")
+    for i in range(1, 40):
+        (tmp_path / "in" / f"{i}.jpg").symlink_to("0.jpg")
+    arguments = (str(model), str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "2")
+    process = start(tmp_path / "log", encode_at_512, *arguments)
+    parent, workers = psutil.Process(process.pid), []
+    assert wait_until(lambda: (tmp_path / "out" / "data").is_dir() and len(parent.children()) == 2, process)
+    assert wait_until(lambda: any((tmp_path / "out" / "data").iterdir()), process)
+    workers = parent.children()
+    os.kill(process.pid, number)
+    assert finish(process) == [130 if number == signal.SIGINT else -number]
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    for left in alive:
+        left.kill()
+    assert len(gone) == 2 and not alive
+
+
+def encode_at_512(*arguments):
+    return encode(*arguments, size=512)

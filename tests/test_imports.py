@@ -44,7 +44,9 @@ LIBRARY = {
     "crops": {"images"},
     "launching": set(),
     "shards": {"files"},
-    "encoding": {"autoencoder", "crops", "latent_rows", "latents", "shards", "sources", "workers"},
+    "encoding": {
+        *("autoencoder", "crops", "latent_rows", "latents", "launching", "shards", "sources", "workers"),
+    },
     "latent_rows": {"autoencoder", "crops", "latents", "posterior", "workers"},
     "latent_space": {"latents", "posterior"},
     "anomaly": {"autoencoder"},

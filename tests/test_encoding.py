@@ -278,7 +278,7 @@ def test_workers_end_with_their_parent(model, tmp_path, number):
     for i in range(1, 40):
         (tmp_path / "in" / f"{i}.jpg").symlink_to("0.jpg")
     arguments = (str(model), str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "2")
-    process = start(tmp_path / "log", encode_at_512, *arguments)
+    process = start(tmp_path / "log", encode_at_256, *arguments)
     parent, workers = psutil.Process(process.pid), []
     assert wait_until(lambda: (tmp_path / "out" / "data").is_dir() and len(parent.children()) == 2, process)
     assert wait_until(lambda: any((tmp_path / "out" / "data").iterdir()), process)
@@ -291,5 +291,5 @@ def test_workers_end_with_their_parent(model, tmp_path, number):
     assert len(gone) == 2 and not alive
 
 
-def encode_at_512(*arguments):
-    return encode(*arguments, size=512)
+def encode_at_256(*arguments):
+    return encode(*arguments, size=256)

@@ -41,15 +41,23 @@ class Tiles:
 
 
 class FewerProducts:
-    """Stands in for `network.norm_silu_conv` and `network.upsample_conv`; holds scratch memory.
+    """Stands in for `network.norm_silu_conv` and `network.upsample_conv`.
 
-    torch's own threads share each operation, as in inference.
+    torch's own threads share each operation, as in inference. Scratch memory belongs to the Python thread that
+    computes, so that several may train at once; a copy of a model or a pickled one begins without any.
     """
 
     def __init__(self):
         device = torch.device("cpu")
         self.executor = Executor(torch.empty(0, device=device), Workers(1, device), strip_bytes=0)
-        self.work = self.executor.work
+
+    def __reduce__(self):
+        return FewerProducts, ()
+
+    @property
+    def work(self) -> Workspace:
+        """The calling thread's scratch memory."""
+        return self.executor.work
 
     def norm_silu_conv(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if not pays(conv, x, x[:, 0].numel()):
@@ -77,7 +85,7 @@ class FewerProducts:
     def convolved(self, x: Strips, fill, filters: Filters) -> Tensor:
         """The convolution of fill(x), (B, H, W, out)."""
         kernel = WinogradConv(filters, self.work)
-        y = torch.empty((*x.shape[:3], len(filters.weight)))
+        y = torch.empty((*x.shape[:3], len(filters.weight)), device="cpu")
         for block in self.blocks(y.shape):
             y[:, block.top : block.bottom].copy_(self.executor.apply(kernel, x, block, fill))
         return y
@@ -85,7 +93,7 @@ class FewerProducts:
     def filter_gradient(self, x: Strips, fill, dy: Strips) -> Tensor:
         """(out, in, 3, 3)"""
         into, out = x.shape[3], dy.shape[3]
-        total = torch.zeros((36, into, out))
+        total = torch.zeros((36, into, out), device="cpu")
         for block in self.blocks(dy.shape):
             a = input_tiles(self.executor.window(x, block, Tiles, fill), self.work)
             b = output_gradient_tiles(whole_tiles(inside(dy, block), self.work), self.work)

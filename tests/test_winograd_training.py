@@ -1,11 +1,17 @@
 """The convolutions of training in fewer products: values and every gradient are those of the definition."""
 
+import copy
+import pickle
+import threading
+
 import pytest
 import torch
 from torch import nn
 
+from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.network import norm_silu_conv, upsample_conv
 from kl_autoencoder.winograd_training import FewerProducts, pays
+from train.model import choose_backward
 
 
 @pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
@@ -97,3 +103,43 @@ def test_where_it_does_not_pay_it_is_the_plain_way():
     norm, conv = layers(64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         assert products.norm_silu_conv(norm, conv, torch.randn(2, 64, 40, 40)).dtype == torch.bfloat16
+
+
+def test_threads_do_not_share_scratch_memory():
+    """Each of three threads gets, again and again, the gradients that it gets alone."""
+    products, work = FewerProducts(), []
+    for seed in range(3):
+        norm, conv = layers(64, 64 + 8 * seed)
+        x, dy = torch.randn(1, 64, 48, 48), torch.randn(1, 64 + 8 * seed, 48, 48)
+        work.append((norm, conv, x, dy))
+
+    def gradients(norm, conv, x, dy):
+        parameters = [*norm.parameters(), *conv.parameters()]
+        return run(lambda x: products.norm_silu_conv(norm, conv, x), parameters, x, dy)
+
+    alone, together = [gradients(*one) for one in work], [[] for _ in work]
+    threads = [
+        threading.Thread(target=lambda i=i: together[i].extend(gradients(*work[i]) for _ in range(6)))
+        for i in range(len(work))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for wanted, results in zip(alone, together, strict=True):
+        assert len(results) == 6
+        assert all(torch.equal(a, b) for result in results for a, b in zip(wanted, result, strict=True))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda vae: pickle.loads(pickle.dumps(vae))])
+def test_a_model_in_training_can_be_copied(duplicate):
+    torch.manual_seed(0)
+    vae = KLAutoencoder(block_out_channels=(64, 64), norm_num_groups=4, mid_block_add_attention=False)
+    choose_backward(vae, "norms")
+    images, gradients = torch.randn(1, 3, 64, 64), []
+    vae.encode(images).latent_dist.mode().sum().backward()  # has scratch memory now
+    for model in (vae, duplicate(vae)):
+        model.zero_grad()
+        model.encode(images).latent_dist.mode().sum().backward()
+        gradients.append([p.grad for p in model.encoder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

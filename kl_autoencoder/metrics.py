@@ -107,8 +107,13 @@ class LPIPS(nn.Module):
             return sum(lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, a, b in layers)
 
 
+def backbone_file(net: str) -> Path:
+    """Where torchvision looks for the backbone of an LPIPS net, and puts what it downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
+
+
 def _how_to_provide(net: str, error: Exception) -> str:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = backbone_file(net).parent
     home = os.environ.get("TORCH_HOME")
     return (
         f"LPIPS ({net}): {BACKBONES[net]} could neither be read from {folder} "

@@ -17,11 +17,9 @@ if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
 
 
 def backbone_missing(net):
-    import torch
+    from kl_autoencoder.metrics import backbone_file
 
-    from kl_autoencoder.metrics import BACKBONES
-
-    return not (Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]).is_file()
+    return not backbone_file(net).is_file()
 
 
 @pytest.fixture(params=["alex", "squeeze"])

@@ -58,12 +58,13 @@ TOP = {"cli", "commands", "dataset_commands", "evaluate", "latent_commands"}
 # Inside the training program. What is not named here is a leaf: it may read config, and nothing else of train.
 TRAIN = {
     "__init__": set(),
-    "__main__": {"config", "trainer"},
+    "__main__": {"config", "smoke", "trainer"},
     "bad_steps": {"journal"},
     "config": {"data"},
     "data": {"samples", "streams"},
     "engine": {"checkpoint", "config", "discriminator", "losses", "model", "schedules"},
     "samples": set(),
+    "smoke": {"config", "data"},
     "streams": {"samples"},
     "start": set(),
     "model": {"config", "start"},

@@ -12,18 +12,44 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train a KL autoencoder. Running the same command again continues where it stopped.",
-        epilog="example: python -m train configs/kl_f8.yaml data.train=FOLDER train.steps=200 output_dir=runs/a",
+        epilog="example: python -m train configs/kl_f8.yaml data.train=FOLDER output_dir=runs/a",
     )
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the configuration")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="take every part of the recipe through a few steps, tiny, on any machine, and leave nothing behind",
+    )
+    arguments = parser.parse_intermixed_args(argv)
     try:
         from .config import load_config
 
         config = load_config(arguments.config, arguments.overrides)
+    except (ValueError, OSError) as error:
+        print_error(error)
+        return 2
+    return smoke(config) if arguments.smoke else run(config)
+
+
+def smoke(config) -> int:
+    """Run a recipe's phases at a fraction of its sizes, in a folder that is removed again."""
+    from .smoke import STATISTICS_SAMPLES, replaced, smoke_run
+
+    with smoke_run(config) as small:
+        for line in replaced(config, small):
+            print(line)
+        code = run(small, STATISTICS_SAMPLES)
+    print("smoke test passed; nothing is kept" if code == 0 else "smoke test failed")
+    return code
+
+
+def run(config, statistics_samples: int | None = None) -> int:
+    """Train to the end, export and print the summary; the exit code. Errors are printed, one line each."""
+    try:
         from .trainer import TooManyBadSteps, Trainer
 
-        trainer = Trainer(config)
+        trainer = Trainer(config, statistics_samples)
     except (ValueError, OSError) as error:
         print_error(error)
         return 2

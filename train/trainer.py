@@ -34,8 +34,8 @@ class TooManyBadSteps(RuntimeError):
 class Trainer:
     """Everything a run holds. Making one reads the data, builds the model and finds what there is to resume."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, statistics_samples: int | None = None):
+        self.config, self.statistics_samples = config, statistics_samples or STATISTICS_SAMPLES
         self.folder = Path(config.output_dir)
         cpu = ranks_on_cpus()
         if config.train.mixed_precision == "fp16" and PartialState(cpu=cpu).device.type == "cpu":
@@ -261,7 +261,7 @@ class Trainer:
         """Statistics of the latents of the first samples of the training data, over all ranks."""
         vae = self.engine.exported
         statistics = LatentStatistics(vae.config.latent_channels)
-        share = -(-STATISTICS_SAMPLES // (self.config.data.batch_size * self.accelerator.num_processes))
+        share = -(-self.statistics_samples // (self.config.data.batch_size * self.accelerator.num_processes))
         for batch, _ in zip(self._loader(start_sample=0), range(share), strict=False):
             posterior = vae.encode(batch["images"].to(self.device, vae.dtype)).latent_dist
             statistics.update(posterior.mean + posterior.std * self.engine.noise(batch["sample"]))

@@ -6,13 +6,13 @@ They are imported on first use, so that `kl-autoencoder --help` does not wait fo
 from importlib import import_module
 
 _HOME = {
-    "KLAutoencoder": "autoencoder",
-    "DiagonalGaussian": "posterior",
-    "load_image": "images",
-    "save_image": "images",
-    "image_size": "images",
-    "LatentDataset": "latent_dataset",
-    "SameShape": "latent_dataset",
+    "KLAutoencoder": "models.autoencoder_kl",
+    "DiagonalGaussian": "networks.distributions",
+    "load_image": "data.image_io",
+    "save_image": "data.image_io",
+    "image_size": "data.image_io",
+    "LatentDataset": "latents.latent_dataset",
+    "SameShape": "latents.latent_dataset",
 }
 __all__ = list(_HOME)
 

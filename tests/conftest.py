@@ -17,7 +17,7 @@ if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
 
 
 def backbone_missing(net):
-    from kl_autoencoder.metrics import backbone_file
+    from kl_autoencoder.evaluation.metrics import backbone_file
 
     return not backbone_file(net).is_file()
 

@@ -1,6 +1,6 @@
 """`evaluate` as the tests of it run it: on two small models and five photographs; the fixtures are in conftest."""
 
-from kl_autoencoder.cli import main
+from kl_autoencoder.cli.main import main
 from tests.conftest import backbone_missing
 
 SIZE = 168  # the least multiple of 8 that MS-SSIM takes

@@ -20,7 +20,12 @@ PATIENCE = 240  # seconds after which a process counts as hanging; nothing here 
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["tests.test_checkpoint", "tests.test_adversarial", "tests.test_safe_numbers", "tests.test_encoding"]
+    [
+        "tests.train.test_checkpoint",
+        "tests.train.test_adversarial",
+        "tests.train.test_safe_numbers",
+        "tests.latents.test_encode_dataset",
+    ]
 )
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 from skimage import data
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.cli import main as command
+from kl_autoencoder.cli.main import main as command
 from tests.conftest import ROOT
-from tests.test_autoencoder import pipeline_parts
+from tests.models.test_autoencoder_kl import pipeline_parts
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [

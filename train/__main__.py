@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from kl_autoencoder.launching import end_with_the_launcher, start_all_cpu_processes
+from kl_autoencoder.distributed import end_with_the_launcher, start_all_cpu_processes
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 
@@ -47,7 +47,7 @@ def smoke(config) -> int:
 def run(config, statistics_samples: int | None = None) -> int:
     """Train to the end, export and print the summary; the exit code. Errors are printed, one line each."""
     try:
-        from .trainer import TooManyBadSteps, Trainer
+        from .loop.trainer import TooManyBadSteps, Trainer
 
         trainer = Trainer(config, statistics_samples)
     except (ValueError, OSError) as error:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .data import DataConfig
+from .data.loader import DataConfig
 
 
 def number(default, low=None, above=None, high=None) -> Any:

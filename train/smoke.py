@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from kl_autoencoder import ranks
-from kl_autoencoder.autoencoder import COMPACT
-from kl_autoencoder.frechet import short_patience
-from kl_autoencoder.metrics import backbone_file
-from kl_autoencoder.sources import SAMPLE_PHOTOGRAPHS
+from kl_autoencoder import distributed
+from kl_autoencoder.data.sources import SAMPLE_PHOTOGRAPHS
+from kl_autoencoder.evaluation.frechet import short_patience
+from kl_autoencoder.evaluation.metrics import backbone_file
+from kl_autoencoder.models.autoencoder_kl import COMPACT
 
 from .config import AdversarialConfig, Config, ModelConfig
-from .data import DataConfig
+from .data.loader import DataConfig
 
 STEPS = 6  # 2 without the discriminator, 1 in which it trains unfelt, 1 of the ramp, 2 of everything
 WIDTHS = (16, 32)  # of the first level and of all others: a shortcut convolution, as in the network itself
@@ -33,9 +33,9 @@ SIDE = 64  # pixels: a multiple of every downsampling up to 64, and enough for L
 @contextmanager
 def smoke_run(config: Config) -> Iterator[Config]:
     """The shrunk configuration, in a temporary folder that is the same on every rank and gone after the block."""
-    place = ranks.join()
+    place = distributed.join()
     with tempfile.TemporaryDirectory(prefix="smoke-") as own, short_patience():
-        [folder, *_] = ranks.gather([own])
+        [folder, *_] = distributed.gather([own])
         yield shrink(config, Path(folder) / "run")
         place.wait_for_everyone()  # before the folder goes
 

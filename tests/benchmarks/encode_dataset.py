@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.encoding import Photographs, binding, encode_dataset
-from kl_autoencoder.finding import load_model
-from kl_autoencoder.latent_rows import EncodeSettings
-from kl_autoencoder.shards import ShardFolder
-from kl_autoencoder.sources import Keys, open_source
+from kl_autoencoder.cli.paths import load_model
+from kl_autoencoder.data.sources import Keys, open_source
+from kl_autoencoder.latents.encode_dataset import Photographs, binding, encode
+from kl_autoencoder.latents.shard_encoder import EncodeSettings
+from kl_autoencoder.latents.shards import ShardFolder
 
 NETWORKS = {
     "quick start": {"block_out_channels": (16, 32, 64, 96), "norm_num_groups": 8},
@@ -89,7 +89,7 @@ def the_command(vae, photographs, settings, workers: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with ShardFolder(Path(folder) / "out", len(photographs), settings.shard_rows) as shards:
             shards.bind(binding(vae, photographs, "image", settings), {})
-            assert encode_dataset(vae, photographs, "image", shards, settings, num_workers=workers)
+            assert encode(vae, photographs, "image", shards, settings, num_workers=workers)
 
 
 if __name__ == "__main__":

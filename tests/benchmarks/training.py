@@ -30,8 +30,8 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from train.config import Config, load_config  # noqa: E402
-from train.data import train_loader  # noqa: E402
-from train.trainer import Trainer  # noqa: E402
+from train.data.loader import train_loader  # noqa: E402
+from train.loop.trainer import Trainer  # noqa: E402
 
 
 def config_for(options, folder: str) -> Config:

@@ -1,0 +1,120 @@
+"""Several processes at one task: launching them, their ranks, and what all of them are to know.
+
+torch and accelerate are imported where they are needed: a command that runs alone does not wait for them.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# rank, ranks, and which of the ranks of its machine: accelerate and torchrun, mpirun, srun
+RANKS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def start_all_cpu_processes(module: str, arguments: list[str]) -> None:
+    """Become N processes of `python -m module` if this is the only one of `accelerate launch --cpu -n N`.
+
+    On CPUs accelerate starts a single process whatever `--num_processes` says, expecting mpirun to have started
+    the rest; a run then trains on one rank and says nothing. Torch's launcher starts them here instead. Returns,
+    having done nothing, wherever the number of processes is already right.
+    """
+    alone = "MASTER_PORT" in os.environ and not any(name in os.environ for name in OTHER_LAUNCHERS)
+    if not alone or os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
+        return
+    processes = _asked_for(psutil.Process().parent().cmdline())
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *arguments])
+
+
+def _asked_for(command: list[str]) -> int:
+    """The --num_processes of an accelerate command line."""
+    words = [word for part in command for word in part.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag in ("--num_processes", "--num-processes") and value.isdigit():
+            return int(value)
+    return 1
+
+
+def launched() -> bool:
+    """Whether accelerate or torchrun started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def end_with_the_launcher() -> None:
+    """Ask the kernel for SIGTERM when the launcher dies (Linux).
+
+    accelerate passes no signal on: killed, it would leave a run behind that nobody sees and that goes on writing.
+    """
+    if launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_the_parent() -> None:
+    """End this process, one that multiprocessing started, as soon as its parent ends, however that ends.
+
+    A loader's worker that is handing over an image waits for ever for a parent that was killed, and holds its
+    standard output open. The kernel closes the pipe that multiprocessing keeps to each child
+    (`Process.sentinel`, the other way round), which a thread waits for here: on every platform, without polling,
+    and whichever thread of the parent started this process.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # the main thread may be blocked in a write, where no exception reaches it
+
+    threading.Thread(target=watch, name="ends with the parent", daemon=True).start()
+
+
+def rank_of(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, ranks, rank on this machine) by the variables that a launcher sets; (0, 1, 0) without one."""
+    for names in RANKS:
+        if all(name in environment for name in names):
+            return tuple(int(environment[name]) for name in names)
+    return 0, 1, 0
+
+
+def ranks_on_cpus() -> bool:
+    """Whether this is one of several processes and there are only CPUs.
+
+    accelerate must be told: else each process that torchrun started on CPUs is alone, and all do the same.
+    """
+    import torch
+
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+
+
+def join(device: str | None = None) -> "PartialState":
+    """This process's place among those that accelerate or torchrun started: alone, if they did not.
+
+    `.process_index`, `.num_processes`, and `.device`, which is the rank's own; the CPU if `device` says so.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu" or ranks_on_cpus())
+
+
+def gather(items: list) -> list:
+    """The lists of all ranks one after another, on every rank, after `join`. Anything that can be pickled."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items)

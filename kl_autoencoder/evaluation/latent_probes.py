@@ -1,0 +1,153 @@
+"""What a decoder makes of latents that are not quite the encoder's: noise, rounding, paths, flips and turns.
+
+Each study looks at few images, since each costs a dozen passes through the network. Images are (1, 3, H, W) in
+[-1, 1], with sides that are multiples of 2f; latents are the posterior's mode.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.autoencoder_kl import KLAutoencoder
+from .metrics import LPIPS, PSNR_OF_EQUALS, psnr
+
+SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # of noise, in deviations of the latents over all channels
+STEPS = 8  # from one image to another
+HISTOGRAM_EDGES = np.linspace(-5.0, 5.0, 51)  # of latents, each channel with mean 0 and deviation 1
+
+
+def _halved(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False)
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flip_horizontal": lambda x: x.flip(-1),
+    "flip_vertical": lambda x: x.flip(-2),
+    "rotate_90": lambda x: x.rot90(1, (-2, -1)),
+    "downscale_2": _halved,
+}
+
+
+class Study:
+    """The studies of one model, whose latents have these moments (`LatentSums.summary`)."""
+
+    def __init__(self, vae: KLAutoencoder, moments: dict[str, Any], lpips: LPIPS | None, seed: int):
+        self.vae, self.lpips, self.seed = vae, lpips, seed
+        self.spread = 1 / (moments["scaling_factor"] or 1.0)
+        self.mean, self.std = np.array(moments["mean"]), np.array(moments["std"])
+
+    @torch.inference_mode()
+    def of_pair(self, pair: list[tuple[int, Tensor]]) -> dict[str, list]:
+        """(number, image) of one or two images -> what each study found, an entry an image, or of `path` a pair."""
+        found = {name: [] for name in ("noise", "eight_bits", "equivariance", "histogram", "path")}
+        ends = []
+        for number, image in pair:
+            image = image.to(self.vae.device)
+            z = self._encode(image)
+            decoded = self._decode(z)
+            found["noise"].append(self.noise(number, image, z, decoded))
+            found["eight_bits"].append(_capped(psnr(self._decode(rounded_to_8_bits(z)), image)))
+            found["equivariance"].append(self.equivariance(image, z, decoded))
+            found["histogram"].append(self.histogram(z))
+            ends.append((z, decoded))
+        if len(ends) == 2 and self.lpips is not None:
+            found["path"].append(self.path(*ends))
+        return found
+
+    def noise(self, number: int, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float]]:
+        """PSNR of what is decoded from z + sigma e, for each of `SIGMAS`; e is the same for every sigma.
+
+        Against the image, and against what is decoded from z: where a model is far from the image, the first
+        hardly moves.
+        """
+        generator = torch.Generator().manual_seed(self.seed + number)
+        e = torch.randn(z.shape, generator=generator).to(z.device) * self.spread
+        noisy = [decoded, *(self._decode(z + sigma * e) for sigma in SIGMAS[1:])]
+        return [(_capped(psnr(one, image)), _capped(psnr(one, decoded))) for one in noisy]
+
+    def path(self, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> list[float]:
+        """(latents, decoded) of two images -> LPIPS of each of `STEPS` equal steps on the straight line between
+        the latents, and of its two ends."""
+        (a, first), (b, last) = start, end
+        frames = [first, *(self._decode(a + (b - a) * k / STEPS) for k in range(1, STEPS)), last]
+        pairs = [*pairwise(frames), (frames[0], frames[-1])]
+        return [float(self.lpips(y, x)) for x, y in pairs]
+
+    def equivariance(self, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float]]:
+        """For each of `TRANSFORMS` T: the error of E(T x) against T E(x), as a share of the latents' deviation;
+        and the PSNR of D(T z) against T D(z)."""
+        results = []
+        for transform in TRANSFORMS.values():
+            expected = transform(z)
+            error = (self._encode(transform(image)) - expected).square().mean().sqrt() / self.spread
+            turned = self._decode(expected)
+            results.append((float(error), _capped(psnr(turned, transform(decoded)))))
+        return results
+
+    def histogram(self, z: Tensor) -> np.ndarray:
+        """Counts in `HISTOGRAM_EDGES` of latents that are shifted and scaled, channel by channel."""
+        values = z.transpose(0, 1).flatten(1).cpu().double().numpy()
+        values = (values - self.mean[:, None]) / np.maximum(self.std, 1e-12)[:, None]
+        return np.histogram(values, HISTOGRAM_EDGES)[0]
+
+    def _encode(self, image: Tensor) -> Tensor:
+        return self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float()
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z.to(self.vae.dtype)).sample.float().nan_to_num(-1.0).clamp(-1, 1)
+
+
+def rounded_to_8_bits(z: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as 256 levels hold them, from the least to the largest value of each channel."""
+    low, high = z.amin(dim=(2, 3), keepdim=True), z.amax(dim=(2, 3), keepdim=True)
+    step = ((high - low) / 255).clamp_min(1e-12)
+    return low + ((z - low) / step).round() * step
+
+
+def summary(found: list[dict[str, list]]) -> dict[str, Any]:
+    """The means over what `Study.of_pair` found, in the order of the images, ready for JSON."""
+    together = {name: [entry for one in found for entry in one[name]] for name in found[0]}
+    noise = np.array(together["noise"]).mean(axis=0)  # (sigmas, 2)
+    equivariance = np.array(together["equivariance"]).mean(axis=0)
+    names = ("latent_error", "image_psnr")
+    result = {
+        "images": len(together["noise"]),
+        "noise": {
+            "sigma": list(SIGMAS),
+            "psnr": noise[:, 0].tolist(),
+            "psnr_to_noiseless": [None, *noise[1:, 1].tolist()],
+        },
+        "eight_bit_latents": {
+            "psnr": float(np.mean(together["eight_bits"])),
+            "psnr_unrounded": float(noise[0, 0]),
+        },
+        "equivariance": {
+            transform: dict(zip(names, map(float, values), strict=True))
+            for transform, values in zip(TRANSFORMS, equivariance, strict=True)
+        },
+        "histogram": {
+            "edges": HISTOGRAM_EDGES.tolist(),
+            "counts": np.sum(together["histogram"], axis=0).tolist(),
+        },
+        "path": None,
+    }
+    if together["path"]:
+        paths = np.array(together["path"])
+        steps, ends = paths[:, :-1], paths[:, -1]
+        result["path"] = {
+            "pairs": len(paths),
+            "lpips_of_steps": steps.mean(axis=0).tolist(),
+            "lpips_of_ends": float(ends.mean()),
+            # a decoder that makes the same of everything takes no steps
+            "unevenness": float((steps.max(axis=1) / np.maximum(steps.mean(axis=1), 1e-12)).mean()),
+        }
+    return result
+
+
+def _capped(decibels: Tensor) -> float:
+    return float(decibels.clamp(max=PSNR_OF_EQUALS))

@@ -1,0 +1,227 @@
+"""What people read of an evaluation: the table in the terminal, and one HTML file that needs nothing beside it."""
+
+import base64
+import io
+from collections.abc import Iterator
+from datetime import date
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from ...data.image_io import tensor_to_images
+from ..runner import Evaluation, as_saved
+from . import plots
+
+SHOWN = ("best", "median", "worst")
+SHOWN_PIXELS = 768  # a side; of larger images the centre
+
+
+class Column(NamedTuple):
+    key: str
+    label: str
+    better: str  # up, down, or nothing
+    digits: int
+    unit: str = ""
+
+    @property
+    def arrow(self) -> str:
+        return {"up": "↑", "down": "↓", "": ""}[self.better]
+
+    def text(self, value: float | None) -> str:
+        return "–" if value is None else f"{value:,.{self.digits}f}"
+
+
+COLUMNS = (
+    Column("psnr", "PSNR", "up", 2, "dB"),
+    Column("ssim", "SSIM", "up", 3),
+    Column("ms_ssim", "MS-SSIM", "up", 3),
+    Column("lpips", "LPIPS", "down", 3),
+    Column("rfid", "rFID", "down", 2),
+    Column("squeezenet_frechet_distance", "SqueezeNet FD", "down", 0),
+    Column("bits_per_pixel", "bits/pixel", "", 3),
+    Column("kl_bits_per_pixel", "KL bits/pixel", "", 3),
+)
+
+
+def columns(metrics: dict[str, Any]) -> list[Column]:
+    """Those that were measured."""
+    measured = [result["metrics"] for result in metrics["results"].values()]
+    return [c for c in COLUMNS if any(row[c.key]["n"] for row in measured)]
+
+
+def best(metrics: dict[str, Any], column: Column) -> str | None:
+    """The best value of a column as it is printed, so that what looks equal is equally good."""
+    values = [result["metrics"][column.key]["mean"] for result in metrics["results"].values()]
+    values = [value for value in values if value is not None]
+    if not values or not column.better:
+        return None
+    return column.text(max(values) if column.better == "up" else min(values))
+
+
+def plain_table(metrics: dict[str, Any]) -> str:
+    """For the terminal: a line a row, the means."""
+    shown = columns(metrics)
+    heads = [f"{c.label} {c.arrow}".strip() for c in shown]
+    names = {key: f"{r['name']}, {r['detail']}" for key, r in metrics["results"].items()}
+    width = max(map(len, names.values()))
+    lines = [" " * width + "".join(f"  {head:>9}" for head in heads)]
+    for key, result in metrics["results"].items():
+        cells = (
+            f"  {c.text(result['metrics'][c.key]['mean']):>{max(9, len(head))}}"
+            for c, head in zip(shown, heads, strict=True)
+        )
+        lines.append(f"{names[key]:<{width}}" + "".join(cells))
+    return "\n".join([*lines, *(f"note: {note}" for note in metrics["notes"])])
+
+
+def render(metrics: dict[str, Any], evaluation: Evaluation) -> str:
+    """The report as one HTML file: style, script, plots and pictures are in it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    shown, (column, leader) = columns(metrics), _ranking(metrics)
+    models = {
+        name: {**about, **metrics["latents"][name], "colour": plots.colour(i)}
+        for i, (name, about) in enumerate(metrics["models"].items())
+    }
+    return environment.get_template("report.html").render(
+        metrics=metrics,
+        columns=shown,
+        best={c.key: best(metrics, c) for c in shown},
+        models=models,
+        figures=list(_figures(metrics, evaluation, leader)),
+        leader=leader,
+        measure=column.label,
+        plots={name: Markup(svg) for name, svg in _plots(metrics, evaluation).items()},
+        today=date.today().isoformat(),
+    )
+
+
+# -------------------------------------------------------------------- pictures
+
+
+def _ranking(metrics: dict[str, Any]) -> tuple[Column, str]:
+    """The measure, and the best model's row, that tell the best image from the worst."""
+    name = "lpips" if metrics["settings"]["lpips"] else "psnr"
+    rows = {key: row for key, row in metrics["results"].items() if row["latents"] == "mode"}
+    sign = 1 if name == "lpips" else -1
+    leader = min(rows, key=lambda key: sign * rows[key]["metrics"][name]["mean"])
+    return next(c for c in COLUMNS if c.key == name), leader
+
+
+def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Iterator[dict[str, Any]]:
+    """The best, the median and the worst image of the row `key`, each with all that was made of it."""
+    column, _ = _ranking(metrics)
+    many_types = len({row.dtype for row in evaluation.rows if row.dtype}) > 1
+    order = sorted(evaluation.records, key=lambda record: record["values"][key][column.key])
+    order = order if column.better == "down" else order[::-1]
+    places = {"best": 0, "median": (len(order) - 1) // 2, "worst": len(order) - 1}
+    numbers = set()
+    for title in SHOWN:
+        record = order[places[title]]
+        if record["number"] in numbers:  # of one or two images
+            continue
+        numbers.add(record["number"])
+        photograph = evaluation.photographs[record["number"]]
+        choices = []
+        for reproduction in evaluation.reproductions([photograph]):
+            row = reproduction.row
+            values = record["values"][row.key]
+            choices.append(
+                {
+                    "first": row.key == key,
+                    "label": f"{row.name} {row.detail if many_types else row.latents or ''}".strip()
+                    if row.kind == "model"
+                    else row.name,
+                    "values": [  # with spaces that do not break
+                        f"{c.label} {c.text(values[c.key])} {c.unit}".strip().replace(" ", "\u00a0")
+                        for c in COLUMNS
+                        if c.key in ("psnr", "ssim", "lpips") and c.key in values
+                    ],
+                    "source": _embedded(as_saved(reproduction.images)),
+                }
+            )
+        original = _centre(photograph.image)
+        yield {
+            "title": title,
+            "name": record["name"],
+            "width": original.shape[3],
+            "height": original.shape[2],
+            "original": _embedded(original),
+            "choices": choices,
+        }
+
+
+def _centre(images: Tensor) -> Tensor:
+    height, width = images.shape[2:]
+    top, left = max(height - SHOWN_PIXELS, 0) // 2, max(width - SHOWN_PIXELS, 0) // 2
+    return images[:, :, top : top + SHOWN_PIXELS, left : left + SHOWN_PIXELS]
+
+
+def _embedded(images: Tensor) -> str:
+    """A data URI of one image, without loss."""
+    picture: Image.Image = tensor_to_images(_centre(images))[0]
+    file = io.BytesIO()
+    picture.save(file, "WEBP", lossless=True)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+# -------------------------------------------------------------------- plots
+
+
+def _plots(metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, str]:
+    latents = metrics["latents"]
+    drawn = {name: plots.SERIES[i % len(plots.SERIES)] for i, name in enumerate(latents)}
+    studies = {name: summary["study"] for name, summary in latents.items()}
+    normal = np.linspace(-5, 5, 101)
+    bell = (normal, np.exp(-(normal**2) / 2) / np.sqrt(2 * np.pi))
+    found = {
+        f"dots_{c.key}": plots.rows_of_dots(_dots(evaluation, drawn, c.key), f"{c.label} {c.unit}".strip())
+        for c in columns(metrics)
+        if c.key in ("psnr", "ssim", "lpips")
+    }
+    found["latents"] = plots.histogram(
+        {drawn[name]: tuple(study["histogram"].values()) for name, study in studies.items()},
+        "latent, in deviations of its channel",
+        quiet=[bell],
+    )
+    found["logvar"] = plots.histogram(
+        {drawn[name]: tuple(summary["logvar_histogram"].values()) for name, summary in latents.items()},
+        "logvar",
+    )
+    spectra = {drawn[name]: summary["spectrum"] for name, summary in latents.items()}
+    images = metrics["images"]["spectrum"]
+    found["spectrum"] = plots.log_log(
+        [(c, (s["frequency"], s["power"])) for c, s in spectra.items() if s["power"]],
+        "frequency, 1 = Nyquist",
+        "power, mean 1",
+        quiet=[(images["frequency"], images["power"])] if images["power"] else [],
+    )
+    for key in ("psnr", "psnr_to_noiseless"):
+        curves = [(drawn[name], (s["noise"]["sigma"], s["noise"][key])) for name, s in studies.items()]
+        found[f"noise_{key}"] = plots.lines(
+            curves, "noise, in deviations of the latents", "PSNR (dB)", markers=True
+        )
+    paths = {name: s["path"]["lpips_of_steps"] for name, s in studies.items() if s["path"]}
+    if paths:
+        steps = {n: (np.arange(len(v)) + 0.5) / len(v) for n, v in paths.items()}
+        curves = [(drawn[name], (steps[name], values)) for name, values in paths.items()]
+        found["path"] = plots.lines(curves, "place on the path", "LPIPS of a step", markers=True)
+    return found
+
+
+def _dots(evaluation: Evaluation, drawn: dict[str, str], name: str) -> list[tuple[str, str, list[float]]]:
+    """The values of `name` of all images, of the rows of models in their first type and of the baselines."""
+    rows = [row for row in evaluation.rows if row.kind == "baseline" or row.key in evaluation.observed]
+    return [
+        (row.name, drawn.get(row.name, plots.QUIET), [r["values"][row.key][name] for r in evaluation.records])
+        for row in rows
+    ]

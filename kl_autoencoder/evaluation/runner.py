@@ -1,0 +1,230 @@
+"""Models and baselines measured on the same images, on any number of ranks: what metrics.json holds."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import distributed
+from ..data.image_dataset import Photograph, Photographs
+from ..data.image_io import pad_to_multiple, save_image
+from . import frechet, latent_probes
+from .frechet import Features, FeatureSums
+from .latent_statistics import LatentSums, SpectrumSum
+from .methods import Candidate, Model, Reproduction
+from .metrics import LPIPS, MS_SSIM_TOO_SMALL, PSNR_OF_EQUALS, ms_ssim, psnr, ssim, to_8_bits
+
+FORMAT = 1  # of metrics.json: a number up where a key changes its meaning or goes
+STUDY_SIZE = 256  # of the images of the studies where the others are of any size
+PER_IMAGE = ("psnr", "ssim", "ms_ssim", "lpips", "bits_per_pixel", "kl_bits_per_pixel", "not_finite")
+OF_THE_SET = ("rfid", "squeezenet_frechet_distance")
+
+
+@dataclass
+class Instruments:
+    """What images are measured with, the same on every rank; what is not to be had is None, and `notes` say why."""
+
+    lpips: LPIPS | None
+    features: dict[str, Features]  # of `OF_THE_SET`
+    notes: list[str]
+
+    @classmethod
+    def find(cls, lpips_net: str, device: torch.device, first: bool) -> "Instruments":
+        """`first`: this is rank 0, which downloads what the others then find."""
+        notes = []
+
+        def have(load: Callable[[], Any], otherwise: str):
+            return _on_all_ranks(load, first, lambda error: notes.append(f"{otherwise}: {error}"))
+
+        with frechet.short_patience():
+            lpips = have(lambda: LPIPS(lpips_net).to(device), "no LPIPS")
+        rfid = have(
+            lambda: frechet.inception(device),
+            "no rFID, but the same distance on SqueezeNet's features, under a name of its own",
+        )
+        features = {"rfid": rfid}
+        if rfid is None:
+            name = "squeezenet_frechet_distance"
+            features = {
+                name: have(lambda: frechet.squeezenet(device), "no distance on SqueezeNet's features")
+            }
+        return cls(lpips, {name: network for name, network in features.items() if network}, notes)
+
+
+def _on_all_ranks(load: Callable[[], Any], first: bool, refused: Callable[[Exception], None]) -> Any:
+    """load() on rank 0, and then on the others; None on all if rank 0 finds nothing."""
+    found, error = None, None
+    if first:
+        try:
+            found = load()
+        except OSError as caught:
+            error = caught
+    error = distributed.gather([error])[0]
+    if error is not None:
+        return refused(error)
+    return found if first else load()
+
+
+class Evaluation:
+    """One rank's part of the work, and after `measure` on all ranks what they have found together."""
+
+    def __init__(self, photographs: Photographs, candidates: Sequence[Candidate], tools: Instruments):
+        self.photographs, self.candidates, self.tools = photographs, candidates, tools
+        self.rows = [row for candidate in candidates for row in candidate.rows]
+        # of each model the latents are looked at once, in the first type it is given in
+        models = [c for c in candidates if isinstance(c, Model)]
+        self.models = list({model.name: model for model in reversed(models)}.values())[::-1]
+        self.observed = {model.rows[0].key: model.name for model in self.models}
+        self.records: list[dict[str, Any]] = []
+        self.latents = {model.name: LatentSums(model.vae.config.latent_channels) for model in self.models}
+        self.spectrum = SpectrumSum()
+        self.features = {(key, name): FeatureSums() for key in ("", *self._keys()) for name in tools.features}
+
+    def _keys(self) -> list[str]:
+        return [row.key for row in self.rows]
+
+    # ---------------------------------------------------------------- image by image
+
+    def measure(self, batch_size: int, save_to: Path | None = None) -> None:
+        """Every image, on all ranks; `save_to` a folder for the images as they were measured.
+
+        ValueError if no image can be used.
+        """
+        place = distributed.join()
+        batches = self.photographs.batches(batch_size, place.process_index, place.num_processes)
+        mine = math.ceil(self.photographs.count / place.num_processes)
+        with tqdm(total=mine, unit="image", disable=True if place.process_index else None) as bar:
+            for batch in batches:
+                self._measure_batch(batch, save_to)
+                bar.update(len(batch))
+        self._gather()
+        if not self.records:
+            reasons = "; ".join(list(self.photographs.skipped.values())[:3])
+            raise ValueError(f"--data: no image of {self.photographs.source} can be used ({reasons})")
+
+    def _measure_batch(self, batch: list[Photograph], save_to: Path | None) -> None:
+        images = torch.cat([photograph.image for photograph in batch])
+        height, width = images.shape[2:]
+        self._add_features("", images)
+        for image in images:
+            self.spectrum.update(image)
+        values = [{} for _ in batch]
+        for reproduction in self.reproductions(batch):
+            key, rounded = reproduction.row.key, as_saved(reproduction.images)
+            if reproduction.row.key in self.observed:
+                self.latents[self.observed[key]].update(reproduction.posterior)
+            self._add_features(key, rounded)
+            measured = self._similarity(rounded, images) | reproduction.extras
+            for i, of_image in enumerate(values):
+                of_image[key] = {name: list_[i] for name, list_ in measured.items()}
+            if save_to:
+                _save(save_to / key, batch, rounded)
+        if save_to:
+            _save(save_to / "original", batch, images)
+        for photograph, of_image in zip(batch, values, strict=True):
+            about = {"number": photograph.number, "name": photograph.name, "height": height, "width": width}
+            self.records.append({**about, "values": of_image})
+
+    def reproductions(self, batch: list[Photograph]) -> Iterator[Reproduction]:
+        images = torch.cat([photograph.image for photograph in batch])
+        for candidate in self.candidates:
+            yield from candidate.reproduce(images, [photograph.number for photograph in batch])
+
+    def _similarity(self, rounded: Tensor, images: Tensor) -> dict[str, list[float]]:
+        measured = {
+            "psnr": psnr(rounded, images).clamp(max=PSNR_OF_EQUALS).tolist(),
+            "ssim": ssim(rounded, images).tolist(),
+        }
+        if min(images.shape[2:]) > MS_SSIM_TOO_SMALL:
+            measured["ms_ssim"] = ms_ssim(rounded, images).tolist()
+        if self.tools.lpips is not None:
+            device = next(self.tools.lpips.parameters()).device
+            with torch.inference_mode():
+                measured["lpips"] = self.tools.lpips(rounded.to(device), images.to(device)).double().tolist()
+        return measured
+
+    @torch.inference_mode()
+    def _add_features(self, key: str, images: Tensor) -> None:
+        for name, network in self.tools.features.items():
+            self.features[key, name].update(network(images))
+
+    def _gather(self) -> None:
+        """From now on every rank knows what all have found."""
+        self.records = sorted(distributed.gather(self.records), key=lambda record: record["number"])
+        for skipped in distributed.gather([self.photographs.skipped]):
+            self.photographs.skipped.update(skipped)
+        self.spectrum = reduce(add, distributed.gather([self.spectrum]))
+        for sums in (self.latents, self.features):
+            for key in sums:
+                sums[key] = reduce(add, distributed.gather([sums[key]]))
+
+    # ---------------------------------------------------------------- together
+
+    def results(self) -> dict[str, Any]:
+        """Of each row its metrics: mean, deviation (n - 1) and number of images."""
+        return {row.key: {**row.about(), "metrics": self._of_row(row.key)} for row in self.rows}
+
+    def _of_row(self, key: str) -> dict[str, dict[str, float | int | None]]:
+        metrics = {}
+        for name in PER_IMAGE:
+            values = [r["values"][key][name] for r in self.records if name in r["values"][key]]
+            metrics[name] = {
+                "mean": float(np.mean(values)) if values else None,
+                "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "n": len(values),
+            }
+        for name in OF_THE_SET:
+            metrics[name] = {"mean": None, "std": None, "n": 0}
+            if name in self.tools.features and len(self.records) > 1:
+                distance = frechet.frechet_distance(self.features["", name], self.features[key, name])
+                metrics[name] = {"mean": distance, "std": None, "n": len(self.records)}
+        return metrics
+
+    def study(self, images: int, seed: int) -> dict[str, Any]:
+        """Of each model the moments of its latents over all images, and the studies over `images` of them."""
+        moments = {model.name: self.latents[model.name].summary() for model in self.models}
+        numbers = self.studied(images)
+        pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
+        tasks = [(model, i) for model in self.models for i in range(len(pairs))]
+        place, found = distributed.join(), []
+        mine = tasks[place.process_index :: place.num_processes]
+        for model, i in tqdm(
+            mine, unit="pair", desc="latents", disable=True if place.process_index else None
+        ):
+            study = latent_probes.Study(model.vae, moments[model.name], self.tools.lpips, seed)
+            pair = [(number, self._for_study(number, model)) for number in pairs[i]]
+            found.append((model.name, i, study.of_pair(pair)))
+        found = sorted(distributed.gather(found), key=lambda entry: entry[:2])
+        return {
+            name: {**summary, "study": latent_probes.summary([f for n, _, f in found if n == name])}
+            for name, summary in moments.items()
+        }
+
+    def studied(self, images: int) -> list[int]:
+        """The numbers of at most so many images, spread evenly over those that can be used."""
+        numbers = [record["number"] for record in self.records]
+        return [numbers[i] for i in np.unique(np.linspace(0, len(numbers) - 1, images).round().astype(int))]
+
+    def _for_study(self, number: int, model: Model) -> Tensor:
+        # of one size, since there are paths between them; halved, still a multiple of the model's factor
+        image = self.photographs.at(number, self.photographs.size or STUDY_SIZE).image
+        return pad_to_multiple(image, 2 * model.vae.downsampling)
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> the same after writing and reading 8-bit images. NaN is black, as pipelines write it."""
+    return to_8_bits(images.nan_to_num(-1.0, 1.0, -1.0)).float() / 127.5 - 1
+
+
+def _save(folder: Path, batch: list[Photograph], images: Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for photograph, image in zip(batch, images, strict=True):
+        save_image(image, folder / f"{photograph.number:06d}.png")

@@ -1,0 +1,93 @@
+"""An activation in pieces: strips of rows, allocated when first written and freed when last read."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .group_norm import Statistics
+from .memory import Arena, DeviceMemory, Workspace
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [top, bottom) of an activation: one piece of work."""
+
+    number: int
+    top: int
+    bottom: int
+
+    def scaled(self, up: int, down: int) -> "Block":
+        return Block(self.number, self.top * up // down, self.bottom * up // down)
+
+
+class Strips:
+    """An activation (B, height, width, channels) as strips of `rows` rows, and its statistics.
+
+    The last strip may be lower; `memory` says where they are.
+    """
+
+    def __init__(self, shape: tuple[int, ...], rows: int, dtype: torch.dtype, memory: Arena | DeviceMemory):
+        self.shape, self.rows, self.dtype, self.memory = shape, rows, dtype, memory
+        self.strips: list[Tensor | None] = [None] * -(-shape[1] // rows)
+        self.statistics = Statistics()
+        self.lock = threading.Lock()
+
+    def put(self, block: Block, y: Tensor, work: Workspace, add: bool = False) -> None:
+        """Takes y (B, rows, columns, channels), which is overwritten, into the block and into the statistics.
+
+        With `add` y is added to what the block holds. A block lies within one strip.
+        """
+        self.statistics.add_and_measure(block.number, y, self.get(block) if add else None, work)
+        i = block.top // self.rows
+        if self.memory.adopts and y.dtype == self.dtype and block.bottom - block.top == self.rows_of(i):
+            self.strips[i] = y
+        else:
+            self.place(block).copy_(y, non_blocking=True)
+
+    def get(self, block: Block) -> Tensor:
+        return self.place(block)
+
+    def read(self, top: int, bottom: int) -> Iterator[tuple[int, Tensor]]:
+        """The rows from top to bottom, strip by strip: the number of its first row, and what of it is asked for."""
+        for i in self.covering(top, bottom):
+            first = i * self.rows
+            yield max(top, first), self.strips[i][:, max(top - first, 0) : bottom - first]
+
+    def covering(self, top: int, bottom: int) -> range:
+        """The numbers of the strips that hold rows from top to bottom."""
+        return range(max(top, 0) // self.rows, -(-min(bottom, self.shape[1]) // self.rows))
+
+    def place(self, block: Block) -> Tensor:
+        b, _, width, channels = self.shape
+        i = block.top // self.rows
+        first = i * self.rows
+        with self.lock:
+            if self.strips[i] is None:
+                self.strips[i] = self.memory.empty((b, self.rows_of(i), width, channels), self.dtype)
+        return self.strips[i][:, block.top - first : block.bottom - first]
+
+    def rows_of(self, i: int) -> int:
+        return min(self.rows, self.shape[1] - i * self.rows)
+
+    def free(self, i: int) -> None:
+        if self.strips[i] is not None:
+            self.memory.free(self.strips[i])
+            self.strips[i] = None
+
+
+class HostStrips(Strips):
+    """Strips in host memory; a GPU gets copies of what it reads."""
+
+    def __init__(self, *args, device: torch.device):
+        super().__init__(*args)
+        self.device = device
+
+    def get(self, block: Block) -> Tensor:
+        return super().get(block).to(self.device, non_blocking=True)
+
+    def read(self, top: int, bottom: int) -> Iterator[tuple[int, Tensor]]:
+        for first, piece in super().read(top, bottom):
+            yield first, piece.to(self.device, non_blocking=True)

@@ -1,0 +1,183 @@
+"""A source of photographs -> shards of latents for diffusion training, the same whatever happens on the way.
+
+What becomes of a row depends on the row, the settings and the shard that it is in, never on the number of ranks,
+workers or threads: crops and noise are functions of the seed and the row, and `latent_rows` does the rest.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import groupby
+from signal import SIG_IGN, SIGINT, signal
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..data.crops import TooSmall, buckets, read_part
+from ..data.sources import encoded_file
+from ..distributed import end_with_the_parent
+from ..inference.workers import Workers
+from ..models.autoencoder_kl import KLAutoencoder
+from ..models.scaling import SCALING_KEYS
+from .shard_encoder import EncodeSettings, ShardEncoder, little_endian, random_of
+from .shards import ShardFolder
+from .statistics import LatentStatistics
+
+COMPARED = 16  # photographs whose bytes say whether a source is the same
+
+
+def encode(
+    vae: KLAutoencoder,
+    photographs: datasets.Dataset,
+    column: str,
+    shards: ShardFolder,
+    settings: EncodeSettings,
+    rank: int = 0,
+    ranks: int = 1,
+    num_workers: int = 2,
+    progress: bool = False,
+) -> dict | None:
+    """Encode what nobody has encoded yet, and if it is complete then, write the manifest's results and return it.
+
+    `photographs`: of `sources.open_source`. None if other processes are still at work; the last one finishes.
+    """
+    f = vae.downsampling
+    if not len(photographs):
+        raise ValueError("no photographs in the source")
+    if settings.size % f:
+        raise ValueError(f"size: {settings.size}; allowed: multiples of {f}")
+    targets = buckets(settings.size, f) if settings.crop == "buckets" else [(settings.size, settings.size)]
+    claimed = ((k, row) for k in shards.claims(rank, ranks) for row in shards.rows(k))
+    loader = DataLoader(
+        Photographs(photographs, column, targets, settings),
+        sampler=Once(claimed),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=2 * settings.batch_size if num_workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+    )
+    schema = settings.features(photographs.features).arrow_schema
+    done = sum(len(shards.rows(k)) for k in shards.complete())
+    with (
+        torch.inference_mode(),
+        Workers(torch.get_num_threads() if vae.device.type == "cpu" else 1, vae.device) as workers,
+        tqdm(total=len(photographs), initial=done, unit=" images", disable=None if progress else True) as bar,
+    ):
+        encoder = ShardEncoder(vae, settings, workers)
+        for k, group in groupby(loader, key=lambda loaded: loaded["shard"]):
+            rows, about = encoder.shard(_counted(group, bar))
+            shards.write(k, pa.Table.from_pylist(rows, schema=schema), about)
+            bar.n = max(bar.n, sum(len(shards.rows(k)) for k in shards.complete()))  # the other ranks' too
+    if len(shards.complete()) < shards.count:
+        return None
+    return finish(shards, vae.config.latent_channels)
+
+
+def binding(vae: KLAutoencoder, photographs: datasets.Dataset, column: str, settings: EncodeSettings) -> dict:
+    """What rows of one data set must have in common: the model's weights, the photographs and the settings."""
+    return {
+        "model": {"weights_sha256": weights_hash(vae)},
+        "source": {"rows": len(photographs), "sampled_sha256": _sampled_hash(photographs, column)},
+        "settings": asdict(settings),
+    }
+
+
+def weights_hash(vae: KLAutoencoder) -> str:
+    """SHA-256 of all tensors, with their names, types and shapes. Scaling is no part of it."""
+    digest = hashlib.sha256(f"norm_num_groups {vae.config.norm_num_groups}".encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(little_endian(tensor))
+    return digest.hexdigest()
+
+
+class Once:
+    """What an iterator yields, as a sampler: drawn as the loader reads ahead, over the borders of shards."""
+
+    def __init__(self, iterator: Iterator):
+        self.iterator = iterator
+
+    def __iter__(self) -> Iterator:
+        return self.iterator
+
+
+class Photographs(Dataset):
+    """(shard, row) -> {"shard", "row", "source_id", "part", "kept"}, or {..., "reason"} why there is none."""
+
+    def __init__(self, photographs: datasets.Dataset, column: str, targets: list, settings: EncodeSettings):
+        self.photographs, self.column, self.targets, self.settings = photographs, column, targets, settings
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        shard, row = place
+        record = self.photographs[row]
+        name = (record[self.column] or {}).get("path") or f"row {row}"
+        loaded = {"shard": shard, "row": row, "source_id": name}
+        rng = random_of(self.settings.seed, row, "crop") if self.settings.crop == "random" else None
+        try:
+            part = read_part(encoded_file(record[self.column], name), self.targets, rng)
+        except TooSmall as error:
+            return {**loaded, "reason": f"too small: {error}"}
+        except Exception as error:  # decoders fed with damaged bytes raise nearly everything
+            message = str(error).removeprefix(f"{name}: ") or type(error).__name__
+            return {**loaded, "reason": f"unreadable: {message}"}
+        return {**loaded, "part": part, "kept": {key: record[key] for key in self.settings.keep}}
+
+
+def finish(shards: ShardFolder, channels: int) -> dict:
+    """Put together what the shards tell, in their order, so that every process comes to the same."""
+    total, skipped, rows = LatentStatistics(channels), [], 0
+    for k in range(shards.count):
+        about = shards.about(k)
+        total.merge(LatentStatistics.from_state(about["statistics"]))
+        skipped += about["skipped"]
+        rows += about["rows"]
+    if not rows:
+        first = ": ".join(skipped[0][1:])
+        raise ValueError(f"none of {shards.total} photographs could be encoded; the first: {first}")
+    small = sum(reason.startswith("too small") for _, _, reason in skipped)
+    result = {
+        "rows": rows,
+        "skipped": {"too small": small, "unreadable": len(skipped) - small},
+        "statistics": {
+            "scaling_factor": total.scaling_factor,
+            "shift_factor": total.shift_factor,
+            "mean": total.mean.tolist(),
+            "std": total.std.tolist(),
+        },
+    }
+    return shards.finish(result, skipped)
+
+
+def scaling_of(vae: KLAutoencoder) -> dict:
+    return {key: vae.config.get(key) for key in SCALING_KEYS}
+
+
+def _sampled_hash(photographs: datasets.Dataset, column: str) -> str:
+    digest = hashlib.sha256()
+    for row in np.unique(np.linspace(0, len(photographs) - 1, COMPARED).astype(int)):
+        try:
+            digest.update(encoded_file(photographs[int(row)][column], "").getbuffer())
+        except (ValueError, OSError):
+            digest.update(b"unreadable")
+    return digest.hexdigest()
+
+
+def _counted(loaded: Iterable[dict], bar: tqdm) -> Iterator[dict]:
+    for one in loaded:
+        yield one
+        bar.update()
+
+
+def _as_it_is(loaded: dict) -> dict:
+    return loaded
+
+
+def _start_worker(worker: int) -> None:
+    end_with_the_parent()
+    signal(SIGINT, SIG_IGN)  # the main process's to handle

@@ -1,0 +1,321 @@
+"""KLAutoencoder: the diffusers component around our network."""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from ..files import settle
+from ..inference.dispatch import infer
+from ..networks.convolutional import Decoder, Encoder
+from ..networks.distributions import DiagonalGaussian
+from . import scaling, single_file
+
+COMPACT = Path(__file__).with_name("compact")  # the model that comes with the package, its card beside it
+
+
+@dataclass
+class KLAutoencoderOutput(BaseOutput):
+    """sample: reconstruction (B, 3, H, W); latent_dist: the posterior that its latents come from."""
+
+    sample: Tensor
+    latent_dist: DiagonalGaussian
+
+
+class KLAutoencoder(AutoencoderKL):
+    """A KL-regularised autoencoder with diffusers' configuration, parameter names and calling conventions.
+
+    Args (all by name; published values in README):
+        in_channels, out_channels: channels of the images read and written.
+        block_out_channels: width of each level, highest resolution first; f = 2 ** (levels - 1).
+        layers_per_block: ResNet blocks a level in the encoder (the decoder has one more).
+        latent_channels: channels of the latents.
+        norm_num_groups: groups of every GroupNorm; must divide every width.
+        sample_size: the image size that the model is made for.
+        scaling_factor, shift_factor, latents_mean, latents_std: what `scale` and `unscale` apply.
+        force_upcast: tells pipelines to decode in float32 where they run in float16.
+        use_quant_conv, use_post_quant_conv: 1x1 convolutions on the moments and the latents (SD 1, 2, SDXL).
+        mid_block_add_attention: self-attention at the lowest resolution.
+
+    Raises ValueError for a configuration that no network can have, naming the key.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ):
+        super(AutoencoderKL, self).__init__()  # diffusers' own networks are not built
+        levels = len(block_out_channels)
+        down_block_types = _one_kind("down_block_types", down_block_types, "DownEncoderBlock2D", levels)
+        up_block_types = _one_kind("up_block_types", up_block_types, "UpDecoderBlock2D", levels)
+        self.register_to_config(down_block_types=down_block_types, up_block_types=up_block_types)
+        _check_config(self.config)
+
+        shape = (tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention)
+        self.encoder = Encoder(in_channels, latent_channels, *shape)
+        self.decoder = Decoder(latent_channels, out_channels, *shape)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+
+        self.use_slicing = self.use_tiling = self.use_offload = False
+        # diffusers' sizes of approximate tiles: here for those who read or set them, nothing depends on them
+        side = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
+        self.tile_sample_min_size, self.tile_latent_min_size = side, side // self.downsampling
+        self.tile_overlap_factor = 0.25
+        self.__module__ = AutoencoderKL.__module__  # see the end of this file
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels a latent pixel, per side: f = 2 ** (levels - 1)."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    # ---------------------------------------------------------------- images <-> latents
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+        """Images (B, in_channels, H, W) in [-1, 1] -> `.latent_dist`, a DiagonalGaussian over (B, C, H/f, W/f).
+
+        Raises ValueError if H or W is not a multiple of f (diffusers drops the remaining pixels in silence).
+        """
+        self._check_images(x)
+        slices = x.split(1) if self.use_slicing else (x,)
+        posterior = DiagonalGaussian(torch.cat([self._encode(s) for s in slices]))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple[Tensor]:
+        """Raw latents (B, C, h, w) -> `.sample`, images (B, out_channels, f*h, f*w), about [-1, 1], not clamped.
+
+        `generator` is accepted as pipelines pass it; decoding draws nothing.
+        """
+        channels = self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels:
+            raise ValueError(f"z: shape {tuple(z.shape)}; allowed: (B, {channels}, h, w)")
+        slices = z.split(1) if self.use_slicing else (z,)
+        images = torch.cat([self._decode(s) for s in slices])
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> KLAutoencoderOutput | tuple[Tensor, DiagonalGaussian]:
+        """Images -> reconstruction and posterior, so that a loss needs nothing but this call.
+
+        Args:
+            sample: images (B, in_channels, H, W) in [-1, 1].
+            sample_posterior: decode a draw of the posterior (with `generator`) rather than its mode.
+        """
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        images = self.decode(z).sample
+        return KLAutoencoderOutput(images, posterior) if return_dict else (images, posterior)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Raw latents -> the latents that a diffusion model works on (about zero mean, unit variance)."""
+        return scaling.scale(z, self.config)
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return scaling.unscale(z, self.config)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        moments = infer(self.encoder, x, self.use_tiling, self.use_offload)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return infer(self.decoder, z, self.use_tiling, self.use_offload)
+
+    def _check_images(self, x: Tensor) -> None:
+        channels, f = self.config.in_channels, self.downsampling
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"x: shape {tuple(x.shape)}; allowed: (B, {channels}, H, W)")
+        for name, size in zip(("height", "width"), x.shape[2:], strict=True):
+            if size % f or not size:
+                fits = [n for n in (size // f * f, -(-size // f) * f or f) if n]
+                raise ValueError(
+                    f"{name} {size} is not a multiple of {f}; {' or '.join(map(str, fits))} would fit "
+                    f"(load_image pads to such a size, images.pad_to_multiple pads a tensor)"
+                )
+
+    # ---------------------------------------------------------------- the least memory
+
+    def enable_tiling(self, use_tiling: bool = True, offload: bool = False, **tile_sizes) -> None:
+        """Encode and decode in the least memory from now on, with the same result: nothing is approximated.
+
+        One image at a time and on a GPU in smaller strips (see `inference.infer`; without gradients the network
+        is executed in strips anyhow). What diffusers' tiles need (`tile_sample_min_size=512` ...) is accepted.
+
+        Args:
+            offload: on a GPU, keep the large activations in host memory, so that the GPU's own does not grow
+                with the image, but for the keys and values of attention. On paper, unmeasured, a 16384x16384
+                decode in bfloat16 at Stable Diffusion's widths: 140 GB of pinned host memory, 10 GB on the
+                GPU; 2.6 TB of copies, 50 s at 50 GB/s, beside 1.1 PMAC of convolutions (5 s at 400 TFLOP/s)
+                and 18 PMAC of attention over 4.2 million positions (2 minutes at 300 TFLOP/s).
+        """
+        unknown = [name for name in tile_sizes if not name.startswith("tile_")]
+        if unknown:
+            raise ValueError(f"{unknown[0]}: no such argument; allowed: use_tiling, offload, tile_...")
+        self.use_tiling, self.use_offload = use_tiling, use_tiling and offload
+
+    def disable_tiling(self) -> None:
+        self.enable_tiling(False)
+
+    def compile_for_inference(self, cuda_graphs: bool = False, **options) -> None:
+        """Execute encoder and decoder by torch.compile from now on, except tiled; sizes share a compilation.
+
+        (torch makes one more for batches than for single images, and on CPUs one for very small images.)
+
+        For GPUs, where it fuses normalisation and SiLU as our kernels do, and what is around them too (unmeasured);
+        on a CPU the strips, which take fewer products, are faster. Whatever runs out of memory is tiled here too.
+
+        Args:
+            cuda_graphs: record what is launched, once for each size, and launch it as one: for small images of
+                fixed sizes.
+            options: of torch.compile.
+        """
+        mode = {"mode": "reduce-overhead"} if cuda_graphs else {"dynamic": True}
+        for network in (self.encoder, self.decoder):
+            network.compile(**{"fullgraph": True, **mode, **options})
+
+    def tiled_encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+        """`encode` as it is after `enable_tiling`."""
+        with self._tiling():
+            return self.encode(x, return_dict)
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """`decode` as it is after `enable_tiling`."""
+        with self._tiling():
+            return self.decode(z, return_dict)
+
+    @contextmanager
+    def _tiling(self):
+        before, self.use_tiling = self.use_tiling, True
+        try:
+            yield
+        finally:
+            self.use_tiling = before
+
+    # ---------------------------------------------------------------- reading and writing
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "KLAutoencoder":
+        """A folder in diffusers' layout, "compact" or a hub id -> the model, in evaluation mode.
+
+        "compact" is the small model that comes with the package; a local folder of that name goes first.
+        Takes `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError where
+        tensors are missing or left over (diffusers warns and goes on with random weights).
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = pretrained_model_name_or_path
+        if source == COMPACT.name and not os.path.isdir(source):
+            source = COMPACT
+        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        single_file.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *arguments, **options) -> None:
+        """Write a folder that plain diffusers loads; its files can be read by whom the umask allows.
+
+        Takes the arguments of diffusers' method. Raises ValueError if `save_directory` is a file.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder}: is a file; a model is saved as a folder")
+        super().save_pretrained(save_directory, *arguments, **options)
+        settle([folder / "config.json", *folder.glob("diffusion_pytorch_model*")])
+
+    @classmethod
+    def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> "KLAutoencoder":
+        """The same model around our network: shares every tensor with `autoencoder_kl`, copies nothing."""
+        with torch.device("meta"):
+            model = cls.from_config(dict(autoencoder_kl.config))
+        for name, tensor in [*autoencoder_kl.named_parameters(), *autoencoder_kl.named_buffers()]:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, tensor)
+        return model.train(autoencoder_kl.training)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path, torch_dtype=None, **config) -> "KLAutoencoder":
+        """An LDM-layout .safetensors or .ckpt, the VAE alone or inside a full checkpoint -> the model.
+
+        The configuration comes from the file's metadata or its tensors' shapes; what neither tells can be
+        given by name (`scaling_factor=0.13025`). No hub is asked. Raises ValueError naming the file.
+        """
+        path = os.fspath(pretrained_model_link_or_path)
+        found, tensors = single_file.load_single_file(path, **config)
+        with torch.device("meta"):
+            model = cls.from_config(found)
+        single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, path)
+        model.load_state_dict(tensors, assign=True)
+        return model.to(torch_dtype).eval() if torch_dtype else model.eval()
+
+    def save_single_file(self, path: str | os.PathLike) -> None:
+        """Writes the LDM layout (`encoder.down.0.block.0.norm1.weight` ...), the config in the metadata."""
+        config = json.loads(self.to_json_string())
+        single_file.save_single_file(path, self.state_dict(), config)
+
+
+def _one_kind(key: str, given, kind: str, levels: int) -> tuple[str, ...]:
+    """A block type for every level; a single one is repeated."""
+    given = tuple(given)
+    if set(given) != {kind} or len(given) not in (1, levels):
+        raise ValueError(f"{key}: {given}; allowed: ({kind!r},) or {kind!r} {levels} times")
+    return (kind,) * levels
+
+
+def _check_config(config) -> None:
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    for key in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ValueError(f"{key}: {config[key]!r}; allowed: a whole number from 1")
+    if not widths or any(width % groups for width in widths):
+        raise ValueError(
+            f"block_out_channels: {tuple(widths)}; allowed: multiples of norm_num_groups ({groups})"
+        )
+    if config.act_fn not in ("silu", "swish"):
+        raise ValueError(f"act_fn: {config.act_fn!r}; allowed: 'silu'")
+    for key in ("latents_mean", "latents_std"):
+        if config[key] is not None and len(config[key]) != config.latent_channels:
+            raise ValueError(
+                f"{key}: {len(config[key])} values; allowed: {config.latent_channels}, one a channel"
+            )
+
+
+# What diffusers writes into config.json and a pipeline's model_index.json is the class's __name__ and the
+# instance's __module__. Both are given diffusers' names, so that whatever is saved loads where this package is
+# unknown. Pickling, repr and documentation go by __qualname__ and the class's own __module__, which stay ours.
+KLAutoencoder.__name__ = AutoencoderKL.__name__

@@ -1,0 +1,317 @@
+"""Single files: LDM names <-> diffusers names, and the config that names, shapes and surroundings tell.
+
+Two spellings of one network. CompVis' latent-diffusion (LDM), in which Stable Diffusion's single files are
+written, counts the decoder's levels from the highest resolution and stores attention as 1x1 convolutions;
+diffusers counts them from the lowest and stores attention as linear layers. All between them is renaming.
+"""
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..files import read_tensors, save_tensors
+
+CONFIG_KEY = "kl_autoencoder.config"  # in the metadata of the single files written here
+
+# Where a checkpoint keeps its autoencoder: within a whole diffusion model (LDM, and what merges write), or alone.
+PREFIXES = ("first_stage_model.", "vae.", "")
+# What a training checkpoint keeps beside the autoencoder's own weights.
+NOT_THE_MODEL = ("loss.", "model_ema.", "discriminator.", "optimizer")
+
+# What the published models' config.json say beyond the shapes of the tensors.
+FAMILIES = {
+    "SD": {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "sample_size": 512},
+    "SDXL": {"latent_channels": 4, "scaling_factor": 0.13025, "shift_factor": None, "sample_size": 1024},
+    "SD3": {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
+    "FLUX": {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024},
+}
+# Names that tell which diffusion model a file holds; the first that occurs counts.
+FAMILY_MARKS = {
+    "joint_blocks.": "SD3",
+    "double_blocks.": "FLUX",
+    "conditioner.embedders.": "SDXL",
+    "model.diffusion_model.label_emb.": "",  # without a text encoder: SDXL or SD 2.1 unCLIP, nobody can say
+    "model.diffusion_model.input_blocks.": "SD",
+}
+PLAYGROUND_SCALING = 0.5  # Playground v2.5 has SDXL's network and normalises by edm_mean and edm_std first
+
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+NAMES = [  # (LDM, diffusers), each followed by .weight or .bias
+    ("{side}.conv_in", "{side}.conv_in"),
+    ("{side}.norm_out", "{side}.conv_norm_out"),
+    ("{side}.conv_out", "{side}.conv_out"),
+    ("quant_conv", "quant_conv"),
+    ("post_quant_conv", "post_quant_conv"),
+    ("encoder.down.{level}.block.{i}.{layer}", "encoder.down_blocks.{level}.resnets.{i}.{layer}"),
+    ("encoder.down.{level}.block.{i}.nin_shortcut", "encoder.down_blocks.{level}.resnets.{i}.conv_shortcut"),
+    ("encoder.down.{level}.downsample.conv", "encoder.down_blocks.{level}.downsamplers.0.conv"),
+    ("decoder.up.{flipped}.block.{i}.{layer}", "decoder.up_blocks.{flipped}.resnets.{i}.{layer}"),
+    ("decoder.up.{flipped}.block.{i}.nin_shortcut", "decoder.up_blocks.{flipped}.resnets.{i}.conv_shortcut"),
+    ("decoder.up.{flipped}.upsample.conv", "decoder.up_blocks.{flipped}.upsamplers.0.conv"),
+    ("{side}.mid.block_1.{layer}", "{side}.mid_block.resnets.0.{layer}"),
+    ("{side}.mid.block_2.{layer}", "{side}.mid_block.resnets.1.{layer}"),
+    *((f"{{side}}.mid.attn_1.{a}", f"{{side}}.mid_block.attentions.0.{b}") for a, b in ATTENTION.items()),
+]
+FIELDS = {
+    "side": "encoder|decoder",
+    "level": r"\d+",
+    "flipped": r"\d+",  # a level that the two sides count from opposite ends
+    "i": r"\d+",
+    "layer": "norm1|conv1|norm2|conv2",
+}
+
+
+def _pattern(template: str) -> re.Pattern:
+    named = re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(template))
+    return re.compile(named + r"\.(?P<leaf>weight|bias)")
+
+
+TO_DIFFUSERS = [(_pattern(ldm), diffusers + ".{leaf}") for ldm, diffusers in NAMES]
+TO_LDM = [(_pattern(diffusers), ldm + ".{leaf}") for ldm, diffusers in NAMES]
+ATTENTION_WEIGHT = re.compile(r".*\.(mid\.attn_1|mid_block\.attentions\.0)\.(q|k|v|proj_out|to_.*)\.weight")
+
+
+def ldm_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The autoencoder in `tensors` under diffusers' AutoencoderKL names; no number is changed.
+
+    Finds it alone or within a whole diffusion checkpoint (`first_stage_model.`, `vae.`). Reads LDM names,
+    diffusers' and diffusers' old attention names (`query`, `key`, `value`, `proj_attn`), attention weights as
+    linear layers (2D) or 1x1 convolutions (4D); they come out 2D. Losses, discriminators and LDM's own EMA
+    copies are left aside. Raises ValueError if there is no autoencoder, and for any tensor that has no place.
+    """
+    tensors = _find_autoencoder(tensors)
+    if any(name.startswith(("encoder.mid_block.", "decoder.mid_block.")) for name in tensors):
+        renamed = _renamed(_renamed(tensors, TO_LDM), TO_DIFFUSERS)  # there and back: the names are checked
+    else:
+        renamed = _renamed(tensors, TO_DIFFUSERS)
+    for name, tensor in renamed.items():
+        if ATTENTION_WEIGHT.fullmatch(name) and tensor.shape[2:].numel() == 1:
+            renamed[name] = tensor.reshape(tensor.shape[:2])
+    return renamed
+
+
+def diffusers_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An AutoencoderKL's tensors under LDM names, attention weights as 1x1 convolutions, as CompVis writes them.
+
+    Raises as `ldm_to_diffusers`.
+    """
+    renamed = _renamed(ldm_to_diffusers(tensors), TO_LDM)
+    for name, tensor in renamed.items():
+        if ATTENTION_WEIGHT.fullmatch(name):
+            renamed[name] = tensor.reshape(*tensor.shape, 1, 1)
+    return renamed
+
+
+def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict:
+    """The AutoencoderKL config that the names and shapes of diffusers-named tensors tell.
+
+    The number of GroupNorm groups leaves no trace in the tensors: 32 as everywhere, or if that does not divide
+    every width, the largest number below that does. Raises ValueError naming a tensor that is missing for it.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise ValueError(f"no tensor {name}, an AutoencoderKL has one")
+        return tensors[name].shape
+
+    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+    widths = [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(max(levels, 1))]
+    common = math.gcd(*widths)
+    return {
+        "in_channels": shape("encoder.conv_in.weight")[1],
+        "out_channels": shape("decoder.conv_out.weight")[0],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": widths,
+        "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "act_fn": "silu",
+        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "norm_num_groups": max(n for n in range(1, 33) if common % n == 0),
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in tensors,
+        "force_upcast": True,
+    }
+
+
+def scaling_from_checkpoint(tensors: Mapping[str, Tensor], config: dict) -> dict | None:
+    """What only the rest of a checkpoint tells about its autoencoder of this `config`; None if it tells nothing.
+
+    `tensors`: everything in the file. LDM stores `scale_factor` where it measured it; otherwise the diffusion
+    model beside the autoencoder gives scaling_factor, shift_factor and sample_size.
+    """
+    marks = (family for mark, family in FAMILY_MARKS.items() if any(mark in name for name in tensors))
+    family = FAMILIES.get(next(marks, ""), {})
+    if len(config["block_out_channels"]) != 4 or family.get("latent_channels") != config["latent_channels"]:
+        family = {}
+    if "edm_mean" in tensors and "edm_std" in tensors:
+        mean, std = (tensors[name].flatten().tolist() for name in ("edm_mean", "edm_std"))
+        family = {**family, "latents_mean": mean, "latents_std": std, "scaling_factor": PLAYGROUND_SCALING}
+    elif "scale_factor" in tensors:
+        family = {"sample_size": 256, **family, "scaling_factor": float(tensors["scale_factor"])}
+    return family or None
+
+
+def family_of(config: Mapping) -> str:
+    """Which published model an AutoencoderKL config describes, by network and scaling, in words."""
+    published = [
+        name
+        for name, family in FAMILIES.items()
+        if family["latent_channels"] == config["latent_channels"] and _is_kl_f8(config)
+    ]
+    for name in published:
+        told = ("scaling_factor", "shift_factor")
+        if all(config.get(key) == FAMILIES[name][key] for key in told) and not config.get("latents_mean"):
+            return name
+    return f"custom (the network of {' and '.join(published)}, its own scaling)" if published else "custom"
+
+
+def load_single_file(path: str | os.PathLike, **given) -> tuple[dict, dict[str, Tensor]]:
+    """A single file (.safetensors, .ckpt ...) -> AutoencoderKL config and diffusers-named tensors.
+
+    The config comes from the metadata of a file written here, else from the tensors' shapes and the diffusion
+    model around them; `given` entries go before both. Where nothing tells the scaling of the latents, SD's (or
+    the only published one) is assumed with a warning. Raises ValueError naming the file and what was expected.
+    """
+    everything, metadata = read_tensors(path)
+    try:
+        tensors = ldm_to_diffusers(everything)
+        if CONFIG_KEY in metadata:
+            return {**_config_in(metadata), **given}, tensors
+        config = config_from_tensors(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    scaling = scaling_from_checkpoint(everything, config)
+    if scaling is None:
+        scaling = _assumed_scaling(config, path, quiet="scaling_factor" in given)
+    return {**config, **scaling, **given}, tensors
+
+
+def save_single_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping) -> None:
+    """Write diffusers-named `tensors` as one .safetensors in LDM layout, with `config` in its metadata.
+
+    diffusers' `from_single_file` reads it too. Raises as `diffusers_to_ldm` and `save_tensors`.
+    """
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    save_tensors(path, diffusers_to_ldm(tensors), {CONFIG_KEY: json.dumps(public, sort_keys=True)})
+
+
+def check_state(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: object) -> None:
+    """Hold `tensors` to the names and shapes of a model; ValueError names what differs and `source`."""
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    missing = [name for name in expected if name not in tensors]
+    refuse(source, missing, [name for name in tensors if name not in expected], wrong)
+
+
+def refuse(
+    source: object,
+    missing: Collection[str] = (),
+    unexpected: Collection[str] = (),
+    wrong: Collection[str] = (),
+) -> None:
+    """Raise ValueError naming `source` and the tensors at fault; nothing happens if there are none."""
+    groups = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
+    faults = [f"{kind}: {_listed(names)}" for kind, names in groups.items() if names]
+    if faults:
+        raise ValueError(f"{source}: the tensors do not fit the model's configuration; {'; '.join(faults)}")
+
+
+def _listed(names: Collection[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def _find_autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if any(f"{prefix}{side}.conv_in.weight" in tensors for side in ("encoder", "decoder")):
+            found = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+            return {name: tensor for name, tensor in found.items() if not name.startswith(NOT_THE_MODEL)}
+    raise ValueError(
+        "expected an AutoencoderKL (encoder.conv_in.weight ..., alone or under first_stage_model. or vae.), "
+        f"found {_listed(tensors, 3) or 'nothing'}"
+    )
+
+
+def _renamed(tensors: Mapping[str, Tensor], rules: list[tuple[re.Pattern, str]]) -> dict[str, Tensor]:
+    last = _count(tensors, r"decoder\.(?:up|up_blocks)\.(\d+)\.") - 1
+    renamed, sources, strangers = {}, {}, []
+    for name, tensor in tensors.items():
+        new = _rename(name, rules, last)
+        if new is None:
+            strangers.append(name)
+        elif new in renamed:
+            raise ValueError(f"two tensors for one place: {sources[new]} and {name}")
+        else:
+            renamed[new], sources[new] = tensor, name
+    if strangers:
+        raise ValueError(f"tensors that an AutoencoderKL has no place for: {_listed(strangers)}")
+    return renamed
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern, str]], last_level: int) -> str | None:
+    name = re.sub(
+        r"(\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.",
+        lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.",
+        name,
+    )
+    for pattern, template in rules:
+        if match := pattern.fullmatch(name):
+            fields = match.groupdict()
+            if "flipped" in fields:
+                fields["flipped"] = last_level - int(fields["flipped"])
+            return template.format(**fields)
+    return None
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the start of a name."""
+    return max((int(match[1]) for match in map(re.compile(pattern).match, names) if match), default=-1) + 1
+
+
+def _is_kl_f8(config: Mapping) -> bool:
+    """Whether this is the network of Stable Diffusion and FLUX, but for the channels of its latents."""
+    small = config["latent_channels"] == 4  # these have the 1x1 convolutions, those of 16 channels do not
+    return (
+        tuple(config["block_out_channels"]) == (128, 256, 512, 512)
+        and (config["in_channels"], config["out_channels"], config["layers_per_block"]) == (3, 3, 2)
+        and config["mid_block_add_attention"]
+        and config["use_quant_conv"] == config["use_post_quant_conv"] == small
+    )
+
+
+def _config_in(metadata: Mapping[str, str]) -> dict:
+    try:
+        config = json.loads(metadata[CONFIG_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the config in its metadata is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the config in its metadata must be a JSON object, not {config!r}")
+    return config
+
+
+def _assumed_scaling(config: dict, path: object, quiet: bool) -> dict:
+    likely = [name for name, f in FAMILIES.items() if f["latent_channels"] == config["latent_channels"]]
+    assumed = FAMILIES[likely[0] if likely else "SD"]
+    published = ", ".join(
+        f"{name} {FAMILIES[name]['scaling_factor']} / {FAMILIES[name]['shift_factor']}" for name in likely
+    )
+    if not quiet:
+        warnings.warn(
+            f"{path} does not tell how its latents are scaled; scaling_factor={assumed['scaling_factor']}, "
+            f"shift_factor={assumed['shift_factor']} is assumed (published for {config['latent_channels']} "
+            f"channels: {published or 'none'}); give scaling_factor=..., shift_factor=... to from_single_file "
+            "to set it",
+            stacklevel=4,
+        )
+    return {key: value for key, value in assumed.items() if key != "latent_channels"}

@@ -1,0 +1,115 @@
+"""LatentDataset: draws from the moments that were stored, scaled; set-scaling: into the model's config and back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import DataLoader
+
+from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.cli.main import main
+from kl_autoencoder.latents.latent_dataset import LatentDataset, SameShape, stored_latents
+from kl_autoencoder.latents.statistics import LatentStatistics
+from kl_autoencoder.models.scaling import SCALING_KEYS
+from kl_autoencoder.networks.distributions import DiagonalGaussian
+from tests.latents.test_encode_dataset import encode, tiny
+
+SCALING = {"scaling_factor": 0.5, "shift_factor": 2.0}
+
+
+def test_each_epoch_draws_anew_from_the_moments(undisturbed):
+    dataset = LatentDataset(undisturbed, SCALING)
+    posterior = DiagonalGaussian(stored_latents(dataset.rows[7], "moments").double()[None])
+    draws = []
+    for epoch in range(300):
+        dataset.set_epoch(epoch)
+        draws.append(dataset[7]["latents"])
+    raw = torch.stack(draws).double() / 0.5 + 2
+    noise = (raw - posterior.mean) / posterior.std
+    assert raw.dtype == torch.float64 and draws[0].dtype == torch.float32
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert noise.mean(0).abs().max() < 5 / 300**0.5  # of every value, not of all together only
+    dataset.set_epoch(3)
+    assert torch.equal(dataset[7]["latents"], draws[3])
+    assert not torch.equal(LatentDataset(undisturbed, SCALING, seed=1)[7]["latents"], draws[0])
+
+
+def test_what_else_is_in_a_sample(undisturbed):
+    dataset = LatentDataset(undisturbed, SCALING)
+    sample, row = dataset[3], dataset.rows[3]
+    assert (
+        sample["original_size"].tolist() == row["original_size"]
+        and sample["crop_box"].tolist() == row["crop_box"]
+    )
+    assert (sample["row"], sample["flipped"], sample["caption"]) == (1, True, "a cat")
+
+
+def test_batches_are_of_one_shape_and_hold_everything_once(undisturbed):
+    dataset = LatentDataset(undisturbed, SCALING)
+    batches = SameShape(dataset, 4)
+    orders = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        orders.append(list(batches))
+        assert sorted(i for batch in orders[-1] for i in batch) == list(range(len(dataset)))
+        assert len(orders[-1]) == len(batches)
+    assert orders[0] != orders[1]
+    assert all(len(batch) == 4 for batch in SameShape(dataset, 4, drop_last=True))
+    for batch in DataLoader(dataset, batch_sampler=batches):
+        assert batch["latents"].ndim == 4 and len(batch["caption"]) == len(batch["latents"]) <= 4
+
+
+def test_workers_that_are_running_hear_of_the_epoch(undisturbed):
+    dataset = LatentDataset(undisturbed, SCALING)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (0, 5):
+        dataset.set_epoch(epoch)
+        assert torch.equal(next(iter(loader))["latents"], dataset[0]["latents"])
+
+
+def test_what_is_no_finished_data_set_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no data set of latents"):
+        LatentDataset(tmp_path, SCALING)
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": {}}))
+    with pytest.raises(ValueError, match="not complete"):
+        LatentDataset(tmp_path, SCALING)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_set_scaling_gives_unit_latents_in_diffusers_too(tmp_path, photographs, per_channel, capsys):
+    tiny().save_pretrained(tmp_path / "vae")
+    assert encode(tmp_path / "vae", photographs, tmp_path / "out", "--store", "float32") == 0
+    more = ["--per-channel"] if per_channel else []
+    assert main(["set-scaling", str(tmp_path / "vae"), "--from", str(tmp_path / "out"), *more]) == 0
+    assert "scaling_factor" in capsys.readouterr().out
+    vae = KLAutoencoder.from_pretrained(tmp_path / "vae")
+    z = torch.stack([torch.as_tensor(one["latents"]) for one in LatentDataset(tmp_path / "out", vae.config)])
+    assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
+    if per_channel:
+        assert z.mean((0, 2, 3)).abs().max() < 0.05 and (z.std((0, 2, 3)) - 1).abs().max() < 0.05
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "vae").config
+    assert {key: theirs[key] for key in SCALING_KEYS} == {key: vae.config[key] for key in SCALING_KEYS}
+    assert (theirs.latents_std is not None) == per_channel != (theirs.shift_factor is not None)
+    # the same weights: the data set goes on
+    assert encode(tmp_path / "vae", photographs, tmp_path / "out", "--store", "float32") == 0
+
+
+def test_set_scaling_of_another_model_is_refused(tmp_path, undisturbed, capsys):
+    tiny(seed=1).save_pretrained(tmp_path / "other")
+    before = (tmp_path / "other" / "config.json").read_bytes()
+    assert main(["set-scaling", str(tmp_path / "other"), "--from", str(undisturbed)]) == 2
+    assert "other weights" in capsys.readouterr().err
+    assert (tmp_path / "other" / "config.json").read_bytes() == before
+
+
+def test_statistics_of_posteriors_are_those_of_their_draws():
+    generator = torch.Generator().manual_seed(0)
+    posterior = DiagonalGaussian(torch.randn(4, 6, 5, 7, generator=generator))
+    expected, drawn = LatentStatistics(3), LatentStatistics(3)
+    expected.update(posterior.mean, posterior.var)
+    for _ in range(2000):
+        drawn.update(posterior.sample(generator))
+    np.testing.assert_allclose(expected.std, drawn.std, rtol=0.01)
+    assert LatentStatistics.from_state(json.loads(json.dumps(expected.state()))).std.equal(expected.std)

@@ -1,0 +1,47 @@
+"""In each of several ranks: the gradients of one step, written by the main process."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.train.test_trainer import small_config
+from train.loop.trainer import Trainer
+
+
+def write_gradients(
+    photographs: Path, folder: Path, widths: list[int], batch_size: int, with_lpips: bool
+) -> None:
+    perceptual = {"weight": 0.5 if with_lpips else 0.0, "net": "squeeze"}
+    config = small_config(
+        photographs,
+        folder,
+        model={"block_out_channels": widths},
+        data={"batch_size": batch_size},
+        loss={
+            "reconstruction": "gaussian",
+            "perceptual": perceptual,
+            "kl": {"weight": 0.1},
+            "adversarial": {
+                "weight": 0.5,
+                "disc_start": 0,
+                "channels": 4,
+                "lecam_weight": 0.1,
+                "r1_weight": 0.1,
+            },
+        },
+    )
+    trainer = Trainer(config)
+    # the gradients are to stay
+    trainer.engine._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
+    trainer.train_step([next(iter(trainer._loader(0)))])
+    if trainer.is_main:
+        networks = {"autoencoder": trainer.engine.unwrapped, "discriminator": trainer.engine.discriminator}
+        gradients = {
+            f"{name}.{key.removeprefix('module.')}": parameter.grad.contiguous()
+            for name, network in networks.items()
+            for key, parameter in network.named_parameters()
+        }
+        ranks = trainer.accelerator.num_processes
+        save_file(gradients, folder / f"gradients-of-{ranks}-ranks.safetensors")
+    trainer.accelerator.end_training()

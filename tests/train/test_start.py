@@ -1,0 +1,83 @@
+"""What a new network begins as."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from skimage import data
+
+from kl_autoencoder.data.image_io import image_to_tensor
+from kl_autoencoder.evaluation.metrics import psnr
+from train.autoencoder.model import build_autoencoder
+from train.config import ModelConfig
+
+
+def enlargement(widths=(16, 32, 48, 64), groups=2, **more):
+    torch.manual_seed(0)
+    config = {"block_out_channels": widths, "norm_num_groups": groups, "start": "enlargement", **more}
+    return build_autoencoder(ModelConfig(**config)).eval()
+
+
+@pytest.fixture(scope="module")
+def astronaut():
+    return image_to_tensor(Image.fromarray(data.astronaut()[:256, 128:384]))[None]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"groups": 4},
+        {"layers_per_block": 2, "latent_channels": 8},
+        {"use_quant_conv": False},
+        {"widths": (16, 16)},
+    ],
+)
+def test_a_new_network_averages_and_enlarges_bilinearly(more, astronaut):
+    vae = enlargement(**more)
+    wanted = F.avg_pool2d(astronaut, vae.downsampling)
+    for _ in vae.config.block_out_channels[1:]:
+        wanted = F.interpolate(wanted, scale_factor=2, mode="bilinear")
+    with torch.no_grad():
+        found = vae(astronaut).sample
+    inner = slice(16, -16)  # convolutions see zeros beyond the border
+    assert psnr(found[..., inner, inner], wanted[..., inner, inner]) > 28
+    assert psnr(found, astronaut) > psnr(wanted, astronaut) - 2
+
+
+def test_its_latents_are_the_colours_of_blocks(astronaut):
+    """Three channels of about unit deviation, with little noise; the others small."""
+    with torch.no_grad():
+        posterior = enlargement().encode(astronaut).latent_dist
+    blocks = F.avg_pool2d(astronaut, 8)
+    for channel, colour in ((0, blocks.mean(1)), (1, blocks[:, 0] - blocks[:, 2])):
+        pair = torch.stack([posterior.mean[:, channel].flatten(), colour.flatten()])
+        assert torch.corrcoef(pair)[0, 1] > 0.99
+        assert 0.3 < pair[0].std() < 3
+    assert posterior.std.max() < 0.06
+
+
+def test_every_weight_but_the_silenced_ones_learns(astronaut):
+    """After one step in the direction of the gradient, as convolutions that begin at zero hold others back."""
+    vae = enlargement().train()
+    optimizer = torch.optim.SGD(vae.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        output = vae(astronaut, sample_posterior=True)
+        ((output.sample - astronaut).abs().mean() + 1e-6 * output.latent_dist.kl().mean()).backward()
+        optimizer.step()
+    still = [name for name, p in vae.named_parameters() if not p.grad.abs().max() > 0]
+    assert still == []
+
+
+def test_what_has_no_room_is_refused():
+    for more in ({"groups": 8}, {"latent_channels": 2}, {"widths": (4, 8), "groups": 1}):
+        with pytest.raises(
+            ValueError, match=r"start: enlargement with block_out_channels=.*allowed: 3 latent"
+        ):
+            enlargement(**more)
+
+
+def test_a_pretrained_model_brings_its_own_weights():
+    with pytest.raises(ValueError, match="start"):
+        ModelConfig(pretrained="folder", start="enlargement")

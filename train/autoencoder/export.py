@@ -1,0 +1,98 @@
+"""The finished model as a folder for diffusion pipelines, with a model card."""
+
+import os
+import shutil
+from pathlib import Path
+
+from kl_autoencoder import KLAutoencoder
+
+from ..config import Config, to_yaml
+
+CARD = """---
+library_name: diffusers
+tags: [autoencoder, vae, latent-diffusion]
+---
+
+# {name}
+
+A KL-regularised autoencoder: images of {size}x{size} (any multiple of {f}) to latents of
+{latent}x{latent}x{channels}; {parameters:.2f} M parameters. It loads in plain diffusers:
+
+```python
+from diffusers import AutoencoderKL
+vae = AutoencoderKL.from_pretrained("{folder}")
+```
+
+## Data
+
+Trained on `{data}`, {samples:,} samples (random crops of {size}x{size}); measured on {held_out}
+held-out images, centre crops of {size}x{size}.
+
+## Measured quality
+
+Posterior mode, 8 bits, {weights}.
+
+| | PSNR (dB) | SSIM | LPIPS ({lpips_net}) |
+|---|---|---|---|
+{rows}
+
+Latents of the training data: mean {mean}, standard deviation {std} a channel; `scaling_factor` {scaling:.6g}
+makes their common deviation one.
+
+## Recipe
+
+```yaml
+{recipe}```
+
+Generated from the run's own records. What it is not for: images unlike its training data, and anything where a
+reconstruction must be exact (text, medical or legal evidence).
+"""
+
+
+def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict) -> None:
+    """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
+
+    facts: samples, held_out (number of images), statistics (LatentStatistics), and the metrics
+    `before` and `after`.
+    """
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    vae.save_pretrained(beside)
+    (beside / "README.md").write_text(model_card(folder, vae, config, facts), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def model_card(folder: Path, vae: KLAutoencoder, config: Config, facts: dict) -> str:
+    size, f = config.data.resolution, vae.downsampling
+    statistics = facts["statistics"]
+    return CARD.format(
+        name=config.output_dir.rstrip("/").rsplit("/", 1)[-1],
+        folder=folder,
+        size=size,
+        f=f,
+        latent=size // f,
+        channels=vae.config.latent_channels,
+        parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
+        data=config.data.train,
+        samples=facts["samples"],
+        held_out=facts["held_out"],
+        weights="the EMA weights" if config.ema.enabled else "the last weights",
+        lpips_net=config.validation.lpips_net,
+        rows="\n".join(_row(name, facts[name]) for name in ("before", "after")),
+        mean=_numbers(statistics.mean),
+        std=_numbers(statistics.std),
+        scaling=vae.config.scaling_factor,
+        recipe=to_yaml(config),
+    )
+
+
+def _row(name: str, metrics: dict) -> str:
+    if not metrics:  # those before training are lost with metrics.jsonl
+        return f"| {name} training | not recorded | | |"
+    lpips = f"{metrics['lpips']:.3f}" if "lpips" in metrics else "not measured"
+    return f"| {name} training | {metrics['psnr']:.2f} | {metrics['ssim']:.3f} | {lpips} |"
+
+
+def _numbers(values) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)

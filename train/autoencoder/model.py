@@ -1,0 +1,116 @@
+"""What is trained: the autoencoder with the scale of its likelihood, and the average of its weights."""
+
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kl_autoencoder import DiagonalGaussian, KLAutoencoder
+from kl_autoencoder.inference.winograd_autograd import FewerProducts
+from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
+
+from ..config import ModelConfig
+from .start import damp_residual_branches, start_as_enlargement
+
+POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
+
+
+def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
+    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
+
+    Raises ValueError naming the key for what gives no network of RGB images.
+    """
+    source = config.pretrained
+    try:
+        if source is None:
+            vae = damp_residual_branches(KLAutoencoder(**config.network()))
+        elif Path(source).is_file():
+            vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
+        elif (
+            Path(source).is_dir()
+            or source == COMPACT.name
+            or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+        ):
+            vae = KLAutoencoder.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
+        else:
+            raise ValueError("no such folder or file, and no hub id (owner/name)")
+    except (ValueError, OSError) as error:
+        what = f"model.pretrained: {source!r} cannot be loaded: " if source else "model."
+        raise ValueError(f"{what}{error}") from error
+    for key in ("in_channels", "out_channels"):
+        if vae.config[key] != 3:
+            raise ValueError(f"model.{key}: {vae.config[key]}; allowed: 3, photographs are RGB")
+    if config.start == "enlargement":
+        start_as_enlargement(vae)
+    return vae
+
+
+def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
+    """What the backward pass computes again: "no"thing, "norms" and SiLUs, or whole "blocks".
+
+    With "norms" the convolutions take fewer products where that pays, in float32 on a CPU.
+    """
+    if recompute == "blocks":
+        vae.enable_gradient_checkpointing()
+    if recompute != "norms":
+        return
+    fewer = FewerProducts() if vae.device.type == "cpu" else None
+    for block in vae.modules():
+        if isinstance(block, ResnetBlock):
+            block.norm_silu_conv = fewer.norm_silu_conv if fewer else recomputed_norm_silu_conv
+        elif isinstance(block, Upsample) and fewer:
+            block.upsample_conv = fewer.upsample_conv
+
+
+class TrainedModel(nn.Module):
+    """What the optimizer moves and DDP wraps.
+
+    `forward` returns all that the loss needs, so that no wrapper is ever bypassed.
+    """
+
+    def __init__(self, vae: KLAutoencoder, learn_scale: bool, decoder_only: bool):
+        super().__init__()
+        self.vae = vae
+        self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
+        self.decoder_only = decoder_only
+        if decoder_only:
+            vae.encoder.requires_grad_(False)
+            if vae.quant_conv is not None:
+                vae.quant_conv.requires_grad_(False)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian, Tensor | None]:
+        """Images (B, 3, H, W), noise (B, C, h, w) -> reconstruction, posterior, log scale of the likelihood."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            posterior = self.vae.encode(images).latent_dist
+        z = posterior.mean + posterior.std * noise  # reparameterised, Kingma & Welling 2013, section 2.4
+        return self.vae.decode(z.to(posterior.mean.dtype)).sample, posterior, self.log_scale
+
+
+class MovingAverage:
+    """Exponential moving average of an autoencoder's weights, in float32: `vae` is the averaged model."""
+
+    def __init__(self, vae: KLAutoencoder, decay: float):
+        self.decay = decay
+        self.vae = copy.deepcopy(vae).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, vae: KLAutoencoder, step: int) -> None:
+        """`step` counts from 1; the decay rises with it, so that the first weights are soon forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.vae.parameters()), list(vae.parameters()), 1 - decay)
+
+
+def posterior_noise(seed: int, samples: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise for the posteriors, (B, *shape), a function of the seed and the sample's number alone.
+
+    So it is the same on any number of ranks and after any restart.
+    """
+    noise = np.empty((len(samples), *shape), np.float32)
+    for row, n in zip(noise, samples.tolist(), strict=True):
+        key = np.random.SeedSequence((seed, n, POSTERIOR_NOISE))
+        np.random.Generator(np.random.Philox(key)).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(noise)

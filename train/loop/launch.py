@@ -1,0 +1,72 @@
+"""What accelerate leaves out of a run: requests to stop, one run a folder."""
+
+import fcntl
+import signal
+import time
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from kl_autoencoder.distributed import launched
+
+PATIENCE = 60  # seconds that a run which is on its way out may still hold its folder
+
+
+def hold(folder: Path, say, patience: float = PATIENCE) -> IO:
+    """Keep a run's folder to this process until it ends, however it ends: two runs would undo each other's work.
+
+    Raises ValueError if another process holds it and does not let go within `patience` seconds, OSError if the
+    folder cannot be written to. On a file system without locks nothing is held.
+    """
+    file, waiting_since = (folder / ".lock").open("a"), None
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except (BlockingIOError, PermissionError):
+            if waiting_since is None:
+                waiting_since = time.monotonic()
+                say(f"another run is writing to {folder}; waiting for its end")
+            if time.monotonic() - waiting_since > patience:
+                raise ValueError(
+                    f"output_dir: another run is writing to {folder}; allowed: a folder of its own"
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            return file
+
+
+class StopRequest:
+    """`with StopRequest(accelerator) as stop`: SIGTERM or SIGINT (a preempted job, Ctrl-C) is a request to stop.
+
+    All ranks agree on it after each step, over gloo between the hosts, so that no device is waited for. A second
+    signal ends the process at once; but not where there is a launcher, for it passes on the signal that a terminal
+    or a scheduler has sent to all processes already.
+    """
+
+    def __init__(self, accelerator):
+        self.received, self.group, self.previous = 0, None, {}
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        self.received = number
+        if not launched():
+            signal.signal(number, signal.SIG_DFL)
+
+    def requested(self) -> str | None:
+        """The name of the signal that any rank has received, or None. All ranks must ask together."""
+        number = torch.tensor(self.received)
+        if self.group is not None:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+        return signal.Signals(int(number)).name if number else None

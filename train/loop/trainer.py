@@ -1,0 +1,351 @@
+"""The training loop, and what happens around a step: logs, validation, checkpoints, export."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import DDPCommunicationHookType, broadcast_object_list, gather_object
+from torch.profiler import record_function
+from tqdm import tqdm
+
+from kl_autoencoder.distributed import ranks_on_cpus
+from kl_autoencoder.evaluation.metrics import LPIPS
+from kl_autoencoder.files import replacing
+from kl_autoencoder.latents.statistics import LatentStatistics
+
+from ..autoencoder import validation
+from ..autoencoder.engine import Engine
+from ..autoencoder.export import export
+from ..config import Config, to_yaml
+from ..data import loader
+from . import checkpoint
+from .bad_steps import BadSteps
+from .journal import Journal
+from .launch import StopRequest, hold
+from .schedules import Schedules
+
+STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
+
+
+class TooManyBadSteps(RuntimeError):
+    """Gradients were not finite for too many steps in a row."""
+
+
+class Trainer:
+    """Everything a run holds. Making one reads the data, builds the model and finds what there is to resume."""
+
+    def __init__(self, config: Config, statistics_samples: int | None = None):
+        self.config, self.statistics_samples = config, statistics_samples or STATISTICS_SAMPLES
+        self.folder = Path(config.output_dir)
+        cpu = ranks_on_cpus()
+        if config.train.mixed_precision == "fp16" and PartialState(cpu=cpu).device.type == "cpu":
+            raise ValueError("train.mixed_precision: fp16 on a CPU; allowed there: no, bf16")
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=config.train.mixed_precision,
+            gradient_accumulation_steps=config.train.gradient_accumulation,
+            log_with="tensorboard" if config.log.tensorboard else None,
+            project_dir=self.folder,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    comm_hook=DDPCommunicationHookType.BF16
+                    if config.train.bf16_gradients
+                    else DDPCommunicationHookType.NO,
+                )
+            ],
+        )
+        self.device = self.accelerator.device
+        ranks = self.accelerator.num_processes
+        self.samples_per_step = config.data.batch_size * ranks * config.train.gradient_accumulation
+        self.schedules = Schedules(config, self.samples_per_step)
+        self.samples = 0  # consumed over all ranks, the position in the data
+        self._prepare_folder()
+        self.skipped = loader.SkippedImages()
+        self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard)
+        self.bad_steps = BadSteps(self.samples_per_step, self.journal, self.say)
+        perceptual, self.lpips = self._load_perceptual()
+        self.engine = Engine(config, self.accelerator, self.schedules, perceptual)
+        self._check_resolutions()
+        self._resume()
+        self.loader = self._loader(self.samples)
+        self.held_out = loader.validation_images(config.data)
+        self.stop = StopRequest(self.accelerator)
+        if self.is_main:  # now that it is known to work: an earlier run's stays where one does not
+            with replacing(self.folder / "config.yaml") as beside:
+                beside.write_text(to_yaml(config))
+
+    # ---------------------------------------------------------------- the loop
+
+    def fit(self) -> dict | None:
+        """Train to the last step and export; returns what the run amounts to, None if it was asked to stop."""
+        every = self.config.validation.every
+        self._announce()
+        before = self.validate() if self.step == 0 else self._recorded_start()
+        progress = tqdm(
+            total=self.config.train.steps, initial=self.step, unit="step", disable=not self.is_main
+        )
+        self.journal.start_window(self.step)
+        with self._profiler() as profiler, self.stop, progress:  # the bar ends its line whatever happens
+            for micro_batches in self.batches():
+                self.train_step(micro_batches)
+                progress.update()
+                profiler.step()
+                stopping = self.stop.requested()
+                if self.step % self.config.log.every == 0 or self.finished or stopping:
+                    progress.set_postfix(self.log())
+                if every and self.step % every == 0 and not self.finished:
+                    self.validate()
+                if self.step % self.config.checkpoint.every == 0 or self.finished or stopping:
+                    self.save()
+                if stopping and not self.finished:
+                    self.say(
+                        f"stopped by {stopping} at step {self.step}; the same command continues from there"
+                    )
+                    self.accelerator.end_training()  # TensorBoard's last two minutes are in memory
+                    return None
+        self._gather_skipped()
+        self.say(self.skipped.summary())
+        return self.finish(before)
+
+    @property
+    def step(self) -> int:
+        """How many were taken."""
+        return self.engine.step
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.train.steps
+
+    def batches(self) -> Iterator[list[dict]]:
+        """The micro-batches of each remaining step, from the first sample that was not yet consumed."""
+        if self.finished:
+            return
+        loader = iter(self.loader)
+        while not self.finished:
+            with record_function("data"):
+                micro_batches = [next(loader) for _ in range(self.config.train.gradient_accumulation)]
+            yield micro_batches
+
+    def _loader(self, start_sample: int):
+        return loader.train_loader(
+            self.config.data,
+            seed=self.config.seed,
+            start_sample=start_sample,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def train_step(self, micro_batches: list[dict]) -> None:
+        """One step of the optimizers, and what is noted of it."""
+        for batch, terms in zip(micro_batches, self.engine.take_step(micro_batches), strict=True):
+            self.journal.add(terms)
+            self.skipped.add(batch["skipped"])
+        self.samples += self.samples_per_step
+        self.bad_steps.note(self.step, self.samples, terms)
+        limit = self.config.train.max_bad_steps
+        if len(self.bad_steps.noted) >= limit and self.step % limit == 0:
+            self._report_bad_steps()
+
+    # ---------------------------------------------------------------- what is written down
+
+    def log(self) -> dict[str, str]:
+        """Write the means over the window and over all ranks; returns the few that the progress bar shows."""
+        self._report_bad_steps()
+        values, rate = self.journal.close_window(self.step)
+        values |= {
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "images_per_second": rate * self.samples_per_step,
+        }
+        self.journal.write(self.step, self.samples, {f"train/{name}": v for name, v in values.items()})
+        shown = [
+            name for name in ("loss", "reconstruction", "kl", "perceptual", "adversarial") if name in values
+        ]
+        return {n: f"{values[n]:.4g}" for n in shown} | {"images/s": f"{values['images_per_second']:.3g}"}
+
+    def _report_bad_steps(self) -> None:
+        """Write down the skipped steps since the last report; too many in a row end the run."""
+        most = self.bad_steps.report()
+        if most >= self.config.train.max_bad_steps:
+            self.save()
+            self.accelerator.end_training()
+            raise TooManyBadSteps(
+                f"{most} steps in a row had gradients that are not finite (train.max_bad_steps); "
+                f"saved at step {self.step}. Lower the learning rate, or look at the samples that are named above"
+            )
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the held-out images for the weights that would be exported; writes the picture."""
+        images, batch = self.held_out, self.config.validation.batch_size
+        share = images[self.accelerator.process_index :: self.accelerator.num_processes]
+        names = ["psnr", "ssim"] + ["lpips"] * (self.lpips is not None)
+        totals = torch.zeros(len(names), device=self.device)
+        if len(share):
+            reconstructions = validation.reconstruct(self.engine.exported, share, batch)
+            values = validation.measure(reconstructions, share, self.lpips, batch)
+            totals += torch.stack([values[name].sum() for name in names]).to(totals)
+        means = (self.accelerator.reduce(totals, "sum") / len(images)).tolist()
+        metrics = dict(zip(names, means, strict=True))
+        self.journal.write(self.step, self.samples, {f"validation/{n}": v for n, v in metrics.items()})
+        if self.is_main:
+            shown = images[: self.config.validation.pictures]
+            validation.save_pictures(
+                self.picture, shown, validation.reconstruct(self.engine.exported, shown, batch)
+            )
+            self.journal.show("validation/pictures", self.picture, self.step)
+        return metrics
+
+    @property
+    def picture(self) -> Path:
+        return self.folder / "samples" / f"step-{self.step:06d}.png"
+
+    # ---------------------------------------------------------------- checkpoints and export
+
+    def save(self) -> None:
+        """A checkpoint of everything that the next step depends on."""
+        self._report_bad_steps()  # the steps before this one will not be taken again
+        self._gather_skipped()
+        if self.is_main:
+            root, config = self.folder / "checkpoints", self.config.checkpoint
+            scaler = self.accelerator.scaler
+            state = {
+                "samples": self.samples,
+                "bad_total": self.bad_steps.total,
+                "bad_in_a_row": self.bad_steps.in_a_row,
+                "skipped": self.skipped.reasons,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state)
+            checkpoint.rotate(root, config.keep_last, config.keep_every)
+        self.accelerator.wait_for_everyone()
+
+    def _gather_skipped(self) -> None:
+        """The unreadable images that each rank has met, to all of them."""
+        for name, reason in gather_object(list(self.skipped.reasons.items())):
+            self.skipped.reasons[name] = reason
+
+    def _resume(self) -> None:
+        path = checkpoint.newest(self.folder / "checkpoints", self.say) if self.is_main else None
+        [path] = broadcast_object_list([path])
+        if path is None:
+            self.journal.forget_after(-1)  # of a run that was killed before its first checkpoint
+            return
+        tensors, state = checkpoint.load_checkpoint(path)
+        try:
+            self.engine.load(tensors)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path} is of another configuration: {error}".replace("\n", " ")) from None
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.engine.step, self.samples = state["step"], state["samples"]
+        self.bad_steps.total, self.bad_steps.in_a_row = state["bad_total"], state["bad_in_a_row"]
+        self.skipped.reasons.update(state["skipped"])
+        self.journal.forget_after(self.step)
+        self.say(f"continuing from {path} ({self.samples:,} samples)")
+
+    def finish(self, before: dict) -> dict:
+        """Measure and export the final weights."""
+        after = self.validate()
+        facts = {"before": before, "after": after, "samples": self.samples, "held_out": len(self.held_out)}
+        facts["statistics"] = self.measure_latents()
+        if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
+            self.engine.exported.register_to_config(scaling_factor=facts["statistics"].scaling_factor)
+        if self.is_main:
+            export(self.folder / "export", self.engine.exported, self.config, facts)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return {"before": before, "after": after, "picture": self.picture, "export": self.folder / "export"}
+
+    @torch.no_grad()
+    def measure_latents(self) -> LatentStatistics:
+        """Statistics of the latents of the first samples of the training data, over all ranks."""
+        vae = self.engine.exported
+        statistics = LatentStatistics(vae.config.latent_channels)
+        share = -(-self.statistics_samples // (self.config.data.batch_size * self.accelerator.num_processes))
+        for batch, _ in zip(self._loader(start_sample=0), range(share), strict=False):
+            posterior = vae.encode(batch["images"].to(self.device, vae.dtype)).latent_dist
+            statistics.update(posterior.mean + posterior.std * self.engine.noise(batch["sample"]))
+        return statistics.reduced(lambda total: self.accelerator.reduce(total.to(self.device), "sum"))
+
+    def _recorded_start(self) -> dict[str, float]:
+        """The metrics of the untrained network, as an earlier start of this run wrote them down."""
+        for line in self.journal.lines():
+            if line["step"] == 0 and "validation/psnr" in line:
+                pairs = line.items()
+                return {k.removeprefix("validation/"): v for k, v in pairs if k.startswith("validation/")}
+        return {}
+
+    # ---------------------------------------------------------------- setting up
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+    def _prepare_folder(self) -> None:
+        if self.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = hold(self.folder, self.say)
+            except OSError as error:
+                raise ValueError(
+                    f"output_dir: {self.folder} cannot be written to ({error.strerror})"
+                ) from None
+        self.accelerator.wait_for_everyone()
+
+    def _load_perceptual(self) -> tuple[LPIPS | None, LPIPS | None]:
+        """The perceptual term, and LPIPS for validation if its weights are to be had."""
+        config, perceptual, lpips = self.config.loss.perceptual, None, None
+        with self.accelerator.main_process_first():  # one download, not one a rank
+            try:
+                if config.weight:
+                    perceptual = LPIPS(config.net).to(self.device, memory_format=torch.channels_last)
+            except FileNotFoundError as error:
+                if config.required:
+                    hint = "or train without the term: loss.perceptual.weight=0"
+                    raise FileNotFoundError(f"{error}; {hint}") from None
+                self.say(f"WARNING: training WITHOUT the perceptual term, results will be blurred. {error}")
+            try:
+                lpips = LPIPS(self.config.validation.lpips_net).to(self.device)
+            except FileNotFoundError as error:
+                self.say(f"validation reports no LPIPS. {error}")
+        return perceptual, lpips
+
+    def _check_resolutions(self) -> None:
+        for key in ("resolution", "validation_resolution"):
+            size, f = getattr(self.config.data, key), self.engine.vae.downsampling
+            if size and (size % f or size < 16):  # SSIM's window has 11 pixels
+                raise ValueError(
+                    f"data.{key}: {size}; allowed: a multiple of the network's downsampling, {f}, from 16 on"
+                )
+
+    def _profiler(self):
+        """A torch profiler of five steps that writes a trace and a table; nothing unless train.profile is on."""
+        if not (self.config.train.profile and self.is_main):
+            return contextlib.nullcontext(_NoProfiler)
+        from .profiling import profiler
+
+        return profiler(self.folder / "profile", self.say)
+
+    def _announce(self) -> None:
+        config, optimizer, accelerator = self.config, self.config.optimizer, self.accelerator
+        parameters, ranks = sum(p.numel() for p in self.engine.parameters), accelerator.num_processes
+        self.say(
+            f"{self.folder}: {parameters:,} trainable parameters on {ranks} x {self.device.type}, "
+            f"{config.train.mixed_precision} mixed precision\n"
+            f"batch {self.samples_per_step} = {config.data.batch_size} x {ranks} ranks x "
+            f"{config.train.gradient_accumulation} accumulated; {config.train.steps} steps = "
+            f"{config.train.steps * self.samples_per_step:,} samples\n"
+            f"learning rate {self.schedules.peak_learning_rate():.3g} ({optimizer.learning_rate:.3g} for a batch "
+            f"of {optimizer.reference_batch}, rule: {optimizer.scale_rule})"
+        )
+
+
+class _NoProfiler:
+    @staticmethod
+    def step() -> None: ...

@@ -168,8 +168,8 @@ def test_a_wheel_carries_it(tmp_path):
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        carried = {name for name in archive.namelist() if name.startswith("kl_autoencoder/compact/")}
-        assert carried == {f"kl_autoencoder/compact/{name}" for name in FILES}
-        config = json.loads(archive.read("kl_autoencoder/compact/config.json"))
+        carried = {name for name in archive.namelist() if name.startswith("kl_autoencoder/models/compact/")}
+        assert carried == {f"kl_autoencoder/models/compact/{name}" for name in FILES}
+        config = json.loads(archive.read("kl_autoencoder/models/compact/config.json"))
     assert config["_class_name"] == "AutoencoderKL"
     assert "_name_or_path" not in config  # where it was made

@@ -30,7 +30,8 @@ ROOMS = {
         "data": set(),
         "autoencoder": {"config", "loop"},
         "loop": {"config", "data", "autoencoder"},
-        "__main__": {"config", "loop"},
+        "smoke": {"config", "data"},
+        "__main__": {"config", "loop", "smoke"},
     },
 }
 PACKAGES = list(ROOMS)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kl_autoencoder.cli import main
+from kl_autoencoder.cli.main import main
 from tests import processes
 
 MEMORY = 2 << 30  # bytes that a command may ask for beyond what the process has

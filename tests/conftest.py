@@ -46,6 +46,22 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shard_server(photographs, tmp_path_factory):
+    """A local HTTP server of eight webdataset shards, six of the photographs in each.
+
+    `server.url + "/shard-{000..007}.tar"` names them all; the image column is png.
+    """
+    from tests.file_server import FileServer, write_tar
+
+    folder, files = tmp_path_factory.mktemp("shards"), sorted(photographs.iterdir())
+    for i in range(8):
+        entries = ((file.name, file.read_bytes()) for file in files[i::8])
+        write_tar(folder / f"shard-{i:03d}.tar", entries)
+    with FileServer(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def two_models(tmp_path_factory):
     """A folder with two small models of different shapes, untrained."""
     import torch

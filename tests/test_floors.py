@@ -31,7 +31,7 @@ ROOMS = {
         "autoencoder": {"config", "loop"},
         "loop": {"config", "data", "autoencoder"},
         "smoke": {"config", "data"},
-        "__main__": {"config", "loop", "smoke"},
+        "__main__": {"config", "data", "loop", "smoke"},
     },
 }
 PACKAGES = list(ROOMS)

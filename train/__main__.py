@@ -47,6 +47,7 @@ def smoke(config) -> int:
 def run(config, statistics_samples: int | None = None) -> int:
     """Train to the end, export and print the summary; the exit code. Errors are printed, one line each."""
     try:
+        from .data.loader import LoaderFailed
         from .loop.trainer import TooManyBadSteps, Trainer
 
         trainer = Trainer(config, statistics_samples)
@@ -55,6 +56,10 @@ def run(config, statistics_samples: int | None = None) -> int:
         return 2
     try:
         summary = trainer.fit()
+    except LoaderFailed as error:  # all ranks raise it
+        if trainer.is_main:
+            print_error(error)
+        return 1
     except (OSError, TooManyBadSteps) as error:
         print_error(error)
         return 1

@@ -21,7 +21,14 @@ from PIL import Image
 
 from kl_autoencoder.data.image_io import load_image
 from kl_autoencoder.data.sources import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
-from train.data.loader import DataConfig, SampleOrder, replacements, train_loader, validation_images
+from train.data.loader import (
+    DataConfig,
+    LoaderFailed,
+    SampleOrder,
+    replacements,
+    train_loader,
+    validation_images,
+)
 from train.data.samples import Crop, RandomCrops, SkippedImages, augmentation, permutation, read_crop
 
 SHARDS = Path(__file__).parents[3] / "shared" / "images"
@@ -294,7 +301,7 @@ def test_nothing_readable_is_an_error(tmp_path):
         train_loader(config(tmp_path), seed=0)
     for i in range(3):  # sound headers, so that this shows only when the pixels are read
         (tmp_path / f"{i}.jpg").write_bytes(png(flat(1, (64, 64)))[:60])
-    with pytest.raises(ValueError, match=r"none of 3 images could be read, the first: .*\.jpg \(row"):
+    with pytest.raises(LoaderFailed, match=r"none of 3 images could be read, the first: .*\.jpg \(row"):
         next(iter(train_loader(config(tmp_path), seed=0)))
 
 

@@ -6,11 +6,13 @@ and workers, and the trainer's count of the samples it has consumed is all there
 """
 
 import math
+import multiprocessing
 import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 import datasets
@@ -21,8 +23,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kl_autoencoder.data.image_io import load_image, open_image
 from kl_autoencoder.data.sources import Keys, encoded_file, open_source, record_name
+from kl_autoencoder.distributed import end_with_the_parent
 
-from .samples import RandomCrops, SkippedImages, augmentation, check_images, collate, permutation, read_sample
+from .samples import (
+    RandomCrops,
+    SkippedImages,
+    augmentation,
+    check_images,
+    collate,
+    failure,
+    permutation,
+    read_sample,
+)
 from .streams import StreamedImages
 
 LOOKED_AT = 32  # images whose headers are read before any work starts
@@ -158,7 +170,10 @@ class TrainImages(Dataset):
     def __getitem__(self, draw: Draw) -> dict:
         rng = augmentation(self.seed, draw.sample)
         candidates = map(self.record, replacements(draw.index, len(self), rng))
-        return read_sample(self.crops, draw.sample, rng, candidates)
+        try:
+            return read_sample(self.crops, draw.sample, rng, candidates)
+        except Exception as error:
+            return failure(error)
 
     def look_at(self, images: int) -> list[tuple[dict, str]]:
         """At most so many records, spread over the source."""
@@ -170,9 +185,62 @@ class TrainImages(Dataset):
         return record, record_name(record, f"row {row}")
 
 
+class LoaderFailed(RuntimeError):
+    """The training data cannot be read any further; the message is one line."""
+
+
+class TrainLoader:
+    """The batches of a `DataLoader`; its workers end with the iteration and with this process, however it ends.
+
+    `next` raises LoaderFailed for whatever goes wrong in a worker, one that was killed included. The workers are
+    killed then: they leave SIGTERM to the trainer, and multiprocessing would wait for them for ever.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader, self.dataset = loader, loader.dataset
+
+    def __iter__(self) -> Iterator[dict]:
+        others = multiprocessing.active_children()
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self.loader)
+        # torch's handler would raise a worker's death in the middle of a step; `next` notices within 5 seconds.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        # The priority puts it before multiprocessing's own end of this process, whatever else ends that.
+        end = Finalize(None, _kill, args=(workers,), exitpriority=1)
+        try:
+            while True:
+                failure = None
+                try:
+                    batch = next(batches)
+                except (
+                    Exception
+                ) as error:  # torch's own words on a worker that was killed, and on damage between them
+                    failure = (
+                        f"data.num_workers: a worker ended, of too little memory perhaps ({_one_line(error)})"
+                    )
+                if failure or "failure" in batch:
+                    break
+                yield batch
+        finally:
+            end()
+        raise LoaderFailed(failure or batch["failure"])
+
+
+def _kill(workers: list[multiprocessing.Process]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _one_line(error: BaseException) -> str:
+    """The last line that says something: torch puts the traceback of a worker before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def train_loader(
     config: DataConfig, seed: int, start_sample: int = 0, rank: int = 0, world_size: int = 1
-) -> DataLoader:
+) -> TrainLoader:
     """The micro-batches of rank `rank` of `world_size`, from sample `start_sample` of the run on, without end.
 
     A batch is {"images": (B, 3, R, R) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples, "skipped":
@@ -199,18 +267,21 @@ def train_loader(
         sampler = SampleOrder(len(dataset), seed, config.batch_size, start_sample, rank, world_size)
         order = {"batch_sampler": sampler}
     check_images(config.train, config.resolution, dataset.look_at(LOOKED_AT))
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         **order,
         num_workers=config.num_workers,
         collate_fn=collate,
-        worker_init_fn=leave_interrupts_to_the_trainer,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each new iterator advances torch's global generator
     )
+    return TrainLoader(loader)
 
 
-def leave_interrupts_to_the_trainer(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What each worker does first: leave interrupts to the trainer, and end when it ends."""
+    end_with_the_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler signals every process of a job
         signal.signal(number, signal.SIG_IGN)
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -101,7 +102,23 @@ def read_sample(
     raise ValueError(f"data.train: none of {len(skipped)} images could be read, the first: {first}")
 
 
+def failure(error: Exception) -> dict:
+    """What a worker hands over in place of a sample that there is not: {"failure": one line}.
+
+    An exception would end the worker, and its traceback would keep the loader alive. Of one that no data explains
+    the traceback is printed.
+    """
+    if not isinstance(error, (ValueError, OSError)):
+        traceback.print_exc()
+    message = " ".join(str(error).split()) or type(error).__name__
+    return {"failure": message if message.startswith("data.") else f"data.train: {message}"}
+
+
 def collate(samples: list[dict]) -> dict:
+    """Samples -> a batch, or the first failure among them."""
+    for sample in samples:
+        if "failure" in sample:
+            return sample
     return {
         "images": default_collate([sample["image"] for sample in samples]),  # in a worker: into shared memory
         "sample": torch.tensor([sample["sample"] for sample in samples]),

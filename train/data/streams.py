@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kl_autoencoder.data.sources import record_name
 
-from .samples import RandomCrops, augmentation, permutation, read_sample
+from .samples import RandomCrops, augmentation, failure, permutation, read_sample
 
 MAX_LANES = 16  # files that are read at the same time
 
@@ -50,8 +50,12 @@ class StreamedImages(IterableDataset):
         lanes = [Lane(self, number) for number in range(self.lanes)]
         for turn, n in enumerate(count(self.first, self.step)):
             if turn // self.batch_size % workers == worker:  # DataLoader asks its workers in turn for a batch
-                candidates = lanes[n % self.lanes].candidates(n // self.lanes)
-                yield read_sample(self.crops, n, augmentation(self.seed, n), candidates)
+                try:
+                    candidates = lanes[n % self.lanes].candidates(n // self.lanes)
+                    yield read_sample(self.crops, n, augmentation(self.seed, n), candidates)
+                except Exception as error:
+                    yield failure(error)
+                    return
 
     def read(self, shard: int) -> Iterator[list[tuple[dict, str]]]:
         """The blocks of a shard: lists of (record, name), not yet shuffled."""

@@ -3,6 +3,7 @@
 import fcntl
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -70,3 +71,26 @@ class StopRequest:
         if self.group is not None:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
         return signal.Signals(int(number)).name if number else None
+
+
+class Agreement:
+    """Asks all ranks whether something is so on any of them, over gloo, so that no device is waited for."""
+
+    def __init__(self, accelerator):
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def start(self, here: bool) -> Callable[[], bool]:
+        """Begin to ask; all ranks must. The answer is waited for when what is returned is called."""
+        anywhere, work = torch.tensor(int(here)), None
+        if self.group is not None:
+            most = torch.distributed.ReduceOp.MAX
+            work = torch.distributed.all_reduce(anywhere, most, group=self.group, async_op=True)
+
+        def answer() -> bool:
+            if work is not None:
+                work.wait()
+            return bool(anywhere)
+
+        return answer

@@ -1,7 +1,8 @@
 """The training loop, and what happens around a step: logs, validation, checkpoints, export."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from ..data import loader
 from . import checkpoint
 from .bad_steps import BadSteps
 from .journal import Journal
-from .launch import StopRequest, hold
+from .launch import Agreement, StopRequest, hold
 from .schedules import Schedules
 
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
@@ -62,6 +63,7 @@ class Trainer:
         self.samples_per_step = config.data.batch_size * ranks * config.train.gradient_accumulation
         self.schedules = Schedules(config, self.samples_per_step)
         self.samples = 0  # consumed over all ranks, the position in the data
+        self.saved_step: int | None = None  # that of the newest checkpoint
         self._prepare_folder()
         self.skipped = loader.SkippedImages()
         self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard)
@@ -72,7 +74,7 @@ class Trainer:
         self._resume()
         self.loader = self._loader(self.samples)
         self.held_out = loader.validation_images(config.data)
-        self.stop = StopRequest(self.accelerator)
+        self.stop, self.agreement = StopRequest(self.accelerator), Agreement(self.accelerator)
         if self.is_main:  # now that it is known to work: an earlier run's stays where one does not
             with replacing(self.folder / "config.yaml") as beside:
                 beside.write_text(to_yaml(config))
@@ -121,13 +123,42 @@ class Trainer:
 
     def batches(self) -> Iterator[list[dict]]:
         """The micro-batches of each remaining step, from the first sample that was not yet consumed."""
-        if self.finished:
+        steps = max(self.config.train.steps - self.step, 0)
+        return self._agreed(self.loader, steps, self.config.train.gradient_accumulation)
+
+    def _agreed(self, source: loader.TrainLoader, groups: int, size: int) -> Iterator[list[dict]]:
+        """`groups` times `size` batches, each group once all ranks have theirs.
+
+        They are read one group ahead, so that the ranks agree on it while a step is computed. Where one of them
+        cannot read on, all save the last whole step and raise LoaderFailed.
+        """
+        batches = iter(source)
+        ready, failure = self._read(batches, size * bool(groups))
+        self._end_if_any(failure, self.agreement.start(failure is not None))
+        for remaining in reversed(range(groups)):
+            ahead, failure = self._read(batches, size * bool(remaining))
+            failed = self.agreement.start(failure is not None)
+            yield ready
+            self._end_if_any(failure, failed)
+            ready = ahead
+
+    def _read(self, batches: Iterator[dict], count: int) -> tuple[list[dict], str | None]:
+        """The next batches, and why there are none if there are none."""
+        with record_function("data"):
+            try:
+                return list(islice(batches, count)), None
+            except loader.LoaderFailed as error:
+                return [], str(error)
+
+    def _end_if_any(self, failure: str | None, failed: Callable[[], bool]) -> None:
+        if not failed():
             return
-        loader = iter(self.loader)
-        while not self.finished:
-            with record_function("data"):
-                micro_batches = [next(loader) for _ in range(self.config.train.gradient_accumulation)]
-            yield micro_batches
+        reasons = [reason for reason in gather_object([failure]) if reason]
+        if self.step != self.saved_step:
+            self.save()
+        self.accelerator.end_training()
+        saved = "" if self.saved_step is None else f"; saved at step {self.saved_step}"
+        raise loader.LoaderFailed(reasons[0] + saved)
 
     def _loader(self, start_sample: int):
         return loader.train_loader(
@@ -219,6 +250,7 @@ class Trainer:
             }
             checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state)
             checkpoint.rotate(root, config.keep_last, config.keep_every)
+        self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 
     def _gather_skipped(self) -> None:
@@ -240,6 +272,7 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.engine.step, self.samples = state["step"], state["samples"]
+        self.saved_step = self.step
         self.bad_steps.total, self.bad_steps.in_a_row = state["bad_total"], state["bad_in_a_row"]
         self.skipped.reasons.update(state["skipped"])
         self.journal.forget_after(self.step)
@@ -264,7 +297,7 @@ class Trainer:
         vae = self.engine.exported
         statistics = LatentStatistics(vae.config.latent_channels)
         share = -(-self.statistics_samples // (self.config.data.batch_size * self.accelerator.num_processes))
-        for batch, _ in zip(self._loader(start_sample=0), range(share), strict=False):
+        for [batch] in self._agreed(self._loader(start_sample=0), share, 1):
             posterior = vae.encode(batch["images"].to(self.device, vae.dtype)).latent_dist
             statistics.update(posterior.mean + posterior.std * self.engine.noise(batch["sample"]))
         return statistics.reduced(lambda total: self.accelerator.reduce(total.to(self.device), "sum"))

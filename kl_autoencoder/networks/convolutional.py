@@ -224,7 +224,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What `conv_out` reads: (B, first width, f*h, f*w)."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return F.silu(self.conv_norm_out(x))

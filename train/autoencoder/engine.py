@@ -40,13 +40,9 @@ class Engine:
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
         choose_backward(self.vae, config.train.gradient_checkpointing)
         if config.train.compile:
-            for network in (
-                self.vae.encoder,
-                self.vae.decoder,
-                self.perceptual and self.perceptual.lpips.net,
-            ):
-                if network is not None:
-                    network.compile()
+            self.unwrapped.compile_networks()
+            if perceptual is not None:
+                perceptual.lpips.net.compile()
         self.parameters = [p for p in self.unwrapped.parameters() if p.requires_grad]
         self.model, self.optimizer = self.accelerator.prepare(self.unwrapped), self._adamw(self.parameters)
         self.discriminator = None
@@ -125,8 +121,9 @@ class Engine:
         """
         config = self.config.loss
         with record_function("autoencoder"):
-            output, posterior, log_scale = self.model(images, noise)
-            reconstruction = output.detach().float().requires_grad_()
+            output = self.model(images, noise)
+            posterior, log_scale = output.posterior, output.log_scale
+            reconstruction = output.images.detach().float().requires_grad_()
             pixels = losses.reconstruction_nll(
                 config.reconstruction, reconstruction, images, log_scale
             ).mean()
@@ -141,10 +138,12 @@ class Engine:
                 terms["loss"] = terms["loss"] + config.perceptual.weight * terms["perceptual"]
         if self.schedules.adversarial_weight(self.step) > 0:
             with record_function("discriminator"):
-                gradient = gradient + self._adversarial_gradient(reconstruction, output, gradient, terms)
+                gradient = gradient + self._adversarial_gradient(
+                    reconstruction, output.features, gradient, terms
+                )
         with record_function("autoencoder"):
             # a scalar whose gradient in the output is `gradient`
-            surrogate = (output.float() * gradient.detach()).sum() + kl_loss
+            surrogate = (output.images.float() * gradient.detach()).sum() + kl_loss
             if log_scale is not None:
                 surrogate = (
                     surrogate
@@ -170,7 +169,9 @@ class Engine:
             distances.append(distance.detach())
         return torch.stack(distances).sum(), torch.cat(gradients)
 
-    def _adversarial_gradient(self, reconstruction, output, nll_gradient, terms: dict[str, Tensor]) -> Tensor:
+    def _adversarial_gradient(
+        self, reconstruction, features, nll_gradient, terms: dict[str, Tensor]
+    ) -> Tensor:
         """The weighted gradient of the adversarial term in the reconstruction.
 
         Taken in the reconstruction alone, so that it leaves the discriminator's gradients as they are.
@@ -185,20 +186,27 @@ class Engine:
         gradient = gradient / logits.numel()
         weight = torch.full((), self.schedules.adversarial_weight(self.step), device=self.device)
         if config.adaptive:
-            terms["adaptive_weight"] = self._adaptive_weight(output, nll_gradient, gradient)
+            terms["adaptive_weight"] = self._adaptive_weight(features, nll_gradient, gradient)
             weight = weight * terms["adaptive_weight"]
         terms["adversarial"], terms["loss"] = loss, terms["loss"] + weight * loss
         return weight * gradient
 
-    def _adaptive_weight(self, output: Tensor, *gradients: Tensor) -> Tensor:
-        """From the two gradients in the output to their norms at the last layer's weight, over all ranks."""
-        last_layer = self.vae.decoder.conv_out.weight
+    @torch.no_grad()
+    def _adaptive_weight(self, features: Tensor, *gradients: Tensor) -> Tensor:
+        """From the two gradients in the output to their norms at the last layer's weight, over all ranks.
+
+        A convolution's gradient in its weight takes what it read and the gradient in its result, no graph.
+        """
+        last_layer = self.vae.decoder.conv_out
         at_weight = []
         for gradient in gradients:
             norm = gradient.norm().clamp(min=1e-30)  # sent back at length 1: a mean's would vanish in fp16
-            unit = (gradient / norm).to(output.dtype)
-            at_weight.append(norm * torch.autograd.grad(output, last_layer, unit, retain_graph=True)[0])
-        return losses.adaptive_weight(*self.accelerator.reduce(torch.stack(at_weight).float(), "mean"))
+            unit = (gradient / norm).to(features.dtype)
+            sent = torch.nn.grad.conv2d_weight(
+                features, last_layer.weight.shape, unit, padding=last_layer.padding
+            )
+            at_weight.append(norm * sent.float())
+        return losses.adaptive_weight(*self.accelerator.reduce(torch.stack(at_weight), "mean"))
 
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Move the discriminator by one micro-batch, in one forward over real and reconstructed images."""

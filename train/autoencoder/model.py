@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,21 @@ def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
             block.upsample_conv = fewer.upsample_conv
 
 
+@dataclass
+class Reconstruction:
+    """images: (B, 3, H, W); posterior: of its latents; log_scale: of the likelihood, None where it is fixed.
+
+    features: what the decoder's last convolution read, (B, first width, H, W), without a graph.
+
+    No tuple, whose half-precision tensors accelerate would convert to float32.
+    """
+
+    images: Tensor
+    posterior: DiagonalGaussian
+    log_scale: Tensor | None
+    features: Tensor
+
+
 class TrainedModel(nn.Module):
     """What the optimizer moves and DDP wraps.
 
@@ -82,12 +98,22 @@ class TrainedModel(nn.Module):
             if vae.quant_conv is not None:
                 vae.quant_conv.requires_grad_(False)
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian, Tensor | None]:
-        """Images (B, 3, H, W), noise (B, C, h, w) -> reconstruction, posterior, log scale of the likelihood."""
+    def compile_networks(self) -> None:
+        """Compile encoder and decoder, except the last convolution: the adaptive weight reads its input."""
+        self.vae.encoder.compile()
+        self.vae.decoder.features = torch.compile(self.vae.decoder.features)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """Images (B, 3, H, W), noise (B, C, h, w) -> all that the loss needs: no wrapper is ever bypassed."""
+        vae = self.vae
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            posterior = self.vae.encode(images).latent_dist
+            posterior = vae.encode(images).latent_dist
         z = posterior.mean + posterior.std * noise  # reparameterised, Kingma & Welling 2013, section 2.4
-        return self.vae.decode(z.to(posterior.mean.dtype)).sample, posterior, self.log_scale
+        z = z.to(posterior.mean.dtype)
+        features = vae.decoder.features(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
+        if torch.is_autocast_enabled(features.device.type):  # as the convolution would, and keep that alone
+            features = features.to(torch.get_autocast_dtype(features.device.type))
+        return Reconstruction(vae.decoder.conv_out(features), posterior, self.log_scale, features.detach())
 
 
 class MovingAverage:

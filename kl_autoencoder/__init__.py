@@ -4,6 +4,13 @@ They are imported on first use, so that `kl-autoencoder --help` does not wait fo
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see of them
+    from .data.image_io import image_size, load_image, save_image
+    from .latents.latent_dataset import LatentDataset, SameShape
+    from .models.autoencoder_kl import KLAutoencoder
+    from .networks.distributions import DiagonalGaussian
 
 _HOME = {
     "KLAutoencoder": "models.autoencoder_kl",
@@ -17,11 +24,11 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

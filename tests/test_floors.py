@@ -125,3 +125,12 @@ def test_what_is_light_stays_light():
             [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
         assert result.stdout.strip() == "[]", f"{name}: {result.stdout}{result.stderr}"
+
+
+def test_type_checkers_see_the_public_names():
+    """They cannot follow the lazy imports: the names are imported under TYPE_CHECKING, from the same modules."""
+    import kl_autoencoder
+
+    seen = imports("kl_autoencoder", "kl_autoencoder.__init__") - {"importlib.import_module"}
+    public = {f"kl_autoencoder.{module}.{name}" for name, module in kl_autoencoder._HOME.items()}
+    assert {name for name in seen if not name.startswith("typing.")} == public

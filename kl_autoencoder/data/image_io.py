@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..files import replacing
 
 # How each suffix is written. JPEG at 95 without chroma subsampling; WebP and TIFF without loss.
-WRITERS = {
+WRITERS: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -191,7 +191,9 @@ def cover_box(
     return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
 
 
-def resize_box(image: Image.Image, box: Sequence[float], height: int, width: int) -> Image.Image:
+def resize_box(
+    image: Image.Image, box: tuple[float, float, float, float], height: int, width: int
+) -> Image.Image:
     """The part `box` (left, top, right, bottom) of an image, scaled (bicubic, antialiased) to height and width."""
     if box == (int(box[0]), int(box[1]), int(box[0]) + width, int(box[1]) + height):
         return image.crop(box)
@@ -294,7 +296,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if source.profile.xcolor_space.strip() == PROFILE_SPACES[image.mode]:
-                return ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+                converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+                assert converted is not None  # it is None only where the image is changed in place
+                return converted
         except (ImageCms.PyCMSError, OSError):
             pass
     return image.convert("RGB")

@@ -2,13 +2,15 @@
 
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils import BaseOutput
@@ -21,6 +23,9 @@ from ..networks.convolutional import Decoder, Encoder
 from ..networks.distributions import DiagonalGaussian
 from . import scaling, single_file
 
+Method = TypeVar("Method")
+# diffusers' decorator says nothing of types, which would make the whole class Any to a type checker
+_registers_config = cast(Callable[[Method], Method], register_to_config)
 COMPACT = Path(__file__).with_name("compact")  # the model that comes with the package, its card beside it
 
 
@@ -50,7 +55,11 @@ class KLAutoencoder(AutoencoderKL):
     Raises ValueError for a configuration that no network can have, naming the key.
     """
 
-    @register_to_config
+    config: Any  # diffusers' FrozenDict, whose entries are attributes too
+    encoder: Encoder  # type: ignore[assignment]  # in place of diffusers'
+    decoder: Decoder  # type: ignore[assignment]
+
+    @_registers_config
     def __init__(
         self,
         in_channels: int = 3,
@@ -71,7 +80,7 @@ class KLAutoencoder(AutoencoderKL):
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
-    ):
+    ) -> None:
         super(AutoencoderKL, self).__init__()  # diffusers' own networks are not built
         levels = len(block_out_channels)
         down_block_types = _one_kind("down_block_types", down_block_types, "DownEncoderBlock2D", levels)
@@ -111,7 +120,9 @@ class KLAutoencoder(AutoencoderKL):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode(self, z: Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple[Tensor]:
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
         """Raw latents (B, C, h, w) -> `.sample`, images (B, out_channels, f*h, f*w), about [-1, 1], not clamped.
 
         `generator` is accepted as pipelines pass it; decoding draws nothing.
@@ -171,7 +182,7 @@ class KLAutoencoder(AutoencoderKL):
 
     # ---------------------------------------------------------------- the least memory
 
-    def enable_tiling(self, use_tiling: bool = True, offload: bool = False, **tile_sizes) -> None:
+    def enable_tiling(self, use_tiling: bool = True, offload: bool = False, **tile_sizes: Any) -> None:
         """Encode and decode in the least memory from now on, with the same result: nothing is approximated.
 
         One image at a time and on a GPU in smaller strips (see `inference.infer`; without gradients the network
@@ -192,7 +203,7 @@ class KLAutoencoder(AutoencoderKL):
     def disable_tiling(self) -> None:
         self.enable_tiling(False)
 
-    def compile_for_inference(self, cuda_graphs: bool = False, **options) -> None:
+    def compile_for_inference(self, cuda_graphs: bool = False, **options: Any) -> None:
         """Execute encoder and decoder by torch.compile from now on, except tiled; sizes share a compilation.
 
         (torch makes one more for batches than for single images, and on CPUs one for very small images.)
@@ -222,7 +233,7 @@ class KLAutoencoder(AutoencoderKL):
             return self.decode(z, return_dict)
 
     @contextmanager
-    def _tiling(self):
+    def _tiling(self) -> Iterator[None]:
         before, self.use_tiling = self.use_tiling, True
         try:
             yield
@@ -232,7 +243,9 @@ class KLAutoencoder(AutoencoderKL):
     # ---------------------------------------------------------------- reading and writing
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "KLAutoencoder":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "KLAutoencoder":
         """A folder in diffusers' layout, "compact" or a hub id -> the model, in evaluation mode.
 
         "compact" is the small model that comes with the package; a local folder of that name goes first.
@@ -243,11 +256,12 @@ class KLAutoencoder(AutoencoderKL):
         source = pretrained_model_name_or_path
         if source == COMPACT.name and not os.path.isdir(source):
             source = COMPACT
-        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        model, info = loaded
         single_file.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *arguments, **options) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> None:
         """Write a folder that plain diffusers loads; its files can be read by whom the umask allows.
 
         Takes the arguments of diffusers' method. Raises ValueError if `save_directory` is a file.
@@ -262,14 +276,19 @@ class KLAutoencoder(AutoencoderKL):
     def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> "KLAutoencoder":
         """The same model around our network: shares every tensor with `autoencoder_kl`, copies nothing."""
         with torch.device("meta"):
-            model = cls.from_config(dict(autoencoder_kl.config))
+            model: Any = cls.from_config(dict(autoencoder_kl.config))
         for name, tensor in [*autoencoder_kl.named_parameters(), *autoencoder_kl.named_buffers()]:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, tensor)
         return model.train(autoencoder_kl.training)
 
     @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path, torch_dtype=None, **config) -> "KLAutoencoder":
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike,
+        torch_dtype: torch.dtype | None = None,
+        **config: Any,
+    ) -> "KLAutoencoder":
         """An LDM-layout .safetensors or .ckpt, the VAE alone or inside a full checkpoint -> the model.
 
         The configuration comes from the file's metadata or its tensors' shapes; what neither tells can be
@@ -278,7 +297,7 @@ class KLAutoencoder(AutoencoderKL):
         path = os.fspath(pretrained_model_link_or_path)
         found, tensors = single_file.load_single_file(path, **config)
         with torch.device("meta"):
-            model = cls.from_config(found)
+            model: Any = cls.from_config(found)
         single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, path)
         model.load_state_dict(tensors, assign=True)
         return model.to(torch_dtype).eval() if torch_dtype else model.eval()
@@ -289,7 +308,7 @@ class KLAutoencoder(AutoencoderKL):
         single_file.save_single_file(path, self.state_dict(), config)
 
 
-def _one_kind(key: str, given, kind: str, levels: int) -> tuple[str, ...]:
+def _one_kind(key: str, given: Iterable[str], kind: str, levels: int) -> tuple[str, ...]:
     """A block type for every level; a single one is repeated."""
     given = tuple(given)
     if set(given) != {kind} or len(given) not in (1, levels):
@@ -297,7 +316,7 @@ def _one_kind(key: str, given, kind: str, levels: int) -> tuple[str, ...]:
     return (kind,) * levels
 
 
-def _check_config(config) -> None:
+def _check_config(config: Any) -> None:
     widths, groups = config.block_out_channels, config.norm_num_groups
     for key in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
         if not isinstance(config[key], int) or config[key] < 1:

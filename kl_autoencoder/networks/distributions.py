@@ -73,7 +73,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _noise_like(x: Tensor, generator) -> Tensor:
+def _noise_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     if isinstance(generator, (list, tuple)):
         if len(generator) != len(x):
             raise ValueError(

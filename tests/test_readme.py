@@ -10,6 +10,8 @@ from skimage import data
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main as command
+from kl_autoencoder.inference.executor import Executor
+from kl_autoencoder.networks.convolutional import Decoder, Encoder
 from tests.conftest import ROOT
 from tests.models.test_autoencoder_kl import pipeline_parts
 
@@ -56,6 +58,17 @@ def test_every_python_block_runs(folder):
         exec(compile(block, "README.md", "exec"), names)
     assert Image.open(folder / "reconstruction.png").size == (101, 77)
     assert names["latents"].shape == (1, 4, 10, 13) and names["image"].size == (64, 64)
+
+
+def test_the_first_block_takes_the_fast_path(folder, monkeypatch):
+    """Encoder and decoder are executed in pieces, once each, and never as a whole."""
+    runs, run = [], Executor.run
+    monkeypatch.setattr(Executor, "run", lambda self, of, x: runs.append(type(of)) or run(self, of, x))
+    monkeypatch.setattr(Encoder, "forward", None)
+    monkeypatch.setattr(Decoder, "forward", None)
+    assert "from_pretrained" in BLOCKS[0] and "no_grad" not in BLOCKS[0]
+    exec(compile(BLOCKS[0], "README.md", "exec"), {})
+    assert runs == [Encoder, Decoder]
 
 
 def test_every_command_runs(folder):

@@ -67,6 +67,43 @@ class DirectUpsample:
         return out.view(b, 2 * r, 2 * s, -1)
 
 
+class CalledConv:
+    """The layer itself, called: for one that is more than its weights. Its own padding is what gets cut off.
+
+    `dtype`: of what it gets and returns.
+    """
+
+    up, down, tile = 1, 1, 1
+
+    def __init__(self, conv: nn.Module, dtype: torch.dtype):
+        self.conv, self.dtype = conv, dtype
+
+    def __call__(self, x: Tensor, work: Workspace) -> Tensor:
+        return self.called(x.permute(0, 3, 1, 2), cut=1)
+
+    def called(self, x: Tensor, cut: int) -> Tensor:
+        y = self.conv(x)
+        y = y[:, :, cut : y.shape[2] - cut, cut : y.shape[3] - cut]
+        return y.permute(0, 2, 3, 1).to(self.dtype).contiguous()
+
+
+class CalledDownsample(CalledConv):
+    """Has no padding of its own."""
+
+    up, down, tile = 1, 2, 1
+
+    def __call__(self, x: Tensor, work: Workspace) -> Tensor:
+        return self.called(x[:, 1:, 1:].permute(0, 3, 1, 2), cut=0)
+
+
+class CalledUpsample(CalledConv):
+    up, down, tile = 2, 1, 1
+
+    def __call__(self, x: Tensor, work: Workspace) -> Tensor:
+        larger = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
+        return self.called(larger, cut=2)
+
+
 def laid_out(weight: Tensor) -> Tensor:
     """Once a layer rather than once a call; nothing to do in a model that is channels_last."""
     return weight.contiguous(memory_format=torch.channels_last)

@@ -1,21 +1,21 @@
-"""How a network is executed: whole, as training needs it, or in pieces; and what to do when memory runs out."""
+"""How a network is executed: in pieces or whole, what its gradients are, and what to do when memory runs out."""
 
 import warnings
+from functools import partial
 
-import psutil
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..networks import convolutional as net
-from .executor import Executor, in_order, offloading_hook
+from ..networks.recomputed import recomputed_for_gradients
+from .executor import Executor, in_order
+from .layers import out_channels
+from .memory import available_host_memory
+from .module_kinds import has_global_hooks, is_adapter, is_local, is_plain, modules_of, offloading_hook
 from .workers import Workers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PLAIN_MODULES = {
-    *(net.Encoder, net.Decoder, net.DownBlock, net.MidBlock, net.UpBlock),
-    *(net.ResnetBlock, net.AttentionBlock, net.Downsample, net.Upsample),
-    *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Identity, nn.ModuleList),
-}
 STRIP_BYTES_A_THREAD = 2 << 20  # on a CPU: about what its share of the caches holds
 STRIP_BYTES_GPU, STRIP_BYTES_GPU_LEAST = 256 << 20, 64 << 20
 STREAMS = 3  # when offloading: one copies in, one computes, one copies out
@@ -25,23 +25,32 @@ LARGEST_ACTIVATIONS = 2.5  # held at once, scratch memory included
 def infer(
     network: net.Encoder | net.Decoder, x: Tensor, tiling: bool = False, offload: bool = False
 ) -> Tensor:
-    """network(x), in pieces where nothing but the result is asked for; the same to rounding.
+    """network(x), the same to rounding, in pieces unless something needs it whole (see `why_whole`).
 
-    Where there are gradients, torch.compile, autocast, hooks, or modules that somebody has replaced or changed,
-    it is network(x) itself.
+    Outside of training mode gradients do not: the network is executed in pieces all the same, keeping x alone,
+    and once more, whole, if a backward pass asks for them. Autocast, adapters (LoRA) and layerwise casting
+    make it whole too, but not when it is tiled or when memory runs out.
 
     Args:
         tiling: the least memory: one image at a time, on a GPU also in smaller strips. Chosen by itself where a
-            batch would not fit, and where memory runs out all the same, with a warning.
+            batch would not fit, and where memory runs out all the same, with a warning. What cannot be tiled is
+            executed whole, with a warning that says why.
         offload: keep the large activations in host memory.
     """
-    if not can_infer(network, x):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return network(x)
     least = tiling or offload
+    cause = why_whole(network, x)
+    if cause is not None:
+        if least:
+            warnings.warn(
+                f"{type(network).__name__}: not tiled, memory grows as without: {cause}", stacklevel=2
+            )
+        return network(x)
     try:
-        if network._compiled_call_impl is not None and not least:
+        if not least and is_faster_whole(network, x):
             return network(x)
-        return infer_in_pieces(network, x, least or not fits(network, x), offload)
+        return in_pieces(network, x, least or not fits(network, x), offload)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if least or not is_out_of_memory(error):
             raise
@@ -50,7 +59,13 @@ def infer(
     what = f"{type(network).__name__} of {tuple(x.shape)}: {reason.rstrip('.')}."
     remedy = "Retrying, exactly, in the least memory; enable_tiling() does so from the start."
     warnings.warn(f"{what} {remedy}", stacklevel=2)
-    return infer_in_pieces(network, x, least=True)
+    return in_pieces(network, x, least=True)
+
+
+def in_pieces(network: nn.Module, x: Tensor, least: bool, offload: bool = False) -> Tensor:
+    """`infer_in_pieces`, with gradients where they may be asked for."""
+    execute = partial(infer_in_pieces, network, x, least, offload)
+    return recomputed_for_gradients(execute, network, x) if is_differentiated(network, x) else execute()
 
 
 @torch.no_grad()
@@ -63,35 +78,63 @@ def infer_in_pieces(
         strip_bytes = STRIP_BYTES_A_THREAD * (2 if least else max(2, torch.get_num_threads()))
     else:
         strip_bytes = STRIP_BYTES_GPU_LEAST if least else STRIP_BYTES_GPU
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    # Autocast, and the types of weights that are cast for a moment, are one thread's own.
+    streams = STREAMS if offload and not autocast and are_plain(network) else 1
     x = x.to(device)
     images = x.split(1) if least else [x]
-    with Workers(STREAMS if offload else 1, device) as workers:
-        results = [Executor(one, workers, strip_bytes, rows, offload).run(network, one) for one in images]
+    with Workers(streams, device) as workers:
+        results = [
+            Executor(one, workers, strip_bytes, rows, offload, dtype, autocast).run(network, one)
+            for one in images
+        ]
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def can_infer(network: nn.Module, x: Tensor) -> bool:
-    """Whether executing the network in pieces, from its parameters, does what calling it would do."""
-    parameters = list(network.parameters())
-    differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in (x, *parameters))
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    device = execution_device(network, x)
-    return (
-        not (differentiated or traced or torch.is_autocast_enabled(x.device.type))
-        and device.type in ("cpu", "cuda")
-        and x.dtype in DTYPES
-        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in (x, *parameters))
-        and all(p.device in (device, torch.device("meta")) for p in parameters)
-        and all(is_plain(module) for module in network.modules())
-    )
+# ---------------------------------------------------------------- pieces or the whole
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether the module does what its class says."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    replaced = {"forward", "_conv_forward"} & module.__dict__.keys() and not offloading_hook(module)
-    zero_padded = getattr(module, "padding_mode", "zeros") == "zeros"
-    return type(module) in PLAIN_MODULES and zero_padded and not hooked and not replaced
+def why_whole(network: nn.Module, x: Tensor) -> str | None:
+    """What executing the network in pieces would not do, or None: then it does what calling it would do."""
+    device, autocast = execution_device(network, x), torch.is_autocast_enabled(x.device.type)
+    allowed = DTYPES if not autocast else (torch.float32, torch.bfloat16, torch.float16)
+    modules = list(modules_of(network, type(network).__name__.lower()))
+    changed = [name for name, module in modules if not is_plain(module) and not is_local(module)]
+    tensors = [p for _, module in modules if is_plain(module) for p in module._parameters.values()]
+    tensors = [x, *(p for p in tensors if p is not None)]
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transformation of torch.func (vmap, jvp ...) is active"
+    if network.training and is_differentiated(network, x):
+        return "in training mode gradients need all activations; eval() or torch.no_grad() would tile it"
+    if has_global_hooks():
+        return "there are global forward hooks"
+    if changed:
+        return f"{changed[0]} has hooks or was replaced"
+    if device.type not in ("cpu", "cuda") or not all(p.device in (device, META) for p in tensors[1:]):
+        return f"not all weights are on the device {device}"
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype not in allowed for t in tensors):
+        return "the type of the input or of a weight"
+    if not autocast and any(t.dtype != x.dtype for t in tensors):
+        return "input and weights differ in type"
+    return None
+
+
+META = torch.device("meta")  # where the weights of a module are that accelerate keeps elsewhere
+
+
+def is_faster_whole(network: nn.Module, x: Tensor) -> bool:
+    """Whether it is compiled, or its layers would have to be called on every strip."""
+    compiled = network._compiled_call_impl is not None
+    return compiled or torch.is_autocast_enabled(x.device.type) or not are_plain(network)
+
+
+def are_plain(network: nn.Module) -> bool:
+    return not any(is_adapter(m) or is_local(m) for _, m in modules_of(network, ""))
+
+
+def is_differentiated(network: nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters()))
 
 
 def execution_device(network: nn.Module, x: Tensor) -> torch.device:
@@ -99,11 +142,14 @@ def execution_device(network: nn.Module, x: Tensor) -> torch.device:
     return torch.device(hook.execution_device) if hook else x.device
 
 
+# ---------------------------------------------------------------- memory
+
+
 def fits(network: nn.Module, x: Tensor) -> bool:
     """Whether the batch as a whole fits into the memory that is free."""
     needed = LARGEST_ACTIVATIONS * largest_activation(network, x) * x.element_size()
     if x.device.type == "cpu":
-        return needed <= psutil.virtual_memory().available
+        return needed <= available_host_memory()
     free, _ = torch.cuda.mem_get_info(x.device)
     reserved = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
     return needed <= free + reserved
@@ -112,7 +158,7 @@ def fits(network: nn.Module, x: Tensor) -> bool:
 def largest_activation(network: nn.Module, x: Tensor) -> int:
     """Elements of the largest tensor between two blocks."""
     b, _, height, width = x.shape
-    channels = network.conv_in.out_channels
+    channels = out_channels(network.conv_in)
     sizes = [b * channels * height * width]
     for block in in_order(network):
         if isinstance(block, net.Upsample):
@@ -120,7 +166,7 @@ def largest_activation(network: nn.Module, x: Tensor) -> int:
         elif isinstance(block, net.Downsample):
             height, width = height // 2, width // 2
         elif isinstance(block, net.ResnetBlock):
-            channels = block.conv1.out_channels
+            channels = out_channels(block.conv1)
         sizes.append(b * channels * height * width)
     return max(sizes)
 

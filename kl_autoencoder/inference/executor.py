@@ -13,18 +13,17 @@ So a ResNet block holds its input and one activation more: its output is added o
 
 import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks.convolutional import AttentionBlock, Decoder, Downsample, Encoder, ResnetBlock, Upsample
-from . import winograd
-from .conv import DirectConv, DirectDownsample, DirectUpsample
 from .group_norm import Normalization, Statistics, copy
+from .layers import Layers, out_channels
 from .memory import Arena, DeviceMemory, Workspace
+from .module_kinds import weights_on_device
 from .strips import Block, HostStrips, Strips
 from .workers import Workers
 
@@ -41,12 +40,22 @@ class Executor:
         strip_bytes: the size of a strip, about.
         rows: the height of every strip instead, a multiple of 4.
         offload: keep activations in host memory.
+        dtype: of the activations, if not that of x.
+        call_layers: see `Layers`.
     """
 
     def __init__(
-        self, x: Tensor, workers: Workers, strip_bytes: int, rows: int | None = None, offload: bool = False
+        self,
+        x: Tensor,
+        workers: Workers,
+        strip_bytes: int,
+        rows: int | None = None,
+        offload: bool = False,
+        dtype: torch.dtype | None = None,
+        call_layers: bool = False,
     ):
-        self.device, self.dtype = x.device, x.dtype
+        self.device, self.dtype = x.device, dtype or x.dtype
+        self.layers = Layers(self.device, self.dtype, call_layers)
         self.workers, self.strip_bytes, self.fixed_rows, self.offload = workers, strip_bytes, rows, offload
         on_gpu = x.device.type == "cuda"
         self.memory = DeviceMemory(x.device) if on_gpu and not offload else Arena(pinned=on_gpu)
@@ -67,24 +76,24 @@ class Executor:
             Downsample: self.downsample,
             Upsample: self.upsample,
         }
-        with at_hand(network.conv_in):
+        with weights_on_device(network.conv_in):
             h = self.first(network.conv_in, x)
         for block in in_order(network):
-            with at_hand(block):
+            with weights_on_device(block):
                 h = steps[type(block)](block, h)
-        with at_hand(network.conv_norm_out), at_hand(network.conv_out):
+        with weights_on_device(network.conv_norm_out), weights_on_device(network.conv_out):
             return self.last(network.conv_norm_out, network.conv_out, h)
 
     def first(self, conv: nn.Conv2d, x: Tensor) -> Strips:
         pixels = x.permute(0, 2, 3, 1)
         source = Strips(pixels.shape, x.shape[2], x.dtype, self.memory)
         source.strips = [pixels]
-        return self.convolve(source, self.kernel(conv), conv.out_channels, keep=True)
+        return self.convolve(source, self.layers.conv(conv, self.work), out_channels(conv), keep=True)
 
     def last(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Strips) -> Tensor:
-        kernel, fill = self.kernel(conv), Normalization(norm, x.statistics)
+        kernel, fill = self.layers.conv(conv, self.work), Normalization(norm, x.statistics)
         b, height, width, _ = x.shape
-        y = torch.empty((b, conv.out_channels, height, width), device=self.device, dtype=self.dtype)
+        y = torch.empty((b, out_channels(conv), height, width), device=self.device, dtype=self.dtype)
 
         def task(block: Block) -> None:
             part = y[:, :, block.top : block.bottom]
@@ -94,20 +103,20 @@ class Executor:
         return y
 
     def resnet(self, block: ResnetBlock, x: Strips) -> Strips:
-        shape = (*x.shape[:3], block.conv1.out_channels)
+        shape = (*x.shape[:3], out_channels(block.conv1))
         same = isinstance(block.conv_shortcut, nn.Identity)
         out = x if same else self.strips(shape, x.rows)
         h = self.strips(shape, x.rows)
-        kernel, fill = self.kernel(block.conv1), Normalization(block.norm1, x.statistics)
+        kernel, fill = self.layers.conv(block.conv1, self.work), Normalization(block.norm1, x.statistics)
 
         def inner(part: Block) -> None:
             h.put(part, self.apply(kernel, x, part, fill), self.work)
             if not same:
-                out.place(part).copy_(shortcut(block.conv_shortcut, x.get(part), self.work))
+                out.place(part).copy_(self.layers.pointwise(block.conv_shortcut, x.get(part), self.work))
 
         self.sweep(inner, h, kernel, consumes=None if same else x)
 
-        kernel, fill = self.kernel(block.conv2), Normalization(block.norm2, h.statistics)
+        kernel, fill = self.layers.conv(block.conv2, self.work), Normalization(block.norm2, h.statistics)
         out.statistics = Statistics()
 
         def outer(part: Block) -> None:
@@ -117,12 +126,10 @@ class Executor:
         return out
 
     def upsample(self, block: Upsample, x: Strips) -> Strips:
-        fewer_products = winograd.pays(block.conv, self.device, self.dtype, upsampling=True)
-        kernel = (winograd.WinogradUpsample if fewer_products else DirectUpsample)(block.conv, self.work)
-        return self.convolve(x, kernel, block.conv.out_channels)
+        return self.convolve(x, self.layers.upsample(block.conv, self.work), out_channels(block.conv))
 
     def downsample(self, block: Downsample, x: Strips) -> Strips:
-        out = self.convolve(x, DirectDownsample(block.conv, self.work), block.conv.out_channels)
+        out = self.convolve(x, self.layers.downsample(block.conv, self.work), out_channels(block.conv))
         self.memory.trim(NEXT_LEVEL * math.prod(out.shape) * self.dtype.itemsize)
         return out
 
@@ -133,13 +140,13 @@ class Executor:
         parts = pieces(x)
         for part in parts:
             tokens, positions = self.tokens(norm, x, part), slice(part.top * width, part.bottom * width)
-            key[:, :, positions] = linear(block.to_k, tokens)
-            value[:, :, positions] = linear(block.to_v, tokens)
+            key[:, :, positions] = self.layers.linear(block.to_k, tokens)
+            value[:, :, positions] = self.layers.linear(block.to_v, tokens)
         x.statistics = Statistics()
         for part in parts:
-            query = linear(block.to_q, self.tokens(norm, x, part))
+            query = self.layers.linear(block.to_q, self.tokens(norm, x, part))
             mixed = F.scaled_dot_product_attention(query, key, value)
-            y = linear(block.to_out[0], mixed).view(b, -1, width, channels)
+            y = self.layers.linear(block.to_out[0], mixed).view(b, -1, width, channels)
             x.put(part, y, self.work, add=True)
         return x
 
@@ -211,10 +218,6 @@ class Executor:
         for i in range(len(consumes.strips)):  # an odd row at the bottom may have had no reader
             consumes.free(i)
 
-    def kernel(self, conv: nn.Conv2d):
-        fewer_products = winograd.pays(conv, self.device, self.dtype)
-        return (winograd.WinogradConv if fewer_products else DirectConv)(conv, self.work)
-
     def strips(self, shape: tuple[int, ...], rows: int | None = None) -> Strips:
         b, _, width, channels = shape
         fitting = self.strip_bytes // (b * width * channels * self.dtype.itemsize) // TILE * TILE
@@ -231,25 +234,6 @@ def pieces(x: Strips) -> list[Block]:
     return [Block(number, top, min(top + x.rows, height)) for number, top in enumerate(tops)]
 
 
-def offloading_hook(module: nn.Module):
-    """What accelerate's sequential offloading has put on a module; its weights are elsewhere between two uses."""
-    hook = getattr(module, "_hf_hook", None)
-    return hook if hasattr(hook, "weights_map") else None
-
-
-@contextmanager
-def at_hand(block: nn.Module) -> Iterator[None]:
-    """Within it, the weights of the block are on the device, also if accelerate keeps them elsewhere."""
-    hooks = [(m, offloading_hook(m)) for m in block.modules() if offloading_hook(m)]
-    for module, hook in hooks:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for module, hook in hooks:
-            hook.post_forward(module, None)
-
-
 def in_order(network: Encoder | Decoder) -> list[nn.Module]:
     """The blocks between conv_in and conv_norm_out."""
     if isinstance(network, Encoder):
@@ -257,16 +241,3 @@ def in_order(network: Encoder | Decoder) -> list[nn.Module]:
     else:
         stages = [network.mid_block, *network.up_blocks]
     return [block for stage in stages for block in stage.blocks()]
-
-
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def shortcut(conv: nn.Conv2d, x: Tensor, work: Workspace) -> Tensor:
-    """A 1x1 convolution: a matrix product for every pixel."""
-    pixels = x if x.is_contiguous() else work.get("window", x.shape, x.dtype).copy_(x)
-    pixels = pixels.flatten(0, 2)
-    y = work.get("half", (len(pixels), conv.out_channels), x.dtype)
-    torch.addmm(conv.bias, pixels, conv.weight.flatten(1).t(), out=y)
-    return y.view(*x.shape[:3], -1)

@@ -5,8 +5,10 @@ activations go back to the system between layers; only what a smaller level will
 """
 
 import math
+from pathlib import Path
 from threading import Lock
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -94,7 +96,53 @@ class Arena:
             if stop - start >= size:
                 self.free_ranges[i : i + 1] = [(chunk, start + size, stop)] if stop - start > size else []
                 return chunk, start, start + size
-        chunk = torch.empty(max(size, CHUNK_BYTES), dtype=torch.uint8, pin_memory=self.pinned)
+        chunk = torch.empty(max(size, CHUNK_BYTES), dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         self.chunks.append(chunk)
         self.free_ranges.append((len(self.chunks) - 1, 0, len(chunk)))
         return self._take(size)
+
+
+def available_host_memory() -> int:
+    """Bytes that the machine has left, and the container or job (its control group) that this process is in."""
+    return min(psutil.virtual_memory().available, available_in_control_group())
+
+
+def available_in_control_group(
+    groups: Path = Path("/sys/fs/cgroup"), memberships: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Bytes that this process's control group and those around it have left; infinite where nothing limits them.
+
+    Version 2 has the limit in memory.max, version 1 in memory.limit_in_bytes. What a group uses includes cached
+    files, whose inactive part the system takes back before anything runs out. Inside a container the group's path
+    is often that of the host, while the mounted folder begins at the group itself: what is not there is skipped.
+
+    Args:
+        groups: where the control groups are mounted.
+        memberships: the lines "number:controllers:path" of this process.
+    """
+    left = [math.inf]
+    for line in memberships.read_text().splitlines() if memberships.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = groups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = groups / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = root / path.strip("/")
+        left += [_left_in(f, *names) for f in (folder, *folder.parents) if f == root or root in f.parents]
+    return max(0, min(left))
+
+
+def _left_in(folder: Path, limit: str, used: str, inactive: str) -> float:
+    try:
+        most = (folder / limit).read_text().strip()
+        if most == "max":
+            return math.inf
+        cached = [
+            s.split()[1] for s in (folder / "memory.stat").read_text().splitlines() if inactive in s.split()
+        ]
+        return int(most) - int((folder / used).read_text()) + int((cached or ["0"])[0])
+    except (OSError, ValueError):  # the root has no limit; nor has what cannot be read
+        return math.inf

@@ -168,5 +168,6 @@ def _filter_4() -> Tensor:
     return torch.cat([finite, torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
 
 
-FILTER_4 = _filter_4()
-FILTER_UP = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+with torch.device("cpu"):  # whatever the default is when this is imported
+    FILTER_4 = _filter_4()
+    FILTER_UP = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)

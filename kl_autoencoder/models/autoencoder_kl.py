@@ -40,6 +40,9 @@ class KLAutoencoderOutput(BaseOutput):
 class KLAutoencoder(AutoencoderKL):
     """A KL-regularised autoencoder with diffusers' configuration, parameter names and calling conventions.
 
+    In evaluation mode, as `from_pretrained` gives it, encode and decode keep nothing for a backward pass, which
+    costs another forward pass if there is one; to train, call `train()` first.
+
     Args (all by name; published values in README):
         in_channels, out_channels: channels of the images read and written.
         block_out_channels: width of each level, highest resolution first; f = 2 ** (levels - 1).
@@ -185,8 +188,11 @@ class KLAutoencoder(AutoencoderKL):
     def enable_tiling(self, use_tiling: bool = True, offload: bool = False, **tile_sizes: Any) -> None:
         """Encode and decode in the least memory from now on, with the same result: nothing is approximated.
 
-        One image at a time and on a GPU in smaller strips (see `inference.infer`; without gradients the network
-        is executed in strips anyhow). What diffusers' tiles need (`tile_sample_min_size=512` ...) is accepted.
+        One image at a time and on a GPU in smaller strips (see `inference.infer`; outside of training the network
+        is executed in strips anyhow). This holds under autocast, with LoRA, layerwise casting and trainable
+        weights: gradients are then those of a second, whole forward pass, made when a backward pass asks for them.
+        In training mode with gradients, with hooks and with replaced modules it cannot hold; a warning says so.
+        What diffusers' tiles need (`tile_sample_min_size=512` ...) is accepted.
 
         Args:
             offload: on a GPU, keep the large activations in host memory, so that the GPU's own does not grow

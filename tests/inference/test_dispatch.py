@@ -1,19 +1,27 @@
 """When the network is executed in pieces and when not, what runs out of memory, and the switches of pipelines."""
 
+import contextlib
 import copy
+import importlib.util
+import math
 import os
 import subprocess
 import sys
 import threading
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch.utils.checkpoint import checkpoint
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.inference.dispatch import can_infer, infer, largest_activation
+from kl_autoencoder.inference.dispatch import infer, largest_activation, why_whole
+from kl_autoencoder.inference.memory import available_in_control_group
+from kl_autoencoder.networks import convolutional as net
 from tests.models.test_autoencoder_kl import images, pair, pipeline, run
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +45,9 @@ def whole(vae, z):
 # ---------------------------------------------------------------- pieces or the whole
 
 
-def test_gradients_are_those_of_the_plain_network(vae):
+def test_in_training_gradients_are_those_of_the_plain_network(vae):
     x = images()
-    out = vae(x)
+    out = vae.train()(x)
     out.sample.square().mean().backward()
     ours = {name: p.grad.clone() for name, p in vae.named_parameters()}
     vae.zero_grad()
@@ -55,13 +63,13 @@ def test_gradients_are_those_of_the_plain_network(vae):
 def test_without_gradients_it_is_executed_in_pieces(vae):
     x = latents(1, 4, 8, 8)
     with torch.no_grad():
-        assert can_infer(vae.decoder, x) and can_infer(vae.train().decoder, x)
+        assert not why_whole(vae.decoder, x) and not why_whole(vae.train().decoder, x)
         assert vae.decode(x).sample.grad_fn is None
     with torch.inference_mode():
-        assert can_infer(vae.decoder, x)
+        assert not why_whole(vae.decoder, x)
         torch.testing.assert_close(vae.decode(x).sample, whole(vae, x))
-    assert not can_infer(vae.decoder, x)
-    assert can_infer(vae.requires_grad_(False).decoder, x)
+    assert "training" in why_whole(vae.decoder, x)
+    assert not why_whole(vae.requires_grad_(False).decoder, x)
 
 
 def circular(vae):
@@ -96,7 +104,7 @@ def test_what_somebody_has_changed_is_respected(vae, change):
     before = whole(vae, z)
     with torch.no_grad():
         change(vae)
-        assert not can_infer(vae.decoder, z)
+        assert "was replaced" in why_whole(vae.decoder, z)
         assert torch.equal(vae.decode(z).sample, whole(vae, z))
         if change is not parametrized:
             assert not torch.allclose(whole(vae, z), before)
@@ -121,7 +129,7 @@ def test_accelerates_offloading_is_served_weight_by_weight(vae):
         moments = vae.encode(x).latent_dist.parameters
         wanted = whole(vae, z)
         cpu_offload(vae, execution_device=torch.device("cpu"))
-        assert vae.decoder.conv_in.weight.is_meta and can_infer(vae.decoder, z)
+        assert vae.decoder.conv_in.weight.is_meta and not why_whole(vae.decoder, z)
         vae.enable_tiling()
         torch.testing.assert_close(vae.decode(z).sample, wanted)
         torch.testing.assert_close(vae.encode(x).latent_dist.parameters, moments)
@@ -221,7 +229,282 @@ def test_the_largest_activation_is_known_beforehand(vae):
         assert largest_activation(network, x) == max(sizes[network])
 
 
+# ---------------------------------------------------------------- gradients of what was executed in pieces
+
+
+@pytest.fixture
+def never_whole(monkeypatch):
+    """Executing a network as a whole, without a graph, is an error; counts how often it happens with one."""
+    with_graph = []
+
+    def watched(forward):
+        def watch(self, x):
+            assert torch.is_grad_enabled(), "executed whole"
+            with_graph.append(type(self).__name__)
+            return forward(self, x)
+
+        return watch
+
+    for network in (net.Encoder, net.Decoder):
+        monkeypatch.setattr(network, "forward", watched(network.forward))
+    return with_graph
+
+
+def test_the_common_call_is_fast_and_a_backward_pass_right_all_the_same(vae, never_whole):
+    """Trainable parameters, gradients enabled, evaluation mode: as from_pretrained gives it and diffusers' users
+    call it."""
+    x = images().requires_grad_()
+    out = vae(x).sample
+    assert out.requires_grad and never_whole == []
+    out.square().mean().backward()
+    assert never_whole == ["Decoder", "Encoder"]  # for their gradients
+    found = [x.grad, *(p.grad for p in vae.parameters())]
+    x.grad = None
+    vae.zero_grad()
+    vae.train()(x).sample.square().mean().backward()
+    for ours, plain in zip(found, [x.grad, *(p.grad for p in vae.parameters())], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_only_what_is_asked_for_gets_a_gradient(vae, never_whole):
+    vae.requires_grad_(False)
+    z = latents(1, 4, 8, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(vae.decode(z).sample.square().sum(), z)
+    with torch.enable_grad():
+        (wanted,) = torch.autograd.grad(vae.decoder(vae.post_quant_conv(z)).square().sum(), z)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+    vae.decoder.conv_out.requires_grad_(True)
+    vae.decode(z.detach()).sample.sum().backward()
+    assert {name for name, p in vae.named_parameters() if p.grad is not None} == {
+        "decoder.conv_out.weight",
+        "decoder.conv_out.bias",
+    }
+
+
+def test_gradients_of_gradients_and_within_a_checkpoint(vae):
+    vae.double().decoder.mid_block.attentions = torch.nn.ModuleList()  # torch cannot differentiate it twice
+    z = latents(1, 4, 4, 4).double().requires_grad_()
+    results = []
+    for decode in (
+        lambda z: vae.decode(z).sample,
+        lambda z: vae.decoder(vae.post_quant_conv(z)),
+        lambda z: checkpoint(lambda z: vae.decode(z).sample, z, use_reentrant=False),
+    ):
+        (first,) = torch.autograd.grad(decode(z).square().sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), z)
+        results.append((first, second))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[2], results[1])
+
+
+def test_weights_changed_before_the_backward_pass_are_noticed(vae):
+    out = vae.decode(latents(1, 4, 8, 8)).sample
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_functional_parameters_get_their_own_gradients(vae):
+    z = latents(1, 4, 8, 8)
+    others = {name: p.detach() * 1.1 for name, p in vae.named_parameters() if name.startswith("decoder")}
+    found = []
+    for forward in (vae.decode, lambda z: DecoderOutput(vae.decoder(vae.post_quant_conv(z)))):
+        copies = {name: p.clone().requires_grad_() for name, p in others.items()}
+        with patch.object(KLAutoencoder, "forward", lambda self, z, of=forward: of(z).sample):
+            torch.func.functional_call(vae, copies, (z,)).square().mean().backward()
+        found.append([p.grad for p in copies.values()])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- tiling is a promise
+
+
+def lora(vae):
+    peft = pytest.importorskip("peft")
+    layers = ["conv1", "conv2", "conv", "up_blocks.1.resnets.0.conv_shortcut", "to_q", "to_out.0"]
+    config = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, vae)
+    vae.eval()
+    return contextlib.nullcontext()
+
+
+def layerwise(vae):
+    vae.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    return contextlib.nullcontext()
+
+
+def autocast(vae):
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("change, tolerance", [(autocast, 0.05), (lora, 1e-5), (layerwise, 1e-5)])
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "trainable"])
+def test_tiling_is_kept_although_layers_are_more_than_their_weights(
+    change, tolerance, gradients, monkeypatch
+):
+    torch.manual_seed(0)
+    vae = KLAutoencoder(block_out_channels=(8, 16), norm_num_groups=4).eval()
+    z, x = latents(2, 4, 20, 12), images(40, 24)
+    with change(vae):
+        with torch.no_grad():
+            wanted, moments = vae.decode(z).sample, vae.encode(x).latent_dist.parameters
+        monkeypatch.setattr(net.Decoder, "forward", None)
+        monkeypatch.setattr(net.Encoder, "forward", None)
+        vae.enable_tiling()
+        with torch.set_grad_enabled(gradients), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image, posterior = vae.decode(z).sample, vae.encode(x).latent_dist
+    for ours, whole in ((image, wanted), (posterior.parameters, moments)):
+        assert ours.dtype == whole.dtype and ours.requires_grad == gradients
+        assert (ours - whole).abs().max() <= tolerance * (whole.max() - whole.min())
+
+
+def test_gradients_under_autocast_and_tiling_are_those_under_autocast(vae):
+    x, found = images(), []
+    for tiling in (False, True):
+        vae.zero_grad()
+        vae.enable_tiling(tiling)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = vae.decode(latents(1, 4, 8, 8)).sample
+        out.float().square().mean().backward()
+        found.append(vae.decoder.up_blocks[0].resnets[0].conv1.weight.grad.clone())
+    assert found[0].dtype == found[1].dtype == torch.float32 and x is not None
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.02 * found[0].abs().max().item())
+
+
+def trained(vae):
+    vae.train()
+
+
+def watched_globally(vae):
+    return torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+
+
+@pytest.mark.parametrize(
+    "change, cause", [(trained, "training mode"), (watched_globally, "global"), (hooked, "resnets.0")]
+)
+def test_what_cannot_be_tiled_says_so_once_and_why(vae, change, cause):
+    vae.enable_tiling()
+    handle = change(vae)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                vae.decode(latents(1, 4, 8, 8))
+    finally:
+        if handle:
+            handle.remove()
+    (message,) = [str(w.message) for w in caught]
+    assert "not tiled" in message and cause in message and len(message) < 300
+
+
+def test_the_retry_works_under_autocast(vae, monkeypatch):
+    z, before = latents(2, 4, 20, 12), net.Decoder.forward
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = vae.decode(z).sample
+
+        def exhausted(self, x):
+            torch.empty(1 << 48)  # the allocator's own error
+
+        monkeypatch.setattr(net.Decoder, "forward", exhausted)
+        with pytest.warns(UserWarning, match="least memory"):
+            tiled = vae.decode(z).sample
+    monkeypatch.setattr(net.Decoder, "forward", before)
+    assert (tiled - wanted).abs().max() <= 0.05 * (wanted.max() - wanted.min())
+
+
+# ---------------------------------------------------------------- torch's transformations, hooks, default devices
+
+
+def test_vmap_and_jvp_get_the_plain_network(vae):
+    z = latents(3, 1, 4, 6, 6)
+    vae.requires_grad_(False)
+    wanted = torch.stack([whole(vae, one) for one in z])
+    torch.testing.assert_close(torch.vmap(lambda z: vae.decode(z).sample)(z), wanted)
+    vae.decoder.mid_block.attentions = (
+        torch.nn.ModuleList()
+    )  # of which torch has no forward derivative on a CPU
+    _, tangent = torch.func.jvp(lambda z: vae.decode(z).sample, (z[0],), (z[1],))
+    step = 1e-6
+    vae.double()
+    a, b = (whole(vae, z[0].double() + side * step * z[1].double()) for side in (1, -1))
+    torch.testing.assert_close(tangent.double(), (a - b) / (2 * step), rtol=1e-3, atol=1e-4)
+
+
+def test_global_forward_hooks_see_every_module(vae):
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(m))
+    try:
+        with torch.no_grad():
+            vae.decode(latents(1, 4, 8, 8))
+    finally:
+        handle.remove()
+    assert {m for m in vae.decoder.modules() if isinstance(m, torch.nn.Conv2d)} <= set(seen)
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (64, 64)])
+def test_the_default_device_has_no_part_in_it(widths):
+    torch.manual_seed(0)
+    vae = KLAutoencoder(block_out_channels=widths, norm_num_groups=4).eval()
+    z, x = latents(1, 4, 8, 8), images()
+    with torch.inference_mode():
+        wanted, moments = vae.decode(z).sample, vae.encode(x).latent_dist.parameters
+        with torch.device("meta"):
+            assert torch.equal(vae.decode(z).sample, wanted)
+            assert torch.equal(vae.encode(x).latent_dist.parameters, moments)
+
+
+def test_constants_are_on_the_cpu_wherever_they_are_imported():
+    spec = importlib.util.find_spec("kl_autoencoder.inference.winograd")
+    with torch.device("meta"):
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)
+    assert again.FILTER_4.device.type == again.FILTER_UP.device.type == "cpu"
+
+
 # ---------------------------------------------------------------- memory
+
+
+def write_group(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_a_containers_limit_is_the_memory_there_is(tmp_path):
+    """Version 2: what the narrowest of the groups around this process has left, and its cached files."""
+    memberships, groups = tmp_path / "cgroup", tmp_path / "groups"
+    memberships.write_text("0::/job/step\n")
+    write_group(groups, memory__current=5)  # the root has no limit
+    write_group(
+        groups / "job", memory__max=1000, memory__current=700, memory__stat="anon 600\ninactive_file 80"
+    )
+    write_group(
+        groups / "job" / "step", memory__max="max", memory__current=100, memory__stat="inactive_file 9"
+    )
+    assert available_in_control_group(groups, memberships) == 380
+    write_group(groups / "job" / "step", memory__max=200)
+    assert available_in_control_group(groups, memberships) == 109
+    memberships.write_text("0::/on/the/host\n")  # not visible from within a container
+    write_group(groups, memory__max=600, memory__current=650, memory__stat="inactive_file 10")
+    assert available_in_control_group(groups, memberships) == 0
+
+
+def test_a_containers_limit_in_version_1(tmp_path):
+    memberships, groups = tmp_path / "cgroup", tmp_path / "groups"
+    memberships.write_text("5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n")
+    unlimited = 2**63 - 4096
+    write_group(groups / "memory", memory__limit_in_bytes=unlimited, memory__usage_in_bytes=9)
+    write_group(
+        groups / "memory" / "a", memory__limit_in_bytes=5000, memory__usage_in_bytes=4000,
+        memory__stat="inactive_file 1\ntotal_inactive_file 500",
+    )  # fmt: skip
+    assert available_in_control_group(groups, memberships) == 1500
+    assert available_in_control_group(tmp_path / "none", memberships) == math.inf
+    assert available_in_control_group(groups, tmp_path / "none") == math.inf
+
 
 OUT_OF_MEMORY = """
 import resource, sys, warnings
@@ -272,8 +555,7 @@ def test_a_decode_that_runs_out_of_memory_is_repeated_tiled_with_one_warning():
 
 
 def test_what_will_not_fit_is_done_one_by_one_from_the_start(vae, monkeypatch):
-    free = type("Memory", (), {"available": 100_000})
-    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("kl_autoencoder.inference.dispatch.available_host_memory", lambda: 100_000)
     z = latents(3, 4, 16, 16)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -286,7 +286,7 @@ def test_the_arena_gives_no_byte_twice_and_takes_everything_back(monkeypatch):
 INTERPRETED = """
 import torch
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.inference.dispatch import triton_group_norm
+from kl_autoencoder.inference import triton_group_norm
 from kl_autoencoder.inference.dispatch import infer_in_pieces
 
 calls = {"measure": 0, "normalize": 0}
@@ -333,7 +333,7 @@ def test_triton_kernels_compile_for_a_gpu(of):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kl_autoencoder.inference.dispatch import triton_group_norm
+    from kl_autoencoder.inference import triton_group_norm
 
     target = GPUTarget("cuda", 90, 32)
     pointers = {"pixels": "*fp32", "mean": "*fp32", "variance": "*fp32"}

@@ -90,7 +90,7 @@ class TrainedModel(nn.Module):
 
     def __init__(self, vae: KLAutoencoder, learn_scale: bool, decoder_only: bool):
         super().__init__()
-        self.vae = vae
+        self.vae = vae.train()  # from_pretrained's is not; gradients then cost a second forward pass
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
         self.decoder_only = decoder_only
         if decoder_only:

@@ -1,0 +1,68 @@
+"""How each layer of a network is computed on pieces: by the fastest kernel for its weights, or by calling it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import winograd
+from .conv import (
+    CalledConv,
+    CalledDownsample,
+    CalledUpsample,
+    DirectConv,
+    DirectDownsample,
+    DirectUpsample,
+)
+from .memory import Workspace
+from .module_kinds import is_plain
+
+
+class Layers:
+    """Chooses kernels for activations of one device and type.
+
+    Args:
+        call_all: call all convolutions and linear layers, as autocast needs it, rather than compute what they do
+            from their weights; those that are not plain are called in any case.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, call_all: bool = False):
+        self.device, self.dtype, self.call_all = device, dtype, call_all
+
+    def conv(self, conv: nn.Module, work: Workspace):
+        """The kernel of a 3x3 convolution of stride 1."""
+        if self.is_called(conv):
+            return CalledConv(conv, self.dtype)
+        fewer_products = winograd.pays(conv, self.device, self.dtype)
+        return (winograd.WinogradConv if fewer_products else DirectConv)(conv, work)
+
+    def upsample(self, conv: nn.Module, work: Workspace):
+        """The kernel of nearest-neighbour upsampling by two and a 3x3 convolution."""
+        if self.is_called(conv):
+            return CalledUpsample(conv, self.dtype)
+        fewer_products = winograd.pays(conv, self.device, self.dtype, upsampling=True)
+        return (winograd.WinogradUpsample if fewer_products else DirectUpsample)(conv, work)
+
+    def downsample(self, conv: nn.Module, work: Workspace):
+        """The kernel of a 3x3 convolution of stride 2."""
+        return CalledDownsample(conv, self.dtype) if self.is_called(conv) else DirectDownsample(conv, work)
+
+    def pointwise(self, conv: nn.Module, x: Tensor, work: Workspace) -> Tensor:
+        """A 1x1 convolution of x (B, rows, columns, channels): a matrix product for every pixel."""
+        if self.is_called(conv):
+            return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        pixels = x if x.is_contiguous() else work.get("window", x.shape, x.dtype).copy_(x)
+        pixels = pixels.flatten(0, 2)
+        y = work.get("half", (len(pixels), conv.out_channels), x.dtype)
+        torch.addmm(conv.bias, pixels, conv.weight.flatten(1).t(), out=y)
+        return y.view(*x.shape[:3], -1)
+
+    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x).to(self.dtype) if self.is_called(layer) else F.linear(x, layer.weight, layer.bias)
+
+    def is_called(self, layer: nn.Module) -> bool:
+        return self.call_all or not is_plain(layer)
+
+
+def out_channels(conv: nn.Module) -> int:
+    """Of an adapter's layer too."""
+    return conv.weight.shape[0]

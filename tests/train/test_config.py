@@ -1,10 +1,13 @@
 """Configurations: what is written is what is read, and every mistake is named."""
 
+import dataclasses
+import re
+import typing
 from pathlib import Path
 
 import pytest
 
-from train.config import load_config, to_yaml
+from train.config import Config, load_config, to_yaml
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 SMALL = "output_dir: runs/a\ndata: {train: photos, resolution: 64, batch_size: 2}\n"
@@ -65,6 +68,41 @@ def test_mistakes_are_named(small, override, message):
     with pytest.raises(ValueError) as error:
         load_config(small, [override])
     assert any(part in str(error.value) for part in message.split("|")) and "\n" not in str(error.value)
+
+
+def numeric_keys(cls, prefix=""):
+    """Every key of a configuration that takes a number, or numbers."""
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from numeric_keys(kind, f"{prefix}{name}.")
+        elif (
+            {int, float} & {kind, *typing.get_args(kind)}
+            or "float, ..." in str(kind)
+            or "int, ..." in str(kind)
+        ):
+            yield prefix + name, "..." in str(kind)
+
+
+@pytest.mark.parametrize("key, several", list(numeric_keys(Config)))
+def test_every_number_has_an_upper_bound(small, key, several):
+    """One line below 300 characters for numbers that no machine holds, whichever way they are written."""
+    values = (2**63 - 1, 2**64, "1e300", f"1{'0' * 400}", f"9{'0' * 5000}", f"-1{'0' * 400}")
+    for value in values[key == "seed" :]:  # the one key for which 2^63 - 1 is as good as any
+        text = f"[{value}, {value}]" if several else value
+        with pytest.raises(ValueError, match=re.escape(key)) as error:
+            load_config(small, [f"{key}={text}"])
+        said = str(error.value)
+        assert "\n" not in said and len(said) < 300 and "allowed" in said
+    assert len(list(numeric_keys(Config))) > 40
+
+
+@pytest.mark.parametrize("text", ["seed: 2020-13-45", f"seed: 9{'0' * 5000}", "[" * 5000, "seed: \x00"])
+def test_yaml_that_python_refuses_is_named(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(SMALL + text)
+    with pytest.raises(ValueError, match="odd.yaml: not a YAML file") as error:
+        load_config(path)
+    assert len(str(error.value)) < 300 + len(str(tmp_path)) and "\n" not in str(error.value)
 
 
 def test_a_pretrained_model_takes_no_network_keys(small):

@@ -39,6 +39,10 @@ from .streams import StreamedImages
 
 LOOKED_AT = 32  # images whose headers are read before any work starts
 TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
+MOST = {  # that a key of DataConfig may say
+    "resolution": 8192, "batch_size": 10**4, "num_workers": 1024, "validation_images": 10**6,
+    "validation_resolution": 8192, "shuffle_buffer": 10**7,
+}  # fmt: skip
 HELD_OUT = 0  # key of the permutation that chooses held-out images
 
 
@@ -76,11 +80,11 @@ class DataConfig:
     shuffle_buffer: int = 1000
 
     def __post_init__(self):
-        keys = ("resolution", "batch_size", "num_workers", "validation_images", "validation_resolution")
-        for key in (*keys, "shuffle_buffer"):
-            least = 0 if key == "num_workers" else 1
-            if getattr(self, key) is not None and getattr(self, key) < least:
-                raise ValueError(f"data.{key}: {getattr(self, key)}; allowed: at least {least}")
+        for key, most in MOST.items():
+            value, least = getattr(self, key), 0 if key == "num_workers" else 1
+            if value is not None and not least <= value <= most:
+                shown = value if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
+                raise ValueError(f"data.{key}: {shown}; allowed: at least {least} and at most {most:,}")
         scale = tuple(self.crop_scale)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(

@@ -16,7 +16,7 @@ from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.files import replacing
 from kl_autoencoder.latents.statistics import LatentStatistics
 
-from ..autoencoder import validation
+from ..autoencoder import size, validation
 from ..autoencoder.engine import Engine
 from ..autoencoder.export import export
 from ..config import Config, to_yaml
@@ -68,8 +68,11 @@ class Trainer:
         self.skipped = loader.SkippedImages()
         self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard)
         self.bad_steps = BadSteps(self.samples_per_step, self.journal, self.say)
+        memory = size.device_memory(self.device)
+        size.check_weights(config, memory)
         perceptual, self.lpips = self._load_perceptual()
         self.engine = Engine(config, self.accelerator, self.schedules, perceptual)
+        size.check_step(config, self.engine.vae.config, memory)
         self._check_resolutions()
         self._resume()
         self.loader = self._loader(self.samples)

@@ -1,0 +1,77 @@
+"""What a configuration would need is known, and refused where there is not so much, before it is made."""
+
+import pytest
+import torch
+
+from kl_autoencoder import KLAutoencoder
+from tests.conftest import ROOT
+from train.__main__ import main
+from train.autoencoder.size import check_held_out, check_step, check_weights, readable
+from train.config import Config, build
+
+GB = 10**9
+
+
+def config(**sections):
+    return build(Config, {"output_dir": "run", "data": {"train": "photos"}} | sections)
+
+
+def test_sizes_are_readable():
+    sizes = [0, 999, 1000, 999_499, 999_600, 618_475_290_624, 2 * 10**15, 10**20]
+    assert [readable(n) for n in sizes] == [
+        "0 bytes", "999 bytes", "1 kB", "999 kB", "1 MB", "618 GB", "2 PB", "1e+05 PB",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ema, copies", [(True, 5), (False, 4)])
+def test_the_estimate_is_what_training_holds(ema, copies):
+    """Weights, gradients, Adam's moments and the average of the published kl-f8: 83,653,863 parameters."""
+    sd = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+    wanted = 83_653_863 * 4 * copies
+    check_weights(config(model=sd, ema={"enabled": ema}), wanted)
+    with pytest.raises(ValueError, match=r"=\[128, 256, 512, 512\].* would need 1.\d+ GB to train"):
+        check_weights(config(model=sd, ema={"enabled": ema}), wanted - 1)
+
+
+def test_the_least_that_a_step_keeps_is_what_a_step_keeps():
+    """One input a ResNet block: no more than the autograd graph of a real step holds in its saved tensors."""
+    given = config(
+        model={"block_out_channels": [8, 16], "norm_num_groups": 4},
+        data={"train": "photos", "batch_size": 2, "resolution": 32},
+    )
+    vae, saved = KLAutoencoder(**given.model.network()), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        vae(torch.zeros(2, 3, 32, 32)).sample.sum()
+    kept = sum(t.numel() * 4 for t in saved.values())
+    least = 2 * 3 * (8 * 32**2 + 16 * 16**2) * 4
+    assert least <= kept
+    check_step(given, vae.config, least)
+    with pytest.raises(ValueError, match="data.batch_size: 2 of 32x32 would need 295 kB for one step"):
+        check_step(given, vae.config, least - 1)
+
+
+def test_held_out_images_are_counted():
+    check_held_out(10, 100, 10 * 3 * 100**2 * 4)
+    with pytest.raises(
+        ValueError, match="data.validation_images: 11 of 100x100 would need 1.32 MB in memory"
+    ):
+        check_held_out(11, 100, 10 * 3 * 100**2 * 4)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("model.block_out_channels=[16, 65536, 64, 96]", "would need 4.64 TB to train; allowed: at most"),
+    ("model.latent_channels=9223372036854775807", "9223372036854775807; allowed: at least 1 and at"),
+    ("model.layers_per_block=4611686018427387904", "and at most 32"),
+    ("data.validation_resolution=65536", "65536; allowed: at least 1 and at most 8,192"),
+    ("data.batch_size=10000", "data.batch_size: 10000 of 1024x1024 would need"),
+    ("loss.adversarial={weight: 0.5, disc_start: 1, channels: 4096, layers: 10}", "channels=4096, layers=10 w"),
+])  # fmt: skip
+def test_what_is_too_large_ends_in_one_line(tmp_path, capsys, override, message):
+    arguments = [
+        str(ROOT / "configs" / "quickstart.yaml"),
+        f"output_dir={tmp_path / 'run'}",
+        "data.resolution=1024",
+    ]
+    assert main([*arguments, "model.start=random", override]) == 2
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in error and len(error) < 300

@@ -63,14 +63,14 @@ def test_held_out_images_are_counted():
     ("model.latent_channels=9223372036854775807", "9223372036854775807; allowed: at least 1 and at"),
     ("model.layers_per_block=4611686018427387904", "and at most 32"),
     ("data.validation_resolution=65536", "65536; allowed: at least 1 and at most 8,192"),
-    ("data.batch_size=10000", "data.batch_size: 10000 of 1024x1024 would need"),
+    ("data.batch_size=10000", "data.batch_size: 10000 of 256x256 would need"),
     ("loss.adversarial={weight: 0.5, disc_start: 1, channels: 4096, layers: 10}", "channels=4096, layers=10 w"),
 ])  # fmt: skip
 def test_what_is_too_large_ends_in_one_line(tmp_path, capsys, override, message):
     arguments = [
         str(ROOT / "configs" / "quickstart.yaml"),
         f"output_dir={tmp_path / 'run'}",
-        "data.resolution=1024",
+        "data.resolution=256",
     ]
     assert main([*arguments, "model.start=random", override]) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -72,10 +72,10 @@ class Trainer:
         size.check_weights(config, memory)
         perceptual, self.lpips = self._load_perceptual()
         self.engine = Engine(config, self.accelerator, self.schedules, perceptual)
-        size.check_step(config, self.engine.vae.config, memory)
         self._check_resolutions()
         self._resume()
         self.loader = self._loader(self.samples)
+        size.check_step(config, self.engine.vae.config, memory)
         self.held_out = loader.validation_images(config.data)
         self.stop, self.agreement = StopRequest(self.accelerator), Agreement(self.accelerator)
         if self.is_main:  # now that it is known to work: an earlier run's stays where one does not

@@ -2,11 +2,13 @@
 
 A 3x3 convolution of stride 1 computed on 4x4 output tiles takes 36 products a tile and channel pair where the
 definition takes 144: F(4x4, 3x3) of Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
-With their points (0, 1, -1, 2, -2) the rounding error is more than twice the definition's; with 0, +-11/16,
-+-3/2 it is that of oneDNN's direct convolution (against float64, rms 7.4e-7, 3.3e-7 and 2.9e-7).
+The points 0, +-11/16, +-3/2 round less than half as much as theirs (0, +-1, +-2). Against float64, relative rms
+of one layer of 64 to 512 channels on a Zen 5: 5.8e-7 to 8.6e-7, where oneDNN's direct convolution has 2.2e-7 in
+NCHW and 4.3e-7 to 1.2e-6 in channels_last. So Stable Diffusion's decoder is at 4.1e-6 of float64's, 2.9 times
+diffusers' distance in NCHW and 0.6 times that in channels_last; its encoder at 3.2e-6, 3.7 and 0.9 times.
 
 After nearest-neighbour upsampling by two, 2x2 outputs take 9 products instead of 36: of the 16 of F(2x2, 3x3),
-7 multiply a difference of equal pixels.
+7 multiply a difference of equal pixels. It rounds to 2.6e-7 to 4.1e-7, 1.2 to 1.7 times direct NCHW.
 
 Called as the kernels of `convolutions` are. Everything is additions of slices and one batched matrix product.
 """

@@ -234,7 +234,8 @@ def up(x):
 
 @pytest.mark.parametrize("kernel", [WinogradConv, WinogradUpsample])
 @pytest.mark.parametrize("channels", [64, 512])
-def test_winograd_rounds_no_worse_than_direct_convolution(kernel, channels):
+def test_winograd_rounds_as_its_docstring_says(kernel, channels):
+    """Up to 4.5 times direct convolution in NCHW (upsampling: 2.2), up to twice that in channels_last."""
     torch.manual_seed(0)
     conv, work = nn.Conv2d(channels, channels, 3), Workspace(CPU)
     x = F.silu(torch.randn(1, channels, 16, 16) + 1)  # as what the network convolves
@@ -242,9 +243,14 @@ def test_winograd_rounds_no_worse_than_direct_convolution(kernel, channels):
         ours = kernel(conv, work)(padded(x), work).permute(0, 3, 1, 2)
         x = up(x) if kernel is WinogradUpsample else x
         truth = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
-        direct = F.conv2d(x.contiguous(memory_format=torch.channels_last), conv.weight, conv.bias, padding=1)
-    rms = [(y - truth).square().mean().sqrt() for y in (ours, direct)]
-    assert rms[0] <= 2 * max(rms[1], 1e-7 * truth.std() * channels**0.5), rms
+        nchw, channels_last = (
+            F.conv2d(x.contiguous(memory_format=memory), conv.weight, conv.bias, padding=1)
+            for memory in (torch.contiguous_format, torch.channels_last)
+        )
+    rms = [((y - truth).square().mean() / truth.square().mean()).sqrt() for y in (ours, nchw, channels_last)]
+    least = 1e-7  # another processor may sum more exactly than float32 promises
+    assert rms[0] <= (2.2 if kernel is WinogradUpsample else 4.5) * max(rms[1], 2 * least), rms
+    assert rms[0] <= 2 * max(rms[2], 4 * least), rms
 
 
 def test_statistics_merge_and_keep_small_variance_beside_a_large_mean():

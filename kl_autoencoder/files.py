@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # the commands refuse and write files without torch, whose import takes seconds
+    from torch import Tensor
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -89,8 +88,12 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
+) -> None:
     """Write a .safetensors file whole or not at all. ValueError for another suffix or no tensors."""
+    from safetensors.torch import save_file
+
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the suffix must be .safetensors, not {path.suffix!r}")
@@ -107,7 +110,7 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
         save_file(packed, temporary, metadata={"format": "pt", **metadata})
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """All tensors of a .safetensors, .ckpt, .pt, .pth or .bin file on the CPU, and its metadata (or {}).
 
     Nothing in a file is ever run: a pickle is read with weights_only=True, and one that holds more than tensors
@@ -115,8 +118,10 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     used of a large checkpoint takes no memory. Raises FileNotFoundError, or ValueError naming the file and
     what was expected.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
-    _refuse_at_sight(path)
+    refuse_at_sight(path)
     if path.suffix != ".safetensors":
         return _read_pickle(path), {}
     try:
@@ -126,8 +131,23 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
 
 
-def _refuse_at_sight(path: Path) -> None:
-    """The wrong files that people really have, told by their name and first bytes."""
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a .safetensors file, {} without any; nothing else of it is read. Raises as `read_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    refuse_at_sight(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
+
+
+def refuse_at_sight(path: Path) -> None:
+    """Refuse the wrong files that people really have, told by their name and first bytes."""
     expected = (
         f"expected a .safetensors file or a {', '.join(PICKLED)} checkpoint with an autoencoder's tensors"
     )
@@ -147,7 +167,9 @@ def _refuse_at_sight(path: Path) -> None:
         raise ValueError(f"{path}: is a web page saved under this name; {expected}")
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> dict[str, "Tensor"]:
+    import torch
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, which say nothing to a user
@@ -164,7 +186,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     while isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     content = content if isinstance(content, dict) else {}
-    tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        str(name): value.detach() for name, value in content.items() if isinstance(value, torch.Tensor)
+    }
     if not tensors:
         raise ValueError(f"{path}: holds no tensors by name")
     return tensors

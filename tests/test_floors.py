@@ -12,13 +12,14 @@ import pytest
 from tests.conftest import ROOT
 
 # A room (a folder, or a module of the ground floor) -> the rooms of its package that it may import.
-GROUND = {"files", "distributed"}
+GROUND = {"files", "extras", "distributed"}
 ROOMS = {
     "kl_autoencoder": {
         "files": set(),
+        "extras": set(),
         "distributed": set(),
         "networks": set(),
-        "data": {"files"},
+        "data": {"files", "extras"},
         "inference": {"networks"},
         "models": GROUND | {"networks", "inference", "data"},
         "latents": GROUND | {"networks", "inference", "data", "models"},

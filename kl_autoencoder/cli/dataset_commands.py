@@ -1,4 +1,4 @@
-"""What encode-dataset and set-scaling do. Each takes the parsed arguments and raises ValueError or OSError."""
+"""What encode-dataset and set-scaling do, with arguments that checks.py has seen. ValueError or OSError."""
 
 import argparse
 import json
@@ -15,7 +15,8 @@ from ..latents.encode_dataset import binding, encode, scaling_of, weights_hash
 from ..latents.shard_encoder import EncodeSettings
 from ..latents.shards import ShardFolder, read_manifest
 from ..models.scaling import SCALING_KEYS
-from .paths import load_model, model_folder, move_model
+from .loading import load_model, move_model
+from .paths import model_folder
 
 
 def encode_dataset(arguments: argparse.Namespace) -> None:
@@ -41,10 +42,7 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
 
 def set_scaling(arguments: argparse.Namespace) -> None:
     """The statistics of a data set of latents -> the scaling in the config of the model that made it."""
-    source = Path(arguments.model)
-    if not source.is_dir():
-        raise ValueError(f"{source}: not a model folder; kl-autoencoder export makes one of a single file")
-    config = model_folder(source) / "config.json"
+    config = model_folder(Path(arguments.model)) / "config.json"
     manifest = read_manifest(arguments.latents)
     if weights_hash(load_model(arguments.model, "cpu", None)) != manifest["model"]["weights_sha256"]:
         raise ValueError(

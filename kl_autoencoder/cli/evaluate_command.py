@@ -16,16 +16,11 @@ from ..evaluation.methods import Model, baselines_of, short_names
 from ..evaluation.report import html
 from ..evaluation.runner import FORMAT, PER_IMAGE, STUDY_SIZE, Evaluation, Instruments
 from ..files import replacing
-from .paths import load_model, refuse_existing
-
-FILES = ("metrics.json", "images.csv", "report.html")
+from .loading import load_model
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    output = Path(arguments.output)
-    if output.is_file():
-        raise ValueError(f"{output}: is a file; a folder is written")
-    refuse_existing([output / name for name in FILES], [], arguments.overwrite)
+    output = arguments.output
     names = short_names(arguments.model)
     place = distributed.join(arguments.device)
     # of several processes each has a device of its own

@@ -1,4 +1,4 @@
-"""What interpolate, sample, attribute and anomaly do. Each takes the parsed arguments; ValueError or OSError."""
+"""What interpolate, sample, attribute and anomaly do, with arguments that checks.py has seen."""
 
 import argparse
 import csv
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,30 +19,26 @@ from ..files import replacing
 from ..latents import interpolation
 from ..models.autoencoder_kl import KLAutoencoder
 from ..networks.distributions import DiagonalGaussian
+from .loading import load_model
 from .main import say
-from .paths import load_model, refuse_existing
 
 FALSE_ALARMS = 0.05
 
 
 def interpolate(arguments: argparse.Namespace) -> None:
     """Two photographs -> a strip of decoded latents between theirs."""
-    a, b, output = arguments.a, arguments.b, Path(arguments.output)
-    refuse_existing([output], [a, b], arguments.overwrite)
+    a, b = arguments.a, arguments.b
     size = (arguments.size,) * 2 if arguments.size else image_size(a)
     vae = load_model(arguments.model, arguments.device, "float32")
     ends = [_posterior(vae, load_image(path, size, multiple_of=1)).mode()[0] for path in (a, b)]
     latents = interpolation.interpolate(*ends, arguments.steps, arguments.spherical)
     labels = [f"{i / (len(latents) - 1):.2f}" for i in range(len(latents))]
-    _save_strip(_decoded(vae, latents, size), labels, output)
+    _save_strip(_decoded(vae, latents, size), labels, arguments.output)
 
 
 def sample(arguments: argparse.Namespace) -> None:
     """Decoded draws from the prior, or from a Gaussian that is fitted to photographs."""
-    output, fit = Path(arguments.output), arguments.fit
-    refuse_existing([output], [], arguments.overwrite)
-    if bool(fit) != bool(arguments.data):
-        raise ValueError("--fit and --data SOURCE belong together")
+    output, fit = arguments.output, arguments.fit
     vae = load_model(arguments.model, arguments.device, "float32")
     size = _size(arguments, vae)
     side = size // vae.downsampling
@@ -51,14 +48,12 @@ def sample(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     latents = torch.cat([gaussian.sample(generator) for _ in range(arguments.grid**2)])
     image_columns = _decoded(vae, latents, (size, size)).chunk(arguments.grid)
-    save_image(image_grid(image_columns), output)
-    print(output)
+    _save_picture(image_grid(image_columns), output)
 
 
 def attribute(arguments: argparse.Namespace) -> None:
     """A photograph with an attribute, what two sets of photographs differ by, added in one strength or several."""
-    photo, output = arguments.photograph, Path(arguments.output)
-    refuse_existing([output], [photo], arguments.overwrite)
+    photo, output = arguments.photograph, arguments.output
     vae = load_model(arguments.model, arguments.device, "float32")
     size = _size(arguments, vae)
     sets = {"--plus": arguments.plus, "--minus": arguments.minus}
@@ -70,10 +65,7 @@ def attribute(arguments: argparse.Namespace) -> None:
 
 def anomaly(arguments: argparse.Namespace) -> None:
     """Scores of photographs by how unlike the reference they are to the model; with labels, what finds them."""
-    output = Path(arguments.output)
-    curves = output.with_suffix(".roc.csv")
-    refuse_existing([output, curves], [arguments.labels or ""], arguments.overwrite)
-    labels = _labels(arguments.labels) if arguments.labels else None
+    output, labels = arguments.output, arguments.labels
     vae = load_model(arguments.model, arguments.device, "float32")
     size, f = _size(arguments, vae), vae.downsampling
     reference, data = _open(arguments.reference, "--reference"), _open(arguments.data, "--data")
@@ -86,7 +78,7 @@ def anomaly(arguments: argparse.Namespace) -> None:
         names.append(os.path.relpath(name, arguments.data) if os.path.isdir(arguments.data) else name)
         scores.append(detector.scores(images))
     if labels is not None and (unknown := [name for name in names if name not in labels]):
-        raise ValueError(f"{arguments.labels}: no label of {unknown[0]}")
+        raise ValueError(f"{arguments.labels_file}: no label of {unknown[0]}")
     p_values = [{f"p_{name}": detector.p_value(name, score[name]) for name in SCORES} for score in scores]
     rows = [{"name": n, **s, **p} for n, s, p in zip(names, scores, p_values, strict=True)]
     _write_csv(output, rows)
@@ -104,7 +96,7 @@ def anomaly(arguments: argparse.Namespace) -> None:
         points += [{"score": name, "fpr": x, "tpr": y} for x, y in zip(fpr, tpr, strict=True)]
         found = tpr[fpr <= FALSE_ALARMS].max()
         print(f"{name:8}ROC AUC {area:.3f}, {found:.0%} found at {FALSE_ALARMS:.0%} false alarms")
-    _write_csv(curves, points)
+    _write_csv(arguments.curves, points)
 
 
 def _size(arguments: argparse.Namespace, vae: KLAutoencoder) -> int:
@@ -147,24 +139,19 @@ def _decoded(vae: KLAutoencoder, latents: Tensor, size: tuple[int, int]) -> Tens
 
 
 def _save_strip(images: Tensor, labels: Sequence[str], output: Path) -> None:
-    save_image(image_grid(images.split(1), labels), output)
+    _save_picture(image_grid(images.split(1), labels), output)
+
+
+def _save_picture(picture: Image.Image, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_image(picture, output)
     print(output)
-
-
-def _labels(path: str) -> dict[str, int]:
-    """Lines of name,label with label 0 (ordinary) or 1 (strange)."""
-    labels = {}
-    with open(path, newline="") as file:
-        for row in csv.reader(file):
-            if len(row) != 2 or row[1].strip() not in ("0", "1"):
-                raise ValueError(f"{path}: {','.join(row)!r}; allowed: lines of name,0 or name,1")
-            labels[row[0]] = int(row[1])
-    return labels
 
 
 def _write_csv(path: Path, rows: Sequence[dict]) -> None:
     if not rows:
         raise ValueError(f"{path}: nothing to write, no photograph could be read")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

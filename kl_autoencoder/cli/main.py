@@ -1,14 +1,22 @@
 """kl-autoencoder encode | decode | evaluate | encode-dataset ...: what the command line looks like.
 
-The commands themselves are in the modules beside this one, imported when one runs: `--help` comes at once.
+A command is first checked by checks.py, which imports nothing heavy: `--help` and what a mistake in a name comes to
+are there at once. What it then does is in the other modules beside this one.
 """
 
 import argparse
+import difflib
+import errno
+import re
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+
+from ..extras import MissingExtra
+from . import checks
 
 PROGRAM = "kl-autoencoder"
 EXAMPLES = """examples:
@@ -34,6 +42,8 @@ MODEL = (
     "compact, the small model that comes with this program"
 )
 
+DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ON_RANKS = ("evaluate", "encode-dataset")  # commands that several processes share
 
 
@@ -42,23 +52,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     1 if all went well and a check found what it looks for.
     """
+    show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     try:
         arguments = _parser().parse_args(argv)
+        command = arguments.command.replace("-", "_")
+        getattr(checks, command)(arguments)
+        _check_device(getattr(arguments, "device", None))
         if argv is None and arguments.command in ON_RANKS:
             from ..distributed import end_with_the_launcher, start_all_cpu_processes
 
             end_with_the_launcher()
-            start_all_cpu_processes("kl_autoencoder.cli", sys.argv[1:])
+            start_all_cpu_processes("kl_autoencoder", sys.argv[1:])
         module = import_module(f".{HOME.get(arguments.command, 'model_commands')}", __package__)
         with _warnings_in_one_line():
-            return getattr(module, arguments.command.replace("-", "_"))(arguments) or 0
+            return getattr(module, command)(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        # What a user can cause is a ValueError or OSError that says it all; of the rest the kind is a hint.
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        say("error", f"{kind}{error}")
+        if show_traceback:
+            traceback.print_exc()
+        say("error", _in_words(error))
         return 2
+
+
+def _in_words(error: Exception) -> str:
+    """What a user can cause is a ValueError or OSError that says it all; of the rest the kind is a hint."""
+    if getattr(error, "errno", None) in DISK_FULL or "No space left on device" in str(error):
+        return (
+            f"{error}; free space there, or give another place with -o. Nothing half written is left behind"
+        )
+    if isinstance(error, (ValueError, OSError, MissingExtra)):
+        return str(error)
+    return f"{type(error).__name__}: {error} (--traceback shows where)"
+
+
+def _check_device(name: str | None) -> None:
+    """Refuse a device that is none, or that torch, which is imported for this, does not have here."""
+    if name in (None, "cpu"):
+        return
+    if not DEVICE.fullmatch(name):
+        raise ValueError(f"--device: {name!r}; allowed: cpu, cuda, cuda:1, mps, xpu")
+    import torch
+
+    kind, _, index = name.partition(":")
+    backend = getattr(torch, kind)
+    count = backend.device_count() if backend.is_available() else 0
+    if int(index or 0) >= count:
+        found = f"{count} of that kind" if count else "none of that kind"
+        raise ValueError(
+            f"--device: {name!r}; torch {torch.__version__} finds {found} here; "
+            "leave --device out for the best there is"
+        )
 
 
 def say(kind: str, message: object) -> None:
@@ -77,8 +121,41 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises ValueError for what it cannot parse, with the nearest word that it knows."""
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [word for word in unknown if word.startswith("-")]
+            known = self.commands[parsed.command]._option_string_actions
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(options[:1], known)}")
+        return parsed
+
     def error(self, message: str):
+        if wrong := re.search(r"invalid choice: '([^']*)'", message):
+            choices = [str(choice) for action in self._actions for choice in action.choices or ()]
+            message += _nearest([wrong[1]], choices)
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _nearest(words: Sequence[str], known: Iterable[str]) -> str:
+    found = [near for word in words for near in difflib.get_close_matches(word.split("=")[0], known, n=1)]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+class _Version(argparse.Action):
+    """The package's version and those of what it computes with, read from their metadata."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version(PROGRAM)}")
+        for name in ("torch", "diffusers", "safetensors", "pillow"):
+            print(f"{name} {version(name)}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, help="versions of this program and what it runs on")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    parser.commands = commands.choices
 
     sub = commands.add_parser("encode", help="photographs to latents")
     _photographs(sub)
@@ -147,6 +226,10 @@ def _parser() -> argparse.ArgumentParser:
     _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
     _dataset_commands(commands)
     _latent_commands(commands)
+    for sub in commands.choices.values():
+        sub.add_argument(
+            "--traceback", action="store_true", help="show where in the program an error is from"
+        )
     return parser
 
 

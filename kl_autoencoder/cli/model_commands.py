@@ -1,4 +1,4 @@
-"""What the commands of cli.py do. Each takes the parsed arguments and raises ValueError or OSError."""
+"""What the commands of cli.py do, with arguments that checks.py has seen. ValueError or OSError."""
 
 import argparse
 import math
@@ -24,26 +24,15 @@ from ..latents.latent_files import load_latents, save_latents
 from ..models import float16, float16_check
 from ..models.autoencoder_kl import KLAutoencoder
 from ..models.single_file import family_of
+from .loading import load_model
 from .main import say
-from .paths import (
-    find_photographs,
-    inside,
-    load_model,
-    model_folder,
-    model_path,
-    plan_targets,
-    refuse_existing,
-)
 
 SAME_FUNCTION = 1e-4  # of the range of what a model gives
 
 
 def encode(arguments: argparse.Namespace) -> None:
     """Photographs -> one file of latents, the posterior's mode or a sample of it."""
-    photographs, output = find_photographs(arguments.photographs), Path(arguments.output)
-    if output.suffix != ".safetensors":
-        raise ValueError(f"{output}: latents are written to a .safetensors file")
-    refuse_existing([output], [path for path, _ in photographs], arguments.overwrite)
+    photographs, output = arguments.photographs, arguments.output
     vae = load_model(arguments.model, arguments.device, arguments.dtype)
     latents, names, sizes, unread = [], [], [], []
     for i, images in _read(photographs, arguments.size, unread):
@@ -68,10 +57,7 @@ def encode(arguments: argparse.Namespace) -> None:
 def decode(arguments: argparse.Namespace) -> None:
     """Files of latents -> photographs of their original sizes."""
     files = [(path, load_latents(path)) for path in arguments.latents]
-    names = [inside(name, path) for path, file in files for name in file.names]
-    targets = plan_targets(arguments.output, names, single=len(names) == 1)
-    refuse_existing(targets, arguments.latents, arguments.overwrite)
-    todo, models = iter(tqdm(targets, unit="photo", disable=_hidden(targets))), {}
+    todo, models = iter(tqdm(arguments.targets, unit="photo", disable=_hidden(arguments.targets))), {}
     for source, file in files:
         name = arguments.model or file.model
         if name not in models:
@@ -88,10 +74,7 @@ def decode(arguments: argparse.Namespace) -> None:
 
 def reconstruct(arguments: argparse.Namespace) -> None:
     """Photographs -> what the model makes of them, of the same size."""
-    photographs, unread = find_photographs(arguments.photographs), []
-    single = len(arguments.photographs) == 1 and not Path(arguments.photographs[0]).is_dir()
-    targets = plan_targets(arguments.output, [name for _, name in photographs], single)
-    refuse_existing(targets, [path for path, _ in photographs], arguments.overwrite)
+    photographs, targets, unread = arguments.photographs, arguments.targets, []
     vae = load_model(arguments.model, arguments.device, arguments.dtype)
     for i, images in _read(photographs, arguments.size, unread):
         height, width = images.shape[2:]
@@ -106,16 +89,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """A training run or any model -> a diffusers folder or an LDM single file."""
-    source, output = model_path(arguments.model), Path(arguments.output)
-    folder = model_folder(source) if source.is_dir() else None
-    if arguments.single_file:
-        if output.suffix != ".safetensors":
-            raise ValueError(f"{output}: a single file is written to a .safetensors file")
-        refuse_existing([output], folder.iterdir() if folder else [source], arguments.overwrite)
-    elif output.is_file():
-        raise ValueError(f"{output}: is a file; without --single-file a folder is written")
-    else:
-        _refuse_folder(output, folder, arguments.overwrite)
+    output, folder = arguments.output, arguments.folder
     vae = load_model(arguments.model, "cpu", arguments.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.single_file:
@@ -155,19 +129,12 @@ def info(arguments: argparse.Namespace) -> None:
 
 def fp16_check(arguments: argparse.Namespace) -> int:
     """Whether a model overflows in float16, by layer; with --fix the same model that does not. 1 if unsafe."""
-    if arguments.fix != bool(arguments.output):
-        raise ValueError("--fix and -o FOLDER belong together")
-    photographs = find_photographs([arguments.images] if arguments.images else [])
-    source = model_path(arguments.model)
-    folder = model_folder(source) if source.is_dir() else None
-    if arguments.fix:
-        _refuse_folder(Path(arguments.output), folder, arguments.overwrite)
+    photographs, folder, output = arguments.images, arguments.folder, arguments.output
     vae = load_model(arguments.model, arguments.device, "float32")
     noise = float16_check.noise_latents(vae, arguments.size)
     before = float16.measure(vae, _probes(photographs, arguments.size), [noise])
     if arguments.fix:
         fixed = _fix(vae, before, _probes(photographs, arguments.size), noise)
-        output = Path(arguments.output)
         output.parent.mkdir(parents=True, exist_ok=True)
         _export_folder(fixed, output, model_card=folder / "README.md" if folder else None)
         print(output)
@@ -208,15 +175,6 @@ def _fix(
     if same > SAME_FUNCTION or not all(math.isfinite(difference.largest) for difference in compared["after"]):
         raise ValueError("the rescaled model is not the same; nothing is written")
     return fixed
-
-
-def _refuse_folder(output: Path, model: Path | None, overwrite: bool) -> None:
-    if output.is_file():
-        raise ValueError(f"{output}: is a file, not a folder")
-    if model and output.is_dir() and output.samefile(model):
-        raise ValueError(f"{output}: is the model itself")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"{output}: exists already and is not empty; --overwrite replaces the model in it")
 
 
 def _probes(photographs: list[tuple[Path, str]], size: int) -> Iterator[Tensor]:

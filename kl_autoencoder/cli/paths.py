@@ -1,63 +1,37 @@
-"""What the command line names: models, photographs, and where pictures are to go."""
+"""What the command line names: models, photographs, and where pictures are to go.
+
+All of it is found out by names and small files, so that a mistake is told before torch is imported.
+"""
 
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
+from ..data.formats import READABLE, WRITERS, check_writable
+from ..files import PICKLED, refuse_at_sight
+from ..models.compact import COMPACT
 
-from ..data.image_io import WRITERS
-from ..models.autoencoder_kl import COMPACT, KLAutoencoder
-
-PHOTOGRAPHS = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif"),
-    *(".jp2", ".jfif", ".ppm", ".pgm", ".tga", ".mpo"),
-)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencoder:
-    """A folder, run, single file, hub id or "compact" -> the model for inference on `device`.
+def check_model(name: str) -> None:
+    """Refuse a name that leads to no model, as far as can be seen without opening a large file.
 
-    `device` None is the best there is, `dtype` None the type that the tensors are stored in.
+    A hub id is not looked up. Raises ValueError or FileNotFoundError.
     """
-    if device is None:
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    with _quiet_diffusers():
-        vae = _load(name)
-    return move_model(vae, device, dtype).eval().requires_grad_(False)
-
-
-def move_model(vae: KLAutoencoder, device: str, dtype: str | None) -> KLAutoencoder:
-    """The same model, on `device` and in the type `dtype` (None: as it is)."""
-    with _quiet_diffusers():
-        return vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
-
-
-def _load(name: str) -> KLAutoencoder:
     path = model_path(name)
     if path.is_dir() and name:
-        folder = model_folder(path)
-        return KLAutoencoder.from_pretrained(folder, torch_dtype=_stored_dtype(folder))
-    if path.is_file():
-        return KLAutoencoder.from_single_file(path)
-    if not HUB_ID.fullmatch(name):
+        model_folder(path)
+    elif path.is_file():
+        refuse_at_sight(path)
+    elif path.suffix in (".safetensors", *PICKLED):
+        raise FileNotFoundError(f"{name}: no such file")
+    elif not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"{name!r}: no such model, neither a folder nor a file nor a hub id (owner/name) nor 'compact'"
         )
-    try:
-        return KLAutoencoder.from_pretrained(name)
-    except OSError as error:
-        try:  # not a VAE's own repository: perhaps a pipeline's
-            return KLAutoencoder.from_pretrained(name, subfolder="vae")
-        except OSError:
-            message = "no such folder or file, and no model on the hub could be loaded under that name"
-            raise FileNotFoundError(f"{name}: {message} ({error})") from error
 
 
 def model_path(name: str) -> Path:
@@ -80,17 +54,6 @@ def model_folder(path: Path) -> Path:
     raise ValueError(f"{path}: no model in it (no config.json here, in vae/ or in export/)")
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the tensors in a model folder; diffusers reads them into float32 unless told."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(next(iter(file.keys()))).dtype
-        except (SafetensorError, StopIteration) as error:
-            raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
-    raise FileNotFoundError(f"{folder}: no .safetensors file in it")
-
-
 def find_photographs(inputs: Sequence[str]) -> list[tuple[Path, str]]:
     """Files and folders -> (path, name) each; a name is the path within the folder given, or the file's name."""
     found = []
@@ -101,9 +64,9 @@ def find_photographs(inputs: Sequence[str]) -> list[tuple[Path, str]]:
             found.append((given, given.name))
             continue
         inside = [path.relative_to(given) for path in sorted(given.rglob("*")) if path.is_file()]
-        inside = [p for p in inside if p.suffix.lower() in PHOTOGRAPHS and not p.name.startswith(".")]
+        inside = [p for p in inside if p.suffix.lower() in READABLE and not p.name.startswith(".")]
         if not inside:
-            raise ValueError(f"{given}: no photographs in it ({', '.join(PHOTOGRAPHS)})")
+            raise ValueError(f"{given}: no photographs in it ({', '.join(READABLE)})")
         found += [(given / path, path.as_posix()) for path in inside]
     return found
 
@@ -117,9 +80,7 @@ def plan_targets(output: str, names: Sequence[str], single: bool) -> list[Path]:
     is_picture = path.suffix.lower() in WRITERS and not path.is_dir()
     if single and path.suffix and not path.is_dir():
         if not is_picture:
-            raise ValueError(
-                f"{path}: unknown image suffix {path.suffix!r}, allowed are {', '.join(WRITERS)}"
-            )
+            check_writable(path)
         return [path]
     if is_picture:
         raise ValueError(f"{path}: is one picture; give a folder for several photographs")
@@ -134,7 +95,10 @@ def plan_targets(output: str, names: Sequence[str], single: bool) -> list[Path]:
 
 
 def refuse_existing(targets: Sequence[Path], inputs: Sequence, overwrite: bool) -> None:
-    """ValueError if a target is an input, a folder, or there already and not to be overwritten."""
+    """ValueError if a target is an input, a folder, or there already and not to be overwritten.
+
+    OSError if it could not be written, whose parents are made where they are missing.
+    """
     sources = {Path(path).resolve() for path in inputs}
     for target in targets:
         if target.resolve() in sources:
@@ -143,6 +107,16 @@ def refuse_existing(targets: Sequence[Path], inputs: Sequence, overwrite: bool) 
             raise ValueError(f"{target}: is a folder")
         if target.exists() and not overwrite:
             raise ValueError(f"{target}: exists already; --overwrite replaces it")
+    for folder in {target.parent for target in targets}:
+        _refuse_unwritable(folder)
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder}: cannot be made, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: cannot be written to, by the rights of {there}")
 
 
 def inside(name: str, source: str) -> str:
@@ -150,14 +124,3 @@ def inside(name: str, source: str) -> str:
     if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
         raise ValueError(f"{source}: names a photograph {name!r}, which is outside the output folder")
     return name
-
-
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Only errors from diffusers' log, which otherwise talks about precision on every `.to`."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,17 +13,8 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..files import replacing
+from .formats import WRITERS, check_writable
 
-# How each suffix is written. JPEG at 95 without chroma subsampling; WebP and TIFF without loss.
-WRITERS: dict[str, dict[str, Any]] = {
-    ".png": {"format": "PNG"},
-    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-    ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-    ".webp": {"format": "WEBP", "lossless": True},
-    ".tif": {"format": "TIFF", "compression": "tiff_deflate"},
-    ".tiff": {"format": "TIFF", "compression": "tiff_deflate"},
-    ".bmp": {"format": "BMP"},
-}
 # EXIF 2.32, tag 0x0112: how to turn an image that was stored with this orientation.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -145,8 +136,7 @@ def save_image(
     Raises ValueError for an unknown suffix, a size larger than the image, and as `tensor_to_images`.
     """
     path = Path(path)
-    if path.suffix.lower() not in WRITERS:
-        raise ValueError(f"{path}: unknown image suffix {path.suffix!r}, allowed are {', '.join(WRITERS)}")
+    check_writable(path)
     pictures = [images] if isinstance(images, Image.Image) else tensor_to_images(images)
     if size is not None:
         pictures = [_top_left(picture, *_height_width(size)) for picture in pictures]

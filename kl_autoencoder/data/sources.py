@@ -4,35 +4,16 @@ Everything here runs in the main process and looks at no pixel. A record is {"by
 or None}, as `datasets.Image(decode=False)` gives it; `encoded_file` makes a file of one.
 """
 
-import glob
 import io
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import datasets
 import fsspec
-import skimage
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif",
-)  # fmt: skip
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-KINDS = (
-    "a folder of images, parquet or webdataset (.tar) files or a glob of them, a folder written by "
-    "datasets.save_to_disk, a data set id on the Hugging Face hub, or sample-photographs"
-)
-SAMPLE_PHOTOGRAPHS = "sample-photographs"
-# The colour photographs in the wheel of scikit-image, without the two medical ones, whose one colour would be half
-# of what is seen. No scene is on both sides: the two motorcycles are a stereo pair.
-SAMPLE_FILES = {
-    "train": ("coffee.png", "hubble_deep_field.jpg", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
-    "validation": ("astronaut.png", "chelsea.png"),
-}  # fmt: skip
+from .locating import KINDS, locate
 
 Images = datasets.Dataset | datasets.IterableDataset
 
@@ -61,16 +42,15 @@ def open_source(
     photographs is meant. Raises FileNotFoundError for a source that is not there or cannot be reached,
     ValueError for one that cannot be used; both name the key and the source.
     """
-    path = os.path.expanduser(source)
-    if source == SAMPLE_PHOTOGRAPHS:
-        folder = Path(skimage.__file__).parent / "data"
-        images = _image_files([str(folder / name) for name in SAMPLE_FILES[samples]], column)
-    elif os.path.isdir(path):
-        images = _open_folder(path, keys.source, column, split, streaming)
-    elif files := sorted(glob.glob(path, recursive=True)):
-        images = _open_files(files, source, keys.source, column, streaming)
-    else:
+    kind, files = locate(source, keys.source, samples)
+    if kind == "images":
+        images = _image_files(files, column)
+    elif kind == "saved":
+        images = _open_saved(files[0], keys.source, split)
+    elif kind == "hub":
         images = _open_hub(source, keys.source, split, streaming)
+    else:
+        images = _open_tables(kind, files, source, keys.source, streaming)
     return _encoded(images, source, keys, column, keep)
 
 
@@ -94,39 +74,6 @@ def record_name(record: dict | None, place: str) -> str:
     return f"{path} ({place})" if path else place
 
 
-def _open_folder(path: str, key: str, column: str, split: str, streaming: bool) -> Images:
-    if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(
-        os.path.join(path, "dataset_dict.json")
-    ):
-        return _open_saved(path, key, split)
-    images, tables = _files_below(path, IMAGE_SUFFIXES), _files_below(path, tuple(BUILDERS))
-    if images and tables:
-        raise ValueError(
-            f"{key}: {path} holds both images ({images[0]}) and data files ({tables[0]}); "
-            "allowed: a folder of one kind, or a glob such as FOLDER/*.parquet"
-        )
-    if tables:
-        return _open_files(tables, path, key, column, streaming)
-    if not images:
-        raise ValueError(
-            f"{key}: no images in {path}; allowed: {KINDS}. Images end in {' '.join(IMAGE_SUFFIXES)}"
-        )
-    return _image_files(images, column)
-
-
-def _files_below(folder: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Recursive, hidden names left out, sorted so that the order is that of every other machine."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]
-    return sorted(found)
-
-
 def _image_files(paths: Sequence[str], column: str) -> datasets.Dataset:
     features = datasets.Features({column: datasets.Image(decode=False)})
     return datasets.Dataset.from_dict({column: list(paths)}, features=features)
@@ -146,24 +93,15 @@ def _open_saved(path: str, key: str, split: str) -> datasets.Dataset:
     return saved
 
 
-def _open_files(files: list[str], source: str, key: str, column: str, streaming: bool) -> Images:
-    suffixes = {os.path.splitext(file)[1].lower() for file in files}
-    if suffixes <= set(IMAGE_SUFFIXES):
-        return _image_files(files, column)
-    if len(suffixes) != 1 or not suffixes <= set(BUILDERS):
-        raise ValueError(f"{key}: {source} is {' and '.join(sorted(suffixes))} files; allowed: {KINDS}")
-    builder = BUILDERS[suffixes.pop()]
+def _open_tables(builder: str, files: list[str], source: str, key: str, streaming: bool) -> Images:
     try:
-        loaded = datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        return datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
     except Exception as error:  # pyarrow's, tarfile's, datasets' own: no common base
         raise ValueError(f"{key}: {source} cannot be read as {builder} files ({_cause(error)})") from error
-    return loaded
 
 
 def _open_hub(source: str, key: str, split: str, streaming: bool) -> Images:
     missing = f"{key}: {source!r} is no file or folder here"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise FileNotFoundError(f"{missing}; allowed: {KINDS}")
     try:
         # load_dataset would ask again and again, for half a minute, before it says that a name leads nowhere.
         HfApi().dataset_info(source, timeout=10)

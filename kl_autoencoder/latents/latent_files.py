@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.formats import LATENTS_KEY
 from ..files import read_tensors, save_tensors
 from ..models.scaling import SCALING_KEYS, unscale
-
-FILE_KEY = "kl_autoencoder.latents"  # in the metadata of latent files
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ def save_latents(
         "config": {key: config.get(key) for key in SCALING_KEYS},
     }
     tensors = {_key(i): z for i, z in enumerate(latents)}
-    save_tensors(path, tensors, {FILE_KEY: json.dumps(about)})
+    save_tensors(path, tensors, {LATENTS_KEY: json.dumps(about)})
 
 
 def load_latents(path: str | os.PathLike) -> LatentFile:
     """Read a file of `save_latents`. Raises FileNotFoundError, or ValueError naming a file that is not one."""
     tensors, metadata = read_tensors(path)
     try:
-        about = json.loads(metadata[FILE_KEY])
+        about = json.loads(metadata[LATENTS_KEY])
         latents = [tensors[_key(i)] for i in range(len(about["names"]))]
         sizes = [(int(height), int(width)) for height, width in about["sizes"]]
         return LatentFile(latents, about["names"], sizes, about["scaled"], about["model"], about["config"])

@@ -22,11 +22,11 @@ from ..inference.dispatch import infer
 from ..networks.convolutional import Decoder, Encoder
 from ..networks.distributions import DiagonalGaussian
 from . import scaling, single_file
+from .compact import COMPACT
 
 Method = TypeVar("Method")
 # diffusers' decorator says nothing of types, which would make the whole class Any to a type checker
 _registers_config = cast(Callable[[Method], Method], register_to_config)
-COMPACT = Path(__file__).with_name("compact")  # the model that comes with the package, its card beside it
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from kl_autoencoder.data.image_io import load_image
-from kl_autoencoder.data.sources import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
+from kl_autoencoder.data.locating import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
 from train.data.loader import (
     DataConfig,
     LoaderFailed,

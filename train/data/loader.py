@@ -48,7 +48,7 @@ HELD_OUT = 0  # key of the permutation that chooses held-out images
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on. `train` and `validation` are sources, see `kl_autoencoder.data.sources.KINDS`.
+    """What is trained on. `train` and `validation` are sources, see `kl_autoencoder.data.locating.KINDS`.
 
     `validation`: None holds `validation_images` images of the training source out of the training.
     `image_column`: the column of parquet, webdataset (there: the suffix, such as jpg), saved and hub sources.

@@ -1,0 +1,71 @@
+"""Load what `--model` names: a folder, run, single file, hub id or "compact"."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError, safe_open
+
+from ..models.autoencoder_kl import KLAutoencoder
+from .paths import check_model, model_folder, model_path
+
+
+def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencoder:
+    """A folder, run, single file, hub id or "compact" -> the model for inference on `device`.
+
+    `device` None is the best there is, `dtype` None the type that the tensors are stored in.
+    """
+    if device is None:
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    with _quiet_diffusers():
+        vae = _load(name)
+    return move_model(vae, device, dtype).eval().requires_grad_(False)
+
+
+def move_model(vae: KLAutoencoder, device: str, dtype: str | None) -> KLAutoencoder:
+    """The same model, on `device` and in the type `dtype` (None: as it is)."""
+    with _quiet_diffusers():
+        return vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
+
+
+def _load(name: str) -> KLAutoencoder:
+    check_model(name)
+    path = model_path(name)
+    if path.is_dir():
+        folder = model_folder(path)
+        return KLAutoencoder.from_pretrained(folder, torch_dtype=_stored_dtype(folder))
+    if path.is_file():
+        return KLAutoencoder.from_single_file(path)
+    try:
+        return KLAutoencoder.from_pretrained(name)
+    except OSError as error:
+        try:  # not a VAE's own repository: perhaps a pipeline's
+            return KLAutoencoder.from_pretrained(name, subfolder="vae")
+        except OSError:
+            message = "no such folder or file, and no model on the hub could be loaded under that name"
+            raise FileNotFoundError(f"{name}: {message} ({error})") from error
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The type of the tensors in a model folder; diffusers reads them into float32 unless told."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(next(iter(file.keys()))).dtype
+        except (SafetensorError, StopIteration) as error:
+            raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
+    raise FileNotFoundError(f"{folder}: no .safetensors file in it")
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Only errors from diffusers' log, which otherwise talks about precision on every `.to`."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,96 @@
+"""Find where the name of a source of images leads: by names alone, before anything heavy is imported."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
+
+from ..extras import MissingExtra
+from .formats import READABLE
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+KINDS = (
+    "a folder of images, parquet or webdataset (.tar) files or a glob of them, a folder written by "
+    "datasets.save_to_disk, a data set id on the Hugging Face hub, or sample-photographs"
+)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SAMPLE_PHOTOGRAPHS = "sample-photographs"
+# The colour photographs in the wheel of scikit-image, without the two medical ones, whose one colour would be half
+# of what is seen. No scene is on both sides: the two motorcycles are a stereo pair.
+SAMPLE_FILES = {
+    "train": ("coffee.png", "hubble_deep_field.jpg", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
+    "validation": ("astronaut.png", "chelsea.png"),
+}  # fmt: skip
+
+
+class Located(NamedTuple):
+    """A kind of source, and its files: of images, of tables, or the one folder or hub id."""
+
+    kind: Literal["images", "parquet", "webdataset", "saved", "hub"]
+    files: list[str]
+
+
+def locate(source: str, key: str, samples: Literal["train", "validation"] = "train") -> Located:
+    """Find what a source is; see `KINDS`. `key` is what the user calls it: errors begin with that.
+
+    `samples` says which half of the sample photographs is meant. Raises FileNotFoundError for a name that leads
+    nowhere and ValueError for a folder or files that cannot be a source.
+    """
+    path = os.path.expanduser(source)
+    if source == SAMPLE_PHOTOGRAPHS:
+        return Located("images", _sample_photographs(samples))
+    if os.path.isdir(path):
+        return _in_folder(path, key)
+    if files := sorted(glob.glob(path, recursive=True)):
+        return _of_files(files, source, key)
+    if not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"{key}: {source!r} is no file or folder here; allowed: {KINDS}")
+    return Located("hub", [source])
+
+
+def _sample_photographs(samples: str) -> list[str]:
+    package = find_spec("skimage")  # where it is, without importing it
+    if package is None:
+        raise MissingExtra("scikit-image", "train")
+    folder = os.path.join(os.path.dirname(package.origin), "data")
+    return [os.path.join(folder, name) for name in SAMPLE_FILES[samples]]
+
+
+def _in_folder(path: str, key: str) -> Located:
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        return Located("saved", [path])
+    images, tables = _files_below(path, READABLE), _files_below(path, tuple(BUILDERS))
+    if images and tables:
+        raise ValueError(
+            f"{key}: {path} holds both images ({images[0]}) and data files ({tables[0]}); "
+            "allowed: a folder of one kind, or a glob such as FOLDER/*.parquet"
+        )
+    if tables:
+        return _of_files(tables, path, key)
+    if not images:
+        raise ValueError(f"{key}: no images in {path}; allowed: {KINDS}. Images end in {' '.join(READABLE)}")
+    return Located("images", images)
+
+
+def _files_below(folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Recursive, hidden names left out, sorted so that the order is that of every other machine."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.join(parent, name)
+            for name in files
+            if name.lower().endswith(suffixes) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _of_files(files: Sequence[str], source: str, key: str) -> Located:
+    suffixes = {os.path.splitext(file)[1].lower() for file in files}
+    if suffixes <= set(READABLE):
+        return Located("images", list(files))
+    if len(suffixes) != 1 or not suffixes <= set(BUILDERS):
+        raise ValueError(f"{key}: {source} is {' and '.join(sorted(suffixes))} files; allowed: {KINDS}")
+    return Located(BUILDERS[suffixes.pop()], list(files))

@@ -25,6 +25,7 @@ ROOMS = {
         "latents": GROUND | {"networks", "inference", "data", "models"},
         "evaluation": GROUND | {"networks", "data", "models"},
         "cli": GROUND | {"networks", "data", "models", "latents", "evaluation"},
+        "__main__": {"cli"},
     },
     "train": {
         "config": {"data"},

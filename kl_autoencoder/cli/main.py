@@ -7,6 +7,7 @@ are there at once. What it then does is in the other modules beside this one.
 import argparse
 import difflib
 import errno
+import os
 import re
 import sys
 import traceback
@@ -28,7 +29,7 @@ EXAMPLES = """examples:
   kl-autoencoder evaluate --model runs/quickstart --data photos/ --size 256 -o report/
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
   kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
-  accelerate launch -m kl_autoencoder.cli encode-dataset --model vae/ --data photos/ --size 512 -o latents/
+  accelerate launch -m kl_autoencoder encode-dataset --model vae/ --data photos/ --size 512 -o latents/
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
 """
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -77,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _in_words(error: Exception) -> str:
     """What a user can cause is a ValueError or OSError that says it all; of the rest the kind is a hint."""
-    if getattr(error, "errno", None) in DISK_FULL or "No space left on device" in str(error):
-        return (
-            f"{error}; free space there, or give another place with -o. Nothing half written is left behind"
-        )
+    by_safetensors = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(by_safetensors[1]) if by_safetensors else getattr(error, "errno", None)
+    if number in DISK_FULL:
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        return f"{where}{os.strerror(number)}; free space there or write elsewhere; no half of a file is left"
     if isinstance(error, (ValueError, OSError, MissingExtra)):
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"
@@ -238,7 +240,7 @@ def _evaluate(commands) -> None:
         "evaluate",
         help="measure models on photographs: metrics.json, images.csv and report.html",
         description="Measures how well models reproduce photographs, beside bicubic, JPEG and WebP, and what their "
-        "latents are like. On several processes with `accelerate launch -m kl_autoencoder.cli evaluate ...`.",
+        "latents are like. On several processes with `accelerate launch -m kl_autoencoder evaluate ...`.",
     )
     sub.add_argument(
         "--model", required=True, action="append", metavar="MODEL", help=MODEL + "; may be repeated"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.cli.paths import load_model
+from kl_autoencoder.cli.loading import load_model
 from kl_autoencoder.data.sources import Keys, open_source
 from kl_autoencoder.latents.encode_dataset import Photographs, binding, encode
 from kl_autoencoder.latents.shard_encoder import EncodeSettings

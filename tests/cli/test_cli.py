@@ -81,7 +81,7 @@ def same(got, wanted):
 class TestHelp:
     @pytest.mark.parametrize("arguments", [["--help"], ["encode", "--help"], ["encode"]])
     def test_imports_nothing_heavy(self, arguments):
-        command = [sys.executable, "-X", "importtime", "-m", "kl_autoencoder.cli", *arguments]
+        command = [sys.executable, "-X", "importtime", "-m", "kl_autoencoder", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == (0 if "--help" in arguments else 2)
         imported = {
@@ -100,7 +100,7 @@ class TestHelp:
         )
 
     def test_as_a_program(self, tmp_path):
-        command = [sys.executable, "-m", "kl_autoencoder.cli"]
+        command = [sys.executable, "-m", "kl_autoencoder"]
         bad = subprocess.run([*command, "info", str(tmp_path)], capture_output=True, text=True, timeout=120)
         assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
         assert "no model in it" in bad.stderr

@@ -275,7 +275,7 @@ def test_workers_end_with_their_parent(model, tmp_path, number):
     """Each photograph is larger than a pipe, so that the workers are blocked as they hand one over."""
     (tmp_path / "in").mkdir()
     Image.fromarray(data.astronaut()).save(tmp_path / "in" / "0.jpg")
-    for i in range(1, 40):
+    for i in range(1, 400):
         (tmp_path / "in" / f"{i}.jpg").symlink_to("0.jpg")
     arguments = (str(model), str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "2")
     process = start(tmp_path / "log", encode_at_256, *arguments)

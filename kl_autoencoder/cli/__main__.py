@@ -1,7 +1,0 @@
-"""python -m kl_autoencoder.cli: what several processes are launched as."""
-
-import sys
-
-from .main import main
-
-sys.exit(main())

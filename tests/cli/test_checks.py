@@ -1,0 +1,122 @@
+"""What is refused before torch is imported, and in which words."""
+
+import resource
+import signal
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from kl_autoencoder.cli.main import main
+from kl_autoencoder.models.compact import COMPACT
+from tests.conftest import ROOT
+from tests.processes import finish, start
+
+# numpy takes a tenth of a second, and is needed to look into a file of latents
+HEAVY = {"torch", "PIL", "diffusers", "datasets", "huggingface_hub", "accelerate", "pyarrow", "tqdm"}
+PHOTO = str(ROOT / "tests" / "benchmarks" / "results" / "compact.jpg")
+# The commands, run where there is nothing, and what they say. Names that must exist are those of this repository.
+REFUSED = {
+    "recontruct a.jpg -o b.png": "did you mean reconstruct?",
+    "info compact --tracebak": "unrecognized arguments: --tracebak; did you mean --traceback?",
+    "encode absent.jpg -o z.safetensors": "absent.jpg: no such file or folder",
+    "encode PHOTO -o z.png": "z.png: latents are written to a .safetensors file",
+    "encode PHOTO --model nowhere -o z.safetensors": "'nowhere': no such model",
+    "decode absent.safetensors -o a.png": "absent.safetensors: no such file",
+    "decode COMPACT/diffusion_pytorch_model.safetensors -o a.png": "not a file of latents",
+    "decode COMPACT/config.json -o a.png": "suffix '.json'",
+    "reconstruct PHOTO -o a.xyz": "a.xyz: unknown image suffix '.xyz', allowed are .png",
+    "reconstruct PHOTO -o COMPACT/config.json/a.png": "config.json is a file",
+    "reconstruct PHOTO --model models/vae.safetensors -o a.png": "models/vae.safetensors: no such file",
+    "reconstruct PHOTO --device toaster -o a.png": "--device: 'toaster'; allowed: cpu, cuda",
+    "evaluate --model compact --data no/such/folder -o report": "--data: 'no/such/folder' is no file or folder",
+    "evaluate --model compact --data COMPACT -o report": "--data: no images in",
+    "evaluate --model compact --data sample-photographs -o PHOTO": "is a file; a folder is written",
+    "export compact -o vae.ckpt --single-file": "written to a .safetensors file",
+    "export COMPACT -o COMPACT": "is the model itself",
+    "fp16-check compact --fix": "--fix and -o FOLDER belong together",
+    "fp16-check compact --images COMPACT": "no photographs in it",
+    "encode-dataset --model nowhere --data sample-photographs --size 64 -o out": "'nowhere': no such model",
+    "encode-dataset --model compact --data a/b/c --size 64 -o out": "--data: 'a/b/c' is no file or folder",
+    "set-scaling compact --from latents": "export compact -o FOLDER makes one",
+    "set-scaling COMPACT --from latents": "--from takes what encode-dataset wrote",
+    "interpolate PHOTO absent.jpg -o a.png": "absent.jpg: no such file",
+    "interpolate PHOTO PHOTO -o a.txt": "a.txt: unknown image suffix",
+    "sample compact --fit channel -o a.png": "--fit and --data SOURCE belong together",
+    "sample compact -o a": "a: unknown image suffix ''",
+    "attribute PHOTO --plus nowhere/a/b --minus c -o a.png": "--plus: 'nowhere/a/b' is no file or folder",
+    "anomaly compact --reference a --data b -o a.png": "scores are written to a .csv file",
+}
+
+
+def words(command):
+    return [word.replace("PHOTO", PHOTO).replace("COMPACT", str(COMPACT)) for word in command.split()]
+
+
+def test_what_is_refused_imports_nothing_heavy(tmp_path, monkeypatch):
+    """All of it in one new interpreter, whose modules are looked at in the end."""
+    import subprocess
+
+    program = f"""
+import sys
+from kl_autoencoder.cli import main
+for command in {[words(command) for command in REFUSED]!r}:
+    assert main(command) == 2, command
+print(sorted({HEAVY!r} & set(sys.modules)))
+"""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(REFUSED)
+    for told, (command, wanted) in zip(lines, REFUSED.items(), strict=True):
+        assert wanted in told and told.startswith("kl-autoencoder: error: "), f"{command}: {told}"
+        assert len(told) < 420, told
+    assert done.stdout == "[]\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_a_device_that_is_not_here(capsys, tmp_path):
+    assert main(["sample", "compact", "--device", "cuda:1", "-o", str(tmp_path / "a.png")]) == 2
+    told = capsys.readouterr().err
+    assert "--device: 'cuda:1'; torch" in told and "none of that kind here; leave --device out" in told
+
+
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files stands for it: the kernel answers a write with an error, as a full disk does."""
+    Image.new("RGB", (300, 300), "red").save(tmp_path / "a.png")
+    arguments = ("encode", str(tmp_path / "a.png"), "-o", str(tmp_path / "new" / "z.safetensors"))
+    assert finish(start(tmp_path / "log", with_small_files, *arguments)) == [2]
+    (told,) = [line for line in (tmp_path / "log").read_text().splitlines() if "error" in line]
+    assert "File too large; free space there or write elsewhere" in told
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def with_small_files(*arguments):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    return main(arguments)
+
+
+def test_where_an_error_is_from_is_told_on_request(capsys, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    command = ["reconstruct", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([*command, "--traceback"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in told and told.splitlines()[-1].startswith(
+        "kl-autoencoder: error"
+    )
+
+
+def test_versions(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    told = capsys.readouterr().out.split("\n")
+    assert told[0].startswith("kl-autoencoder ") and f"torch {torch.__version__.partition('+')[0]}" in told

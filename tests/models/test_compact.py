@@ -169,7 +169,7 @@ def test_a_wheel_carries_it(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         carried = {name for name in archive.namelist() if name.startswith("kl_autoencoder/models/compact/")}
-        assert carried == {f"kl_autoencoder/models/compact/{name}" for name in FILES}
+        assert carried == {f"kl_autoencoder/models/compact/{name}" for name in (*FILES, "__init__.py")}
         config = json.loads(archive.read("kl_autoencoder/models/compact/config.json"))
     assert config["_class_name"] == "AutoencoderKL"
     assert "_name_or_path" not in config  # where it was made

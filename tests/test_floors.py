@@ -1,6 +1,7 @@
 """Who may import whom, by folder: every import goes down, and no two folders import each other."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -136,3 +137,43 @@ def test_type_checkers_see_the_public_names():
     seen = imports("kl_autoencoder", "kl_autoencoder.__init__") - {"importlib.import_module"}
     public = {f"kl_autoencoder.{module}.{name}" for name, module in kl_autoencoder._HOME.items()}
     assert {name for name in seen if not name.startswith("typing.")} == public
+
+
+# A room's page names its own modules as `name.py`, and files elsewhere by their path.
+FOLDERS = sorted({path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")})
+IN_CODE = re.compile(r"`([^`\s]+)`")
+
+
+def folder_name(folder: Path) -> str:
+    return str(folder.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=folder_name)
+def test_a_room_has_a_page_that_names_its_modules_and_no_others(folder):
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    named = {word for word in IN_CODE.findall(page) if word.endswith(".py") and "/" not in word}
+    held = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert named - {"__init__.py", "__main__.py"} == held
+    inside = {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
+    assert inside <= set(IN_CODE.findall(page))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=folder_name)
+def test_a_page_says_what_its_room_may_import(folder):
+    package, *rooms = folder.relative_to(ROOT).parts
+    line = re.search(r"^May import: (.*)$", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    if len(rooms) == 1:
+        assert set(IN_CODE.findall(line[1])) == ROOMS[package][rooms[0]]
+    else:
+        assert line is None
+
+
+PAGES = sorted({*(folder / "README.md" for folder in FOLDERS), *(ROOT / ".github").glob("*.md")})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=folder_name)
+def test_paths_on_a_page_lead_somewhere(page):
+    roots = [ROOT, *(parent for parent in page.parents if parent.is_relative_to(ROOT))]
+    for word in IN_CODE.findall(page.read_text(encoding="utf-8")):
+        if "/" in word and re.fullmatch(r"[\w./-]+", word) and not word.startswith("/"):
+            assert any((root / word).exists() for root in roots), word

@@ -199,6 +199,13 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ResumeConfig:
+    """`force: true` goes on with a run whose data, seed or network the configuration has changed."""
+
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     output_dir: str
     data: DataConfig
@@ -211,6 +218,7 @@ class Config:
     log: LogConfig = LogConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
 
     def __post_init__(self):
         adversarial, steps = self.loss.adversarial, self.train.steps

@@ -313,7 +313,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_kept(
     }
     make(small_config(photographs, tmp_path, train={"steps": 2}, **first)).fit()
     written = (tmp_path / "config.yaml").read_text()
-    changed = first | {section: first.get(section, {}) | values}
+    changed = first | {section: first.get(section, {}) | values, "resume": {"force": True}}
     changed["train"] = {"steps": 2} | changed.get("train", {})
     with pytest.raises(ValueError, match="step-000002 is of another configuration: .*" + message):
         make(small_config(photographs, tmp_path, **changed))

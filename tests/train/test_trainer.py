@@ -50,7 +50,7 @@ def small_config(photographs, folder, **sections):
         "checkpoint": {"every": 3},
     }  # fmt: skip
     for name, section in sections.items():
-        values[name] = values[name] | section
+        values[name] = values.get(name, {}) | section
     return build(Config, values)
 
 

@@ -21,7 +21,7 @@ from ..autoencoder.engine import Engine
 from ..autoencoder.export import export
 from ..config import Config, to_yaml
 from ..data import loader
-from . import checkpoint
+from . import changes, checkpoint
 from .bad_steps import BadSteps
 from .journal import Journal
 from .launch import Agreement, StopRequest, hold
@@ -60,7 +60,7 @@ class Trainer:
         )
         self.device = self.accelerator.device
         ranks = self.accelerator.num_processes
-        self.samples_per_step = config.data.batch_size * ranks * config.train.gradient_accumulation
+        self.samples_per_step = changes.samples_per_step(config, ranks)
         self.schedules = Schedules(config, self.samples_per_step)
         self.samples = 0  # consumed over all ranks, the position in the data
         self.saved_step: int | None = None  # that of the newest checkpoint
@@ -267,6 +267,9 @@ class Trainer:
         if path is None:
             self.journal.forget_after(-1)  # of a run that was killed before its first checkpoint
             return
+        before = changes.recorded(self.folder / "config.yaml") if self.is_main else None
+        [before] = broadcast_object_list([before])
+        changed = changes.refuse_another_run(before, self.config, path) if before else []
         tensors, state = checkpoint.load_checkpoint(path)
         try:
             self.engine.load(tensors)
@@ -280,6 +283,9 @@ class Trainer:
         self.skipped.reasons.update(state["skipped"])
         self.journal.forget_after(self.step)
         self.say(f"continuing from {path} ({self.samples:,} samples)")
+        if changed:
+            jump = changes.rate_jump(before, self.config, self.accelerator.num_processes, self.step)
+            self.say("\n  ".join(["changed since it was started last:", *changed, *([jump] if jump else [])]))
 
     def finish(self, before: dict) -> dict:
         """Measure and export the final weights."""

@@ -1,0 +1,80 @@
+"""A run that goes on says what has changed, and refuses what would make it another run."""
+
+import math
+
+import pytest
+import yaml
+
+from tests.train.test_trainer import make, small_config, weights
+from train.config import to_yaml
+from train.loop import trainer
+from train.loop.changes import compare
+
+
+@pytest.fixture
+def run(photographs, tmp_path, monkeypatch):
+    """A run of two steps, and how to start it again with other sections."""
+    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+
+    def again(**sections):
+        sections = {"train": {"steps": 2}, "optimizer": {"schedule": "cosine", "warmup_steps": 0}} | sections
+        return small_config(photographs, tmp_path / "run", **sections)
+
+    make(again()).fit()
+    return again
+
+
+def test_nothing_is_said_of_the_same_command(run, tmp_path, capsys):
+    capsys.readouterr()
+    make(run())
+    said = capsys.readouterr().out
+    assert "continuing from" in said and "changed" not in said
+    assert compare(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()), run()) == {}
+
+
+def test_what_has_changed_is_printed_by_key(run, tmp_path, capsys):
+    """And the learning rate: of a cosine over 2 steps nothing is left at step 2, of one over 8 steps 85 %."""
+    capsys.readouterr()
+    changed = make(run(train={"steps": 8}, loss={"kl": {"weight": 0.5}}, data={"batch_size": 2}))
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("changed since it was started last:")
+    rate = 2e-3 * 0.5 * (1 + math.cos(math.pi * 2 / 8))
+    assert lines[start + 1 : start + 5] == [
+        "  data.batch_size: 4 -> 2",
+        "  loss.kl.weight: 1e-06 -> 0.5",
+        "  train.steps: 2 -> 8",
+        f"  the learning rate jumps from 0 to {rate:.3g} at step 2 (the run had ended at step 2)",
+    ]
+    assert changed.schedules.learning_rate(2) == pytest.approx(rate)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["steps"] == 8
+
+
+@pytest.mark.parametrize("sections, key", [
+    ({"seed": 4}, "seed: 4, but .*run was trained with 3"),
+    ({"model": {"layers_per_block": 2}}, "model.layers_per_block: 2, but .* was trained with null"),
+    ({"data": {"train": "OTHER"}}, "data.train: .*other"),
+    ({"data": {"validation_images": 5}}, "data.validation_images: 5"),  # one image more would be held out
+])  # fmt: skip
+def test_another_run_is_refused_and_nothing_touched(run, photographs, tmp_path, sections, key):
+    (tmp_path / "other").symlink_to(photographs)
+    other = str(tmp_path / "other")
+    config = run(train={"steps": 4}, **{k: {**v, "train": other} if v == {"train": "OTHER"} else v
+                                        for k, v in sections.items() if k != "seed"})  # fmt: skip
+    if "seed" in sections:
+        object.__setattr__(config, "seed", sections["seed"])
+    written, before = (tmp_path / "run" / "config.yaml").read_text(), weights(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match=key) as error:
+        make(config)
+    assert "resume.force=true" in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "run" / "config.yaml").read_text() == written
+    assert weights(tmp_path / "run", 2).keys() == before.keys()
+    if "model" not in sections:
+        object.__setattr__(config, "resume", type(config.resume)(force=True))
+        assert make(config).step == 2
+        assert "force: true" in to_yaml(config)
+
+
+def test_a_source_of_its_own_for_validation_may_have_more_images(run, photographs, tmp_path):
+    with_own = {"data": {"validation": str(photographs)}}
+    make(run(data=with_own["data"], resume={"force": True})).fit()
+    assert make(run(data=with_own["data"] | {"validation_images": 5})).step == 2

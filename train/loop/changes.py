@@ -1,0 +1,95 @@
+"""Compare the configuration of a run that goes on with the one that it was started with.
+
+Most keys may change between two starts: steps, rates, weights, intervals. Some make it another run, whose steps so
+far would count for something they are not: the data, the seed and the network. Those are refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import Config, build, to_yaml
+from .schedules import Schedules
+
+UNCOMPARED = ("output_dir", "resume")  # where a run lies may change, and how to go on is no property of it
+# with which samples there are, and in which order; crops may grow on the way, as in the recipes in parts
+ANOTHER_RUN = ("seed", "model", *(f"data.{key}" for key in ("train", "split", "image_column", "streaming")))
+HELD_OUT = (
+    "data.validation",
+    "data.validation_images",
+)  # decide what is trained on where nothing else is held out
+NOTABLE = 0.01  # relative change of a learning rate that is worth a line
+
+
+def recorded(path: Path) -> dict[str, Any] | None:
+    """The keys and values of a run's config.yaml; None if there is none that can be read."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def compare(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (before, now), of the keys that both know and that differ."""
+    old, new = _flat(before), _flat(yaml.safe_load(to_yaml(config)))
+    return {
+        key: (old[key], new[key])
+        for key in new
+        if key in old and old[key] != new[key] and key.split(".")[0] not in UNCOMPARED
+    }
+
+
+def makes_another_run(key: str, before: dict[str, Any]) -> bool:
+    """Whether a change of `key` changes what the steps so far have been about."""
+    if key in HELD_OUT:
+        return before.get("data", {}).get("validation") is None
+    return key in ANOTHER_RUN or key.split(".")[0] in ANOTHER_RUN
+
+
+def refuse_another_run(before: dict[str, Any], config: Config, checkpoint: Path) -> list[str]:
+    """A line for each key that has changed. ValueError for one that makes it another run, unless that is forced."""
+    changed = compare(before, config)
+    other = [key for key in changed if makes_another_run(key, before)]
+    if other and not config.resume.force:
+        key = other[0]
+        old, new = (_shown(value) for value in changed[key])
+        more = f" (and {', '.join(other[1:4])})" if other[1:] else ""
+        raise ValueError(
+            f"{key}: {new}, but {checkpoint.parent.parent} was trained with {old}{more}; allowed: another "
+            "output_dir, or resume.force=true to go on all the same"
+        )
+    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()]
+
+
+def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> str | None:
+    """A line where the learning rate of the next step is not the one that it would have had."""
+    try:
+        old = build(Config, before)
+    except ValueError:  # of another version of this program
+        return None
+    rates = [Schedules(c, samples_per_step(c, ranks)).learning_rate(step) for c in (old, config)]
+    if abs(rates[1] - rates[0]) <= NOTABLE * max(rates):
+        return None
+    if step >= old.train.steps:
+        why = f"the run had ended at step {old.train.steps}"
+    else:
+        why = "by train.steps and the keys of optimizer and batch"
+    return f"the learning rate jumps from {rates[0]:.3g} to {rates[1]:.3g} at step {step} ({why})"
+
+
+def samples_per_step(config: Config, ranks: int) -> int:
+    return config.data.batch_size * ranks * config.train.gradient_accumulation
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -9,12 +9,17 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the commands refuse and write files without torch, whose import takes seconds
     from torch import Tensor
 
+MOST_SHOWN = 60  # characters of a value that somebody's file holds, in an error message
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+FLOATING = {  # what a model's tensors may be, in safetensors' words and torch's
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
 
 
 @contextmanager
@@ -118,32 +123,67 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str
     used of a large checkpoint takes no memory. Raises FileNotFoundError, or ValueError naming the file and
     what was expected.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     refuse_at_sight(path)
     if path.suffix != ".safetensors":
         return _read_pickle(path), {}
+    with _opened(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_header(path: str | os.PathLike) -> "dict[str, Tensor]":
+    """The tensors of a .safetensors file on the meta device: their names, shapes and types.
+
+    Raises as `read_tensors`.
+    """
+    import torch
+
+    path = Path(path)
+    refuse_at_sight(path)
+    with _opened(path, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        types = {name: FLOATING.get(part.get_dtype()) for name, part in parts.items()}
+        for name, dtype in types.items():
+            if dtype is None:
+                held = parts[name].get_dtype()
+                raise ValueError(f"{path}: {shown(name)} is {held}; allowed: {', '.join(FLOATING)}")
+        return {
+            name: torch.empty(part.get_shape(), dtype=getattr(torch, types[name]), device="meta")
+            for name, part in parts.items()
+        }
+
+
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    """A .safetensors file for reading; ValueError if it is not one, from the block too."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with safe_open(path, framework=framework) as file:
+            yield file
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
+        raise ValueError(
+            f"{path}: damaged, truncated or not a safetensors file ({clipped(str(error), 80)})"
+        ) from error
+
+
+def shown(value: object) -> str:
+    """The beginning of a value's repr: what an error message says of something that a stranger's file holds."""
+    return clipped(repr(value), MOST_SHOWN)
+
+
+def clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata of a .safetensors file, {} without any; nothing else of it is read. Raises as `read_tensors`."""
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     refuse_at_sight(path)
     if path.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="np") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
+    with _opened(path, "np") as file:
+        return file.metadata() or {}
 
 
 def refuse_at_sight(path: Path) -> None:
@@ -176,13 +216,14 @@ def _read_pickle(path: Path) -> dict[str, "Tensor"]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
-        detail = f" and not {name[1].rstrip('.')}" if name else ""
+        detail = f" and not {clipped(name[1].rstrip('.'), MOST_SHOWN)}" if name else ""
         raise ValueError(
             f"{path}: refused, and nothing in it was run: expected a checkpoint that holds tensors alone{detail}; "
             "a .safetensors file is always safe"
         ) from error
     except Exception as error:  # RuntimeError, EOFError, OSError, KeyError ... by what is wrong with it
-        raise ValueError(f"{path}: damaged, truncated or not a PyTorch checkpoint ({error})") from error
+        said = clipped(str(error), 100)
+        raise ValueError(f"{path}: damaged, truncated or not a PyTorch checkpoint ({said})") from error
     while isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     content = content if isinstance(content, dict) else {}

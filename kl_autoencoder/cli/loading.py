@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
 
 from ..models.autoencoder_kl import KLAutoencoder
+from ..models.folder import WEIGHTS, read_headers
 from .paths import check_model, model_folder, model_path
 
 
@@ -51,13 +51,11 @@ def _load(name: str) -> KLAutoencoder:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The type of the tensors in a model folder; diffusers reads them into float32 unless told."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(next(iter(file.keys()))).dtype
-        except (SafetensorError, StopIteration) as error:
-            raise ValueError(f"{path}: damaged, truncated or not a safetensors file ({error})") from error
-    raise FileNotFoundError(f"{folder}: no .safetensors file in it")
+    tensors = read_headers(folder)
+    if not tensors:
+        raise FileNotFoundError(f"{folder}: no .safetensors file in it that is called {WEIGHTS}")
+    dtype = next(iter(tensors.values())).dtype
+    return dtype if dtype.itemsize > 1 else torch.float32
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 All of it is found out by names and small files, so that a mistake is told before torch is imported.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.formats import READABLE, WRITERS, check_writable
-from ..files import PICKLED, refuse_at_sight
+from ..files import PICKLED, clipped, refuse_at_sight
 from ..models.compact import COMPACT
+from ..models.folder import CONFIG, read_json
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -43,13 +43,12 @@ def model_path(name: str) -> Path:
 def model_folder(path: Path) -> Path:
     """The diffusers VAE folder that `path` is, or that a pipeline (vae/) or a training run (export/) holds."""
     for folder in (path, path / "vae", path / "export"):
-        if (folder / "config.json").is_file():
-            try:
-                kind = json.loads((folder / "config.json").read_text())["_class_name"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{folder / 'config.json'}: not the config of a diffusers model") from error
+        if (folder / CONFIG).is_file():
+            kind = read_json(folder / CONFIG).get("_class_name")
+            if kind is None:
+                raise ValueError(f"{folder / CONFIG}: not the config of a diffusers model (no _class_name)")
             if kind != "AutoencoderKL":
-                raise ValueError(f"{folder}: holds a {kind}, expected an AutoencoderKL")
+                raise ValueError(f"{folder}: holds a {clipped(str(kind), 60)}, expected an AutoencoderKL")
             return folder
     raise ValueError(f"{path}: no model in it (no config.json here, in vae/ or in export/)")
 

@@ -1,8 +1,9 @@
 """KLAutoencoder: the diffusers component around our network."""
 
+import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from ..networks.convolutional import Decoder, Encoder
 from ..networks.distributions import DiagonalGaussian
 from . import scaling, single_file
 from .compact import COMPACT
+from .config import RULES, check_config
+from .folder import CONFIG, read_headers, read_json
 
 Method = TypeVar("Method")
 # diffusers' decorator says nothing of types, which would make the whole class Any to a type checker
@@ -85,11 +88,12 @@ class KLAutoencoder(AutoencoderKL):
         mid_block_add_attention: bool = True,
     ) -> None:
         super(AutoencoderKL, self).__init__()  # diffusers' own networks are not built
+        check_config(self.config)
         levels = len(block_out_channels)
-        down_block_types = _one_kind("down_block_types", down_block_types, "DownEncoderBlock2D", levels)
-        up_block_types = _one_kind("up_block_types", up_block_types, "UpDecoderBlock2D", levels)
-        self.register_to_config(down_block_types=down_block_types, up_block_types=up_block_types)
-        _check_config(self.config)
+        kinds = {key: (self.config[key][0],) * levels for key in ("down_block_types", "up_block_types")}
+        # One kind stands for all levels; it is no default, which from_config(vae.config) would restore.
+        defaults = [key for key in self.config.get("_use_default_values", ()) if key not in kinds]
+        self.register_to_config(**kinds, _use_default_values=defaults)
 
         shape = (tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention)
         self.encoder = Encoder(in_channels, latent_channels, *shape)
@@ -256,16 +260,51 @@ class KLAutoencoder(AutoencoderKL):
 
         "compact" is the small model that comes with the package; a local folder of that name goes first.
         Takes `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError where
-        tensors are missing or left over (diffusers warns and goes on with random weights).
+        tensors are missing or left over (diffusers warns and goes on with random weights). The config of a local
+        folder is compared with the headers of its .safetensors files before anything is built.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
         if source == COMPACT.name and not os.path.isdir(source):
             source = COMPACT
+        cls._check_folder(Path(source, kwargs.get("subfolder") or ""), kwargs)
         loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
         model, info = loaded
         single_file.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
         return loaded if wants_info else model
+
+    @classmethod
+    def _check_folder(cls, folder: Path, options: Mapping[str, Any]) -> None:
+        """Hold the config of a local model folder, and `options` that go before it, to its tensors."""
+        tensors = read_headers(folder, options.get("variant"))
+        if not tensors or options.get("ignore_mismatched_sizes"):
+            return
+        config = read_json(folder / CONFIG)
+        if not (config | options).get("quantization_config"):
+            given = {key: value for key, value in options.items() if key in RULES}
+            tensors = {single_file.modern_name(name): tensor for name, tensor in tensors.items()}
+            cls._on_meta(config | given, tensors, folder)
+
+    @classmethod
+    def _on_meta(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: object
+    ) -> "KLAutoencoder":
+        """The model of a config without memory for its tensors, once the config is known to fit `tensors`.
+
+        Raises ValueError naming `source` and the key or the tensors at fault, before anything large is built.
+        """
+        defaults = inspect.signature(KLAutoencoder.__init__).parameters
+        try:
+            whole = {key: config.get(key, defaults[key].default) for key in RULES}
+            check_config(whole)
+            single_file.compare_with_tensors(whole, tensors)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        known = RULES.keys() | inspect.signature(cls.__init__).parameters
+        with torch.device("meta"):
+            model: Any = cls.from_config({key: value for key, value in config.items() if key in known})
+        single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, source)
+        return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> None:
         """Write a folder that plain diffusers loads; its files can be read by whom the umask allows.
@@ -302,9 +341,7 @@ class KLAutoencoder(AutoencoderKL):
         """
         path = os.fspath(pretrained_model_link_or_path)
         found, tensors = single_file.load_single_file(path, **config)
-        with torch.device("meta"):
-            model: Any = cls.from_config(found)
-        single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, path)
+        model = cls._on_meta(found, tensors, path)
         model.load_state_dict(tensors, assign=True)
         return model.to(torch_dtype).eval() if torch_dtype else model.eval()
 
@@ -312,32 +349,6 @@ class KLAutoencoder(AutoencoderKL):
         """Writes the LDM layout (`encoder.down.0.block.0.norm1.weight` ...), the config in the metadata."""
         config = json.loads(self.to_json_string())
         single_file.save_single_file(path, self.state_dict(), config)
-
-
-def _one_kind(key: str, given: Iterable[str], kind: str, levels: int) -> tuple[str, ...]:
-    """A block type for every level; a single one is repeated."""
-    given = tuple(given)
-    if set(given) != {kind} or len(given) not in (1, levels):
-        raise ValueError(f"{key}: {given}; allowed: ({kind!r},) or {kind!r} {levels} times")
-    return (kind,) * levels
-
-
-def _check_config(config: Any) -> None:
-    widths, groups = config.block_out_channels, config.norm_num_groups
-    for key in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ValueError(f"{key}: {config[key]!r}; allowed: a whole number from 1")
-    if not widths or any(width % groups for width in widths):
-        raise ValueError(
-            f"block_out_channels: {tuple(widths)}; allowed: multiples of norm_num_groups ({groups})"
-        )
-    if config.act_fn not in ("silu", "swish"):
-        raise ValueError(f"act_fn: {config.act_fn!r}; allowed: 'silu'")
-    for key in ("latents_mean", "latents_std"):
-        if config[key] is not None and len(config[key]) != config.latent_channels:
-            raise ValueError(
-                f"{key}: {len(config[key])} values; allowed: {config.latent_channels}, one a channel"
-            )
 
 
 # What diffusers writes into config.json and a pipeline's model_index.json is the class's __name__ and the

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..files import read_tensors, save_tensors
+from ..files import clipped, read_tensors, save_tensors, shown
 
 CONFIG_KEY = "kl_autoencoder.config"  # in the metadata of the single files written here
 
@@ -39,10 +39,15 @@ FAMILY_MARKS = {
     "model.diffusion_model.label_emb.": "",  # without a text encoder: SDXL or SD 2.1 unCLIP, nobody can say
     "model.diffusion_model.input_blocks.": "SD",
 }
+STRUCTURE = (  # the keys of a config that the tensors tell as well
+    *("block_out_channels", "layers_per_block", "in_channels", "out_channels", "latent_channels"),
+    *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+)
 PLAYGROUND_SCALING = 0.5  # Playground v2.5 has SDXL's network and normalises by edm_mean and edm_std first
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+MOST_LISTED = 150  # characters of names in an error message
 NAMES = [  # (LDM, diffusers), each followed by .weight or .bias
     ("{side}.conv_in", "{side}.conv_in"),
     ("{side}.norm_out", "{side}.conv_norm_out"),
@@ -119,6 +124,8 @@ def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict:
     def shape(name: str) -> torch.Size:
         if name not in tensors:
             raise ValueError(f"no tensor {name}, an AutoencoderKL has one")
+        if tensors[name].ndim != 4:
+            raise ValueError(f"{name}: {tuple(tensors[name].shape)}; allowed: (out, in, height, width)")
         return tensors[name].shape
 
     levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
@@ -139,6 +146,23 @@ def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict:
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in tensors,
         "force_upcast": True,
     }
+
+
+def compare_with_tensors(config: Mapping, tensors: Mapping[str, Tensor]) -> None:
+    """Hold what a config says of the network to what the tensors tell, by numbers: no network is built.
+
+    Raises ValueError naming the key. Where tensors are missing, `check_state` will say which.
+    """
+    try:
+        told = config_from_tensors(tensors)
+    except ValueError:
+        return
+    for key in STRUCTURE:
+        said, found = (tuple(c[key]) if isinstance(c[key], (list, tuple)) else c[key] for c in (config, told))
+        if said != found:
+            raise ValueError(
+                f"{key}: {shown(said)} in the config; the tensors are of a model with {shown(found)}"
+            )
 
 
 def scaling_from_checkpoint(tensors: Mapping[str, Tensor], config: dict) -> dict | None:
@@ -222,14 +246,31 @@ def refuse(
 ) -> None:
     """Raise ValueError naming `source` and the tensors at fault; nothing happens if there are none."""
     groups = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
-    faults = [f"{kind}: {_listed(names)}" for kind, names in groups.items() if names]
-    if faults:
-        raise ValueError(f"{source}: the tensors do not fit the model's configuration; {'; '.join(faults)}")
+    groups = {kind: names for kind, names in groups.items() if names}
+    if groups:
+        each = MOST_LISTED // len(groups)
+        faults = "; ".join(f"{kind}: {_listed(names, each)}" for kind, names in groups.items())
+        raise ValueError(f"{source}: the tensors do not fit the config; {faults}")
 
 
-def _listed(names: Collection[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more
+def _listed(names: Iterable[str], most: int = MOST_LISTED) -> str:
+    """The first of them, in `most` characters, and how many more there are."""
+    names = list(names)
+    listed = clipped(names[0], most) if names else ""
+    count = min(1, len(names))
+    while count < min(len(names), 6) and len(listed) + len(names[count]) + 2 <= most:
+        listed += f", {names[count]}"
+        count += 1
+    return listed + (f" and {len(names) - count} more" if count < len(names) else "")
+
+
+def modern_name(name: str) -> str:
+    """diffusers' present name for a tensor, which may have one of its old names of attention layers."""
+    return re.sub(
+        r"(\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.",
+        lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.",
+        name,
+    )
 
 
 def _find_autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -239,7 +280,7 @@ def _find_autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor for name, tensor in found.items() if not name.startswith(NOT_THE_MODEL)}
     raise ValueError(
         "expected an AutoencoderKL (encoder.conv_in.weight ..., alone or under first_stage_model. or vae.), "
-        f"found {_listed(tensors, 3) or 'nothing'}"
+        f"found {_listed(tensors, 60) or 'nothing'}"
     )
 
 
@@ -251,7 +292,9 @@ def _renamed(tensors: Mapping[str, Tensor], rules: list[tuple[re.Pattern, str]])
         if new is None:
             strangers.append(name)
         elif new in renamed:
-            raise ValueError(f"two tensors for one place: {sources[new]} and {name}")
+            raise ValueError(
+                f"two tensors for one place: {clipped(sources[new], 80)} and {clipped(name, 80)}"
+            )
         else:
             renamed[new], sources[new] = tensor, name
     if strangers:
@@ -260,11 +303,7 @@ def _renamed(tensors: Mapping[str, Tensor], rules: list[tuple[re.Pattern, str]])
 
 
 def _rename(name: str, rules: list[tuple[re.Pattern, str]], last_level: int) -> str | None:
-    name = re.sub(
-        r"(\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.",
-        lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.",
-        name,
-    )
+    name = modern_name(name)
     for pattern, template in rules:
         if match := pattern.fullmatch(name):
             fields = match.groupdict()
@@ -293,10 +332,10 @@ def _is_kl_f8(config: Mapping) -> bool:
 def _config_in(metadata: Mapping[str, str]) -> dict:
     try:
         config = json.loads(metadata[CONFIG_KEY])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the config in its metadata is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the config in its metadata is not JSON ({clipped(str(error), 80)})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"the config in its metadata must be a JSON object, not {config!r}")
+        raise ValueError(f"the config in its metadata must be a JSON object, not {shown(config)}")
     return config
 
 

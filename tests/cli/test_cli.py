@@ -300,8 +300,9 @@ class TestRefused:
     def test_a_config_that_is_not_a_vae(self, tmp_path, capsys):
         for text, told in {
             '{"_class_name": "UNet2DConditionModel"}': "holds a UNet2DConditionModel, expected an AutoencoderKL",
-            "{": "not the config of a diffusers model",
-            "[]": "not the config of a diffusers model",
+            "{": "config.json: not JSON",
+            "[]": "config.json: []; allowed: a JSON object",
+            "{}": "not the config of a diffusers model",
         }.items():
             (tmp_path / "config.json").write_text(text)
             assert told in refused(capsys, "info", tmp_path)

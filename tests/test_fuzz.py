@@ -1,0 +1,70 @@
+"""A hundred damaged models, configs and files of latents each: one short line and a code, or success."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.latents.latent_files import save_latents
+from tests import fuzzing
+
+MUTATIONS = 100
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small model, a photograph of 16x16 and a file of two latents."""
+    from PIL import Image
+    from skimage import data
+
+    torch.manual_seed(0)
+    vae = KLAutoencoder(block_out_channels=(4, 4, 8), norm_num_groups=4, sample_size=16)
+    vae.save_pretrained(tmp_path / "vae")
+    vae.save_single_file(tmp_path / "vae.safetensors")
+    Image.fromarray(data.astronaut()[:16, :16]).save(tmp_path / "photo.png")
+    latents = [torch.randn(4, 4, 4), torch.randn(4, 3, 2)]
+    about = {"config": vae.config, "model": str(tmp_path / "vae"), "scaled": True}
+    save_latents(tmp_path / "latents.safetensors", latents, ["a.png", "b.png"], [(16, 16), (11, 8)], **about)
+    return tmp_path
+
+
+def damaged_models(folder):
+    chance = random.Random(1)
+    good = [folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae.safetensors"]
+    contents = [path.read_bytes() for path in good]
+    for i in range(MUTATIONS):
+        good[i % 2].write_bytes(fuzzing.damaged_safetensors(contents[i % 2], chance))
+        model = good[i % 2] if i % 2 else folder / "vae"
+        yield (
+            f"{i}",
+            ["reconstruct", folder / "photo.png", "--model", model, "-o", folder / "out.png", "--overwrite"],
+        )
+
+
+def damaged_configs(folder):
+    chance, path = random.Random(2), folder / "vae" / "config.json"
+    good = path.read_bytes()
+    for i in range(MUTATIONS):
+        tree = fuzzing.damaged_tree(json.loads(good), chance)
+        path.write_bytes(fuzzing.damaged_bytes(good, chance) if i % 10 == 0 else json.dumps(tree).encode())
+        yield f"{i}", ["reconstruct", folder / "photo.png", "--model", folder / "vae", "-o", folder / "out.png",
+                       "--overwrite"]  # fmt: skip
+
+
+def damaged_latents(folder):
+    chance, path = random.Random(3), folder / "latents.safetensors"
+    good = path.read_bytes()
+    for i in range(MUTATIONS):
+        path.write_bytes(fuzzing.damaged_safetensors(good, chance))
+        yield f"{i}", ["decode", path, "-o", folder / "decoded", "--overwrite"]
+
+
+@pytest.mark.parametrize("cases", [damaged_models, damaged_configs, damaged_latents])
+def test_damage_is_told_in_one_line(folder, cases):
+    outcomes = fuzzing.run_all(folder, cases)
+    faults = [f"{outcome.name}: {outcome.fault()}" for outcome in outcomes if outcome.fault()]
+    assert len(outcomes) == MUTATIONS and not faults, "\n".join(faults)
+    codes = [outcome.code for outcome in outcomes]
+    assert codes.count(2) > MUTATIONS // 2  # most damage is found

@@ -274,7 +274,7 @@ class KLAutoencoder(AutoencoderKL):
         return loaded if wants_info else model
 
     @classmethod
-    def _check_folder(cls, folder: Path, options: Mapping[str, Any]) -> None:
+    def _check_folder(cls, folder: Path, options: dict[str, Any]) -> None:
         """Hold the config of a local model folder, and `options` that go before it, to its tensors."""
         tensors = read_headers(folder, options.get("variant"))
         if not tensors or options.get("ignore_mismatched_sizes"):
@@ -341,7 +341,7 @@ class KLAutoencoder(AutoencoderKL):
         """
         path = os.fspath(pretrained_model_link_or_path)
         found, tensors = single_file.load_single_file(path, **config)
-        model = cls._on_meta(found, tensors, path)
+        model: Any = cls._on_meta(found, tensors, path)
         model.load_state_dict(tensors, assign=True)
         return model.to(torch_dtype).eval() if torch_dtype else model.eval()
 

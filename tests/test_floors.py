@@ -29,8 +29,9 @@ ROOMS = {
         "__main__": {"cli"},
     },
     "train": {
-        "config": {"data"},
-        "data": set(),
+        "settings": set(),
+        "data": {"settings"},
+        "config": {"data", "settings"},
         "autoencoder": {"config", "loop"},
         "loop": {"config", "data", "autoencoder"},
         "smoke": {"config", "data"},

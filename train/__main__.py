@@ -14,21 +14,33 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a KL autoencoder. Running the same command again continues where it stopped.",
         epilog="example: python -m train configs/kl_f8.yaml data.train=FOLDER output_dir=runs/a",
     )
-    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("config", nargs="?", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the configuration")
     parser.add_argument(
         "--smoke",
         action="store_true",
         help="take every part of the recipe through a few steps, tiny, on any machine, and leave nothing behind",
     )
+    parser.add_argument("--keys", action="store_true", help="print every key: type, range, default, meaning")
+    parser.add_argument("--print", action="store_true", help="print the resolved configuration and end")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.keys:
+        from .config.keys import describe
+
+        print(describe())
+        return 0
+    if arguments.config is None:
+        parser.error("no configuration; allowed: a YAML file, such as configs/quickstart.yaml")
     try:
-        from .config import load_config
+        from .config import load_config, to_yaml
 
         config = load_config(arguments.config, arguments.overrides)
     except (ValueError, OSError) as error:
         print_error(error)
         return 2
+    if arguments.print:
+        print(to_yaml(config), end="")
+        return 0
     return smoke(config) if arguments.smoke else run(config)
 
 

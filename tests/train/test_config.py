@@ -6,8 +6,11 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
-from train.config import Config, load_config, to_yaml
+from train import __main__ as program
+from train.config import Config, build, load_config, to_yaml
+from train.config.keys import keys
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 SMALL = "output_dir: runs/a\ndata: {train: photos, resolution: 64, batch_size: 2}\n"
@@ -61,6 +64,9 @@ def test_overrides_are_typed_and_nested(small):
         ("seed.value=1", "seed: 1; allowed|seed has no keys"),
         ("steps", "steps: not an override; allowed: key=value"),
         ("data.train=null", "data.train: None; allowed: text"),
+        ("model.block_out_channels=[8, x]", "model.block_out_channels[1]: 'x'; allowed: a whole number"),
+        ("model.block_out_channels=8", "model.block_out_channels: 8; allowed: a list"),
+        ("plugins=[no_such_module]", "plugins: 'no_such_module' cannot be imported"),
     ],
 )
 def test_mistakes_are_named(small, override, message):
@@ -122,3 +128,60 @@ def test_missing_keys_and_files_are_named(small, tmp_path):
     small.write_text("- a")
     with pytest.raises(ValueError, match="holds a list"):
         load_config(small)
+
+
+def test_a_key_that_stands_twice_is_refused(small):
+    small.write_text(SMALL + "train:\n  steps: 1\n  compile: true\n  steps: 2\n")
+    with pytest.raises(ValueError, match=r"small.yaml: steps: given twice \(line 6\)"):
+        load_config(small)
+
+
+def test_a_file_is_based_on_another(small, tmp_path):
+    above = tmp_path / "sub" / "above.yaml"
+    above.parent.mkdir()
+    above.write_text("base: ../small.yaml\ndata: {batch_size: 3}\nseed: 5\n")
+    config = load_config(above, ["train.steps=9"])
+    assert (config.data.batch_size, config.data.resolution, config.seed, config.train.steps) == (3, 64, 5, 9)
+    small.write_text("base: sub/above.yaml\n")
+    with pytest.raises(ValueError, match="is based on itself"):
+        load_config(above)
+
+
+def test_every_key_has_a_sentence_a_type_and_a_default():
+    described = list(keys())
+    by_name = {key.name: key for key in described}
+    assert by_name["train.steps"][1:4] == ("whole number", "1000", "at least 1 and at most 1,000,000,000")
+    assert by_name["ema.decay"].range == "at least 0 and at most 1"
+    assert by_name["loss.adversarial.loss"].type == "hinge | logistic"
+    widths = by_name["model.block_out_channels"]
+    assert widths[1:4] == ("list of whole number or null", "null", "at least 1 and at most 65,536")
+    assert not [key.name for key in described if len(key.doc) < 5]
+    written = yaml.safe_load(to_yaml(build(Config, {"output_dir": "a", "data": {"train": "b"}})))
+    assert {key.name for key in described} == set(leaves(written))
+
+
+def leaves(values, prefix=""):
+    for name, value in values.items():
+        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+
+def test_messages_are_short_whatever_a_file_holds(small):
+    for values in (
+        {"x" * 5000: 1},
+        {1: 2},
+        {"data": [1] * 5000},
+        {"seed": 10**2000},
+        {"output_dir": {"a": "b" * 5000}},
+    ):
+        with pytest.raises(ValueError) as error:
+            build(Config, {"output_dir": "a", "data": {"train": "b"}, **values})
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_the_program_prints_keys_and_the_resolved_configuration(small, capsys):
+    assert program.main(["--keys"]) == 0
+    assert (
+        "optimizer.learning_rate: number, above 0 and at most 100, default 0.0001" in capsys.readouterr().out
+    )
+    assert program.main([str(small), "--print", "seed=4"]) == 0
+    assert build(Config, yaml.safe_load(capsys.readouterr().out)) == load_config(small, ["seed=4"])

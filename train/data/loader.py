@@ -10,14 +10,14 @@ import multiprocessing
 import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing.util import Finalize
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import datasets
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,6 +25,7 @@ from kl_autoencoder.data.image_io import load_image, open_image
 from kl_autoencoder.data.sources import Keys, encoded_file, open_source, record_name
 from kl_autoencoder.distributed import end_with_the_parent
 
+from ..settings import Number, key, section
 from .samples import (
     RandomCrops,
     SkippedImages,
@@ -39,53 +40,42 @@ from .streams import StreamedImages
 
 LOOKED_AT = 32  # images whose headers are read before any work starts
 TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
-MOST = {  # that a key of DataConfig may say
-    "resolution": 8192, "batch_size": 10**4, "num_workers": 1024, "validation_images": 10**6,
-    "validation_resolution": 8192, "shuffle_buffer": 10**7,
-}  # fmt: skip
 HELD_OUT = 0  # key of the permutation that chooses held-out images
 
 
-@dataclass(frozen=True)
+@section
 class DataConfig:
-    """What is trained on. `train` and `validation` are sources, see `kl_autoencoder.data.locating.KINDS`.
+    """What is trained on. Sources are folders, files and data sets, see `kl_autoencoder.data.locating.KINDS`."""
 
-    `validation`: None holds `validation_images` images of the training source out of the training.
-    `image_column`: the column of parquet, webdataset (there: the suffix, such as jpg), saved and hub sources.
-    `split`, `validation_split`: which splits of hub sources and saved DatasetDicts are meant.
-    `resolution`: side of the square crops in pixels. `batch_size`: images per device and forward pass.
-    `num_workers`: processes that decode, per device; 0 decodes in the training process.
-    `crop_scale`: range of the crop's area as a share of the largest square in the photograph, as in torchvision's
-    RandomResizedCrop with ratio 1. A crop is at least `resolution` wide where the photograph is, so that no
-    photograph is enlarged that need not be.
-    `validation_images`: at most so many held-out images are looked at, at `validation_resolution` (None:
-    `resolution`).
-    `streaming`: read parquet, webdataset and hub sources in sequence, see `StreamedImages`.
-    `shuffle_buffer`: samples of a stream that are in memory to be shuffled.
-    """
-
-    train: str
-    validation: str | None = None
-    image_column: str = "image"
-    split: str = "train"
-    validation_split: str = "validation"
-    resolution: int = 256
-    batch_size: int = 8
-    num_workers: int = 4
-    crop_scale: tuple[float, ...] = (0.25, 1.0)
-    horizontal_flip: bool = True
-    validation_images: int = 64
-    validation_resolution: int | None = None
-    streaming: bool = False
-    shuffle_buffer: int = 1000
+    train: str = key(..., "the source of the images: a folder, parquet or webdataset files, a hub id ...")
+    validation: str | None = key(None, "a source of held-out images; null holds some of data.train out")
+    image_column: str = key(
+        "image", "of parquet, saved and hub sources; of webdatasets the suffix, such as jpg"
+    )
+    split: str = key("train", "the split of a hub or saved source that is trained on")
+    validation_split: str = key("validation", "the split of a hub or saved source that is held out")
+    resolution: int = key(256, "side in pixels of the square crops", low=1, high=8192)
+    batch_size: int = key(8, "images per device and forward pass", low=1, high=10**4)
+    num_workers: int = key(
+        4, "processes a device that decode; 0 decodes in the training process", low=0, high=1024
+    )
+    crop_scale: tuple[Annotated[Number, Field(ge=0, le=1)], ...] = key(
+        (0.25, 1.0),
+        "range of the crop's area as a share of the largest square in the image, as torchvision's "
+        "RandomResizedCrop with ratio 1; a crop is at least `resolution` wide where the image is",
+    )
+    horizontal_flip: bool = key(True, "mirror every other crop, by chance")
+    validation_images: int = key(64, "at most so many held-out images are looked at", low=1, high=10**6)
+    validation_resolution: int | None = key(
+        None, "side of the held-out images; null: resolution", low=1, high=8192
+    )
+    streaming: bool = key(False, "read parquet, webdataset and hub sources in sequence, see `StreamedImages`")
+    shuffle_buffer: int = key(
+        1000, "samples of a stream that are in memory to be shuffled", low=1, high=10**7
+    )
 
     def __post_init__(self):
-        for key, most in MOST.items():
-            value, least = getattr(self, key), 0 if key == "num_workers" else 1
-            if value is not None and not least <= value <= most:
-                shown = value if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
-                raise ValueError(f"data.{key}: {shown}; allowed: at least {least} and at most {most:,}")
-        scale = tuple(self.crop_scale)
+        scale = self.crop_scale
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(
                 f"data.crop_scale: {list(scale)}; allowed: two rising numbers above 0 and up to 1"

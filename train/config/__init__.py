@@ -1,0 +1,39 @@
+"""The configuration of a run: frozen sections, read from YAML, overridden from the command line, all checked."""
+
+from .reading import build, load_config, to_yaml
+from .schema import (
+    AdversarialConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EMAConfig,
+    KLConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PerceptualConfig,
+    ResumeConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "AdversarialConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EMAConfig",
+    "KLConfig",
+    "LogConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PerceptualConfig",
+    "ResumeConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "build",
+    "load_config",
+    "to_yaml",
+]

@@ -1,0 +1,129 @@
+"""One line for what pydantic finds wrong: the key, the value and what is allowed."""
+
+import dataclasses
+import difflib
+import reprlib
+import textwrap
+import types
+import typing
+from typing import Any
+
+from pydantic import BeforeValidator, ValidationError
+
+TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dataclass_type": "keys and values",
+    "dataclass_exact_type": "keys and values",
+    "finite_number": "a finite number",
+}
+BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"))
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 60
+_shorten.maxlevel = 2
+
+
+def first_error(error: ValidationError, cls: type) -> str:
+    """The first of the errors, in a line. `cls` is the section that was to be built."""
+    found = error.errors(include_url=False)[0]
+    kind, path, value = found["type"], list(found["loc"]), found["input"]
+    key = dotted(path)
+    if kind == "value_error":  # raised by a section's own check, in a line that says it all
+        return str(found["ctx"]["error"])
+    if kind == "unexpected_keyword_argument":
+        return f"{key}: no such key; {_near(path, section_at(cls, path[:-1]))}"
+    if kind == "missing":
+        return f"{key}: not given, and it has no default"
+    if kind in TYPES:
+        return f"{key}: {_shown(value)}; allowed: {TYPES[kind]}"
+    if kind == "literal_error":
+        allowed = ", ".join(map(str, typing.get_args(_literal(_field(cls, path).annotation))))
+        return f"{key}: {_shown(value)}; allowed: {allowed}"
+    bounds = bounds_of(cls, path)
+    if bounds:
+        value = (
+            float(value) if isinstance(value, int) and float in kinds(_field(cls, path).annotation) else value
+        )
+        return f"{key}: {_shown(value)}; allowed: {' and '.join(bounds)}"
+    return f"{key}: {_shown(value)}; {found['msg']}"
+
+
+def dotted(path: list) -> str:
+    """("model", "block_out_channels", 1) -> model.block_out_channels[1]."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{textwrap.shorten(part, 60)}" for part in path)
+    return "".join(parts).removeprefix(".")
+
+
+def section_at(cls: type, path: list) -> type:
+    """The section that the keys of `path` lead to from `cls`."""
+    for name in path:
+        cls = next(
+            kind for kind in kinds(cls.__pydantic_fields__[name].annotation) if dataclasses.is_dataclass(kind)
+        )
+    return cls
+
+
+def kinds(annotation: Any) -> list:
+    """float | None -> [float, NoneType]; tuple[int, ...] -> [int]; int -> [int]."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return kinds(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType, tuple):
+        return [kind for part in typing.get_args(annotation) for kind in kinds(part)]
+    return [annotation]
+
+
+def bounds_of(cls: type, path: list) -> list[str]:
+    """["at least 0", "at most 1"]: what the key at `path`, or the value of a list there, allows."""
+    field = _field(cls, path)
+    metadata = field.metadata
+    if path and isinstance(path[-1], int):
+        metadata = [m for item in _items(field.annotation) for m in getattr(item, "__metadata__", ())]
+        metadata = [inner for m in metadata for inner in getattr(m, "metadata", [m])]
+    return [
+        f"{word} {_number(getattr(bound, name))}"
+        for name, word in BOUNDS
+        for bound in metadata
+        if getattr(bound, name, None) is not None
+    ]
+
+
+def _field(cls: type, path: list):
+    names = [name for name in path if not isinstance(name, int)]
+    return section_at(cls, names[:-1]).__pydantic_fields__[names[-1]]
+
+
+def _literal(annotation: Any) -> Any:
+    if typing.get_origin(annotation) is typing.Literal:
+        return annotation
+    found = (
+        _literal(option) for option in typing.get_args(annotation) if not isinstance(option, BeforeValidator)
+    )
+    return next((literal for literal in found if literal is not None), None)
+
+
+def _items(annotation: Any) -> list:
+    """The types of the values of the lists that an annotation allows."""
+    if typing.get_origin(annotation) is tuple:
+        return [typing.get_args(annotation)[0]]
+    return [item for option in typing.get_args(annotation) for item in _items(option)]
+
+
+def _near(path: list, cls: type) -> str:
+    names = list(cls.__pydantic_fields__)
+    near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
+    return f"did you mean {dotted([*path[:-1], near[0]])}?" if near else f"allowed: {', '.join(names)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,g}" if isinstance(value, float) else f"{value:,}"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it, cut where it is longer than anybody reads."""
+    if isinstance(value, int) and abs(value) > 10**40:  # repr refuses one of more than 4300 digits
+        return f"a whole number of {value.bit_length()} bits"
+    return _shorten.repr(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,67 @@
+"""Every key of a configuration with its type, default, range and sentence, as `--keys` prints them."""
+
+import dataclasses
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .errors import bounds_of, dotted, kinds
+from .schema import Config
+
+NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+WIDTH = 100
+
+
+class Key(NamedTuple):
+    """A key as people write it, such as optimizer.learning_rate."""
+
+    name: str
+    type: str
+    default: str
+    range: str
+    doc: str
+
+
+def keys(cls: type = Config, path: tuple[str, ...] = ()) -> Iterator[Key]:
+    """All keys of a section and of those in it, in the order of the code."""
+    for name, field in cls.__pydantic_fields__.items():
+        inner = next((kind for kind in kinds(field.annotation) if dataclasses.is_dataclass(kind)), None)
+        here = (*path, name)
+        if inner is not None:
+            yield from keys(inner, here)
+            continue
+        default = "must be given" if field.is_required() else _shown(field.default)
+        bounds = " and ".join(bounds_of(cls, [name]) or bounds_of(cls, [name, 0]))
+        yield Key(dotted(list(here)), type_name(field.annotation), default, bounds, field.description or "")
+
+
+def describe() -> str:
+    """The text of `--keys`."""
+    lines = []
+    for key in keys():
+        about = ", ".join(filter(None, [key.type, key.range, f"default {key.default}"]))
+        lines.append(f"{key.name}: {about}")
+        lines += textwrap.wrap(key.doc, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def type_name(annotation: Any) -> str:
+    """tuple[int, ...] | None -> "list of whole number, or null"."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return type_name(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {type_name(typing.get_args(annotation)[0])}"
+    options = typing.get_args(annotation)
+    if options:
+        given = [type_name(option) for option in options if option is not type(None)]
+        return " or ".join(given) + (" or null" if type(None) in options else "")
+    return NAMES.get(annotation, str(annotation))
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)

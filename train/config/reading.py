@@ -1,0 +1,148 @@
+"""Read a configuration: YAML, what it is based on, and overrides from the command line; and write it back.
+
+Every error is a ValueError of one line that names the key, the value and what is allowed.
+"""
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import first_error
+from .schema import Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A YAML file and `dotted.key=value` overrides -> Config. Raises ValueError or FileNotFoundError.
+
+    `base: other.yaml` in the file, a path relative to it, stands for that file's keys, which this one's replace.
+    """
+    values = _read_file(Path(path))
+    for override in overrides:
+        _apply(values, override)
+    return build(Config, values)
+
+
+def build(cls: type, values: Any):
+    """A section from a mapping, strictly. Modules named in `plugins` are imported first."""
+    if isinstance(values, dict):
+        _import_plugins(values.get("plugins") or ())
+    try:
+        return TypeAdapter(cls).validate_python(_tuples(values))
+    except ValidationError as error:
+        raise ValueError(first_error(error, cls)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved configuration; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False)
+
+
+# -------------------------------------------------------------------- files
+
+
+class GivenTwice(ValueError):
+    """A key that stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but that 1e-4 is a number and a key that stands twice is refused."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if name in seen:
+                where = f"line {key_node.start_mark.line + 1}"
+                raise GivenTwice(f"{name}: given twice ({where}); allowed: once")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read_file(path: Path, reading: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    if path.resolve() in reading:
+        raise ValueError(f"base: {path} is based on itself; allowed: a file that is not")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except GivenTwice as error:
+        raise ValueError(f"{path}: {_shortened(error)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that Python refuses, too
+        raise ValueError(f"{path}: not a YAML file ({_shortened(error)})") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}; allowed: keys and values")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ValueError(f"base: {base!r}; allowed: the path of a YAML file")
+    return _merged(_read_file(path.parent / base, (*reading, path.resolve())), values)
+
+
+def _merged(below: dict, above: dict) -> dict:
+    """The keys of both, section by section; where both have one, that of `above`."""
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(name), dict)
+        merged[name] = _merged(below[name], value) if both else value
+    return merged
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override[:80]}: not an override; allowed: key=value, as in train.steps=200")
+    *parents, leaf = key.split(".")
+    for depth, parent in enumerate(parents):
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} has no keys of its own")
+    try:
+        values[leaf] = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ValueError(
+            f"{key}: {_shortened(repr(text), 80)} is not a YAML value; allowed: such as 3, true, null, [8, 16]"
+        ) from None
+
+
+def _import_plugins(names: Any) -> None:
+    for name in names if isinstance(names, (list, tuple)) else ():
+        try:
+            importlib.import_module(str(name))
+        except ImportError as error:
+            raise ValueError(f"plugins: {name!r} cannot be imported ({_shortened(error)})") from None
+
+
+# -------------------------------------------------------------------- between YAML and sections
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _tuples(entry) for name, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _lists(entry) for name, entry in value.items()}
+    return list(map(_lists, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _shortened(said: object, most: int = 200) -> str:
+    text = " ".join(str(said).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."

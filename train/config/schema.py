@@ -1,0 +1,254 @@
+"""The configuration of a run: every key with its default, its bounds and a sentence. `--keys` prints them."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..data.loader import DataConfig
+from ..settings import LPIPSNet, Number, Precision, Recomputed, Text, Whole, choice, key, section
+
+STEPS = 10**9  # the longest run, and the latest step at which anything can happen
+LARGE = 1e6  # the largest weight of a term, and the largest value of a latent
+WIDEST, DEEPEST, LEVELS = 65536, 32, 10  # of networks: channels, ResNet blocks a level, levels
+Count = int | None
+Widths = tuple[Annotated[Whole, Field(ge=1, le=WIDEST)], ...]
+Means = tuple[Annotated[Number, Field(ge=-LARGE, le=LARGE)], ...]
+Deviations = tuple[Annotated[Number, Field(gt=0, le=LARGE)], ...]
+Shares = tuple[Annotated[Number, Field(ge=0, le=1)], ...]
+
+
+@section
+class ModelConfig:
+    """A new network by the keys of diffusers' AutoencoderKL, or a pretrained one to go on from.
+
+    What is left out is AutoencoderKL's default, or what the pretrained model says.
+    """
+
+    pretrained: str | None = key(
+        None, "start from this folder, single file, hub id, or compact, the model in the package"
+    )
+    subfolder: str | None = key(None, "where in `pretrained` the autoencoder is, such as vae")
+    start: Literal["random", "enlargement"] = choice(
+        "random",
+        "what a new network computes: random numbers, or the shrunk image enlarged again, which saves much of a "
+        "short training",
+    )
+    in_channels: Count = key(None, "channels of the images that go in", low=1, high=WIDEST)
+    out_channels: Count = key(None, "channels of the images that come out", low=1, high=WIDEST)
+    down_block_types: tuple[Text, ...] | None = key(None, "one DownEncoderBlock2D a level")
+    up_block_types: tuple[Text, ...] | None = key(None, "one UpDecoderBlock2D a level")
+    block_out_channels: Widths | None = key(None, "width of each level; f = 2^(levels - 1)")
+    layers_per_block: Count = key(
+        None, "ResNet blocks a level of the encoder; the decoder has one more", low=1, high=DEEPEST
+    )
+    act_fn: str | None = key(None, "the nonlinearity; silu")
+    latent_channels: Count = key(None, "channels of the latents", low=1, high=WIDEST)
+    norm_num_groups: Count = key(None, "groups of each GroupNorm", low=1, high=WIDEST)
+    sample_size: Count = key(None, "side in pixels of the images that the model is for", low=1, high=WIDEST)
+    scaling_factor: float | None = key(
+        None,
+        "what latents are multiplied by for diffusion; measured at the end of a training in any case",
+        above=0,
+        high=LARGE,
+    )
+    shift_factor: float | None = key(
+        None, "what is subtracted from latents before they are scaled", low=-LARGE, high=LARGE
+    )
+    latents_mean: Means | None = key(None, "mean of each latent channel")
+    latents_std: Deviations | None = key(None, "standard deviation of each latent channel")
+    force_upcast: bool | None = key(None, "whether pipelines decode in float32 where they run in float16")
+    use_quant_conv: bool | None = key(None, "a 1x1 convolution after the encoder")
+    use_post_quant_conv: bool | None = key(None, "a 1x1 convolution before the decoder")
+    mid_block_add_attention: bool | None = key(None, "attention in the middle of encoder and decoder")
+
+    def network(self) -> dict[str, Any]:
+        """The AutoencoderKL keys that were given."""
+        own = ("pretrained", "subfolder", "start")
+        given = dataclasses.asdict(self)
+        return {name: value for name, value in given.items() if value is not None and name not in own}
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels or (1,))
+        if not 1 <= levels <= LEVELS:
+            raise ValueError(f"model.block_out_channels: {levels} levels; allowed: 1 to {LEVELS}")
+        if self.pretrained is not None and self.network():
+            raise ValueError(
+                f"model.{next(iter(self.network()))}: given beside model.pretrained; allowed: one of the two "
+                "(a pretrained model brings its own configuration)"
+            )
+        if self.pretrained is not None and self.start != "random":
+            raise ValueError(
+                f"model.start: {self.start} beside model.pretrained; allowed: one of the two "
+                "(a pretrained model starts from its own weights)"
+            )
+
+
+@section
+class PerceptualConfig:
+    """LPIPS (Zhang et al. 2018)."""
+
+    weight: float = key(1.0, "of LPIPS, beside the reconstruction per pixel dimension", low=0, high=LARGE)
+    net: LPIPSNet = choice("vgg", "the network whose features are compared")
+    required: bool = key(
+        True, "false: go on without the term, with a warning, where its weights cannot be had"
+    )
+
+
+@section
+class KLConfig:
+    """KL(q(z|x) || N(0, I)), summed over an image, beside the reconstruction summed over it."""
+
+    weight: float = key(1e-6, "beta: multiplies the KL", low=0, high=LARGE)
+    warmup_steps: int = key(0, "the weight rises linearly over so many steps", low=0, high=STEPS)
+    free_bits: float = key(0.0, "bits a latent value that each channel has for nothing", low=0, high=LARGE)
+
+
+@section
+class AdversarialConfig:
+    """A patch discriminator against blur."""
+
+    weight: float = key(0.0, "of the adversarial term; 0 is a run without a discriminator", low=0, high=LARGE)
+    loss: Literal["hinge", "logistic"] = choice("hinge", "what the discriminator minimises")
+    disc_start: int = key(50001, "the step from which the discriminator trains", low=0, high=STEPS)
+    disc_warmup_steps: int = key(0, "so many steps later the autoencoder feels it", low=0, high=STEPS)
+    ramp_steps: int = key(0, "and over so many steps its weight rises", low=0, high=STEPS)
+    adaptive: bool = key(True, "multiply the weight by |grad nll| / |grad adversarial|, as VQGAN does")
+    lecam_weight: float = key(0.0, "of the LeCam regularisation of the logits", low=0, high=LARGE)
+    r1_weight: float = key(0.0, "of the R1 penalty on real images", low=0, high=LARGE)
+    r1_every: int = key(16, "steps between two R1 penalties", low=1, high=STEPS)
+    channels: int = key(64, "width of the discriminator's first layer", low=1, high=4096)
+    layers: int = key(3, "stride-2 layers of the discriminator", low=1, high=10)
+    learning_rate: float | None = key(
+        None, "of the discriminator; null is the autoencoder's", above=0, high=100
+    )
+
+
+@section
+class LossConfig:
+    """The terms of the objective."""
+
+    reconstruction: Literal["l1", "l2", "gaussian", "laplace", "bernoulli"] = choice(
+        "l1", "the likelihood; gaussian and laplace learn their scale"
+    )
+    perceptual: PerceptualConfig = PerceptualConfig()
+    kl: KLConfig = KLConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+
+
+@section
+class OptimizerConfig:
+    """AdamW. The learning rate is for `reference_batch` samples a step and scaled to the real number by rule."""
+
+    name: Literal["adamw"] = choice("adamw", "the optimizer")
+    learning_rate: float = key(1e-4, "for a step of reference_batch samples", above=0, high=100)
+    betas: Shares = key((0.9, 0.99), "of Adam: decay of the first and of the second moment")
+    weight_decay: float = key(0.0, "decoupled, of all weights", low=0, high=100)
+    warmup_steps: int = key(0, "the rate rises linearly over so many steps", low=0, high=STEPS)
+    schedule: Literal["constant", "linear", "cosine"] = choice(
+        "constant", "how the rate goes on until train.steps"
+    )
+    gradient_clip: float | None = key(
+        1.0, "largest norm of the gradient; null does not clip", above=0, high=LARGE
+    )
+    scale_rule: Literal["none", "linear", "sqrt"] = choice(
+        "none", "how the rate grows with the samples a step over reference_batch"
+    )
+    reference_batch: int = key(1, "the samples a step that learning_rate is written for", low=1, high=10**6)
+
+    def __post_init__(self):
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: {list(self.betas)}; allowed: two numbers in [0, 1)")
+
+
+@section
+class EMAConfig:
+    """Exponential moving average of the weights: what is validated and exported where it is enabled."""
+
+    enabled: bool = key(True, "keep the average")
+    decay: float = key(0.999, "of the average, a step", low=0, high=1)
+
+
+@section
+class TrainConfig:
+    """How long, and how a step is computed."""
+
+    steps: int = key(1000, "optimizer steps of the whole run", low=1, high=STEPS)
+    gradient_accumulation: int = key(1, "micro-batches a step, one after another", low=1, high=10**4)
+    mixed_precision: Precision = choice(
+        "no", "compute in this type; weights, losses and the average stay float32"
+    )
+    compile: bool = key(False, "torch.compile for the networks")
+    gradient_checkpointing: Recomputed = choice(
+        "norms", "computed again in the backward pass: nothing, norms and SiLUs (cheap), or whole blocks"
+    )
+    decoder_only: bool = key(False, "freeze the encoder: the latents stay those of a model that exists")
+    bf16_gradients: bool = key(False, "ranks send one another gradients in bf16, for slow links")
+    max_bad_steps: int = key(20, "non-finite gradients in a row that end the run", low=1, high=STEPS)
+    profile: bool = key(False, "write a trace of five steps and a table of what they spend their time on")
+
+
+@section
+class LogConfig:
+    """metrics.jsonl and TensorBoard."""
+
+    every: int = key(50, "steps between two lines", low=1, high=STEPS)
+    tensorboard: bool = key(True, "write for TensorBoard, too")
+
+
+@section
+class ValidationConfig:
+    """PSNR, SSIM and LPIPS of the held-out images."""
+
+    every: int = key(
+        1000, "steps between two measurements; 0: at the start and the end alone", low=0, high=STEPS
+    )
+    batch_size: int = key(4, "images at a time", low=1, high=10**4)
+    lpips_net: LPIPSNet = choice("alex", "the network that LPIPS measures with")
+    pictures: int = key(4, "images in the picture of originals and reconstructions", low=1, high=1000)
+
+
+@section
+class CheckpointConfig:
+    """All that the next step depends on, on disk."""
+
+    every: int = key(1000, "steps between two checkpoints", low=1, high=STEPS)
+    keep_last: int = key(2, "the newest so many stay", low=1, high=STEPS)
+    keep_every: int | None = key(None, "and so does each whose step is a multiple of this", low=1, high=STEPS)
+
+
+@section
+class ResumeConfig:
+    """What becomes of a run folder that is used again."""
+
+    force: bool = key(False, "go on with a run whose data, seed or network the configuration has changed")
+
+
+@section
+class Config:
+    """A whole run."""
+
+    output_dir: str = key(..., "the run's folder; running into it again continues")
+    data: DataConfig = Field()
+    plugins: tuple[Text, ...] = key(
+        (), "modules of yours that are imported first and bring parts of their own"
+    )
+    seed: int = key(0, "of weights, order, crops and noise", low=0, high=2**64 - 1)
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
+
+    def __post_init__(self):
+        adversarial, steps = self.loss.adversarial, self.train.steps
+        felt = adversarial.disc_start + adversarial.disc_warmup_steps
+        if adversarial.weight and felt >= steps:
+            raise ValueError(
+                f"loss.adversarial.disc_start: {adversarial.disc_start} (felt from step {felt} on) in a run of "
+                f"{steps} steps; allowed: below train.steps, or loss.adversarial.weight=0"
+            )

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from kl_autoencoder import distributed
-from kl_autoencoder.data.sources import SAMPLE_PHOTOGRAPHS
+from kl_autoencoder.data.locating import SAMPLE_PHOTOGRAPHS
 from kl_autoencoder.evaluation.frechet import short_patience
 from kl_autoencoder.evaluation.metrics import backbone_file
 from kl_autoencoder.models.autoencoder_kl import COMPACT

@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.latents.latent_files import save_latents
+from kl_autoencoder.models.config import RULES
 from tests import fuzzing
 
 MUTATIONS = 100
@@ -68,3 +70,6 @@ def test_damage_is_told_in_one_line(folder, cases):
     assert len(outcomes) == MUTATIONS and not faults, "\n".join(faults)
     codes = [outcome.code for outcome in outcomes]
     assert codes.count(2) > MUTATIONS // 2  # most damage is found
+    if cases is damaged_configs:  # and told by the key, or by the file where it is no config any more
+        keys = re.compile("|".join([*RULES, "config.json", "holds a"]))
+        assert not [outcome.said for outcome in outcomes if outcome.code and not keys.search(outcome.said)]

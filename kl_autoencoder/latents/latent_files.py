@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..data.formats import LATENTS_KEY
-from ..files import read_tensors, save_tensors
+from ..files import read_tensors, save_tensors, shown
+from ..models.config import SCALING, check_rules, is_size
 from ..models.scaling import SCALING_KEYS, unscale
 
 
@@ -64,15 +65,48 @@ def save_latents(
 
 
 def load_latents(path: str | os.PathLike) -> LatentFile:
-    """Read a file of `save_latents`. Raises FileNotFoundError, or ValueError naming a file that is not one."""
+    """Read a file of `save_latents`, held to what that writes.
+
+    Raises FileNotFoundError, or ValueError naming the file and, if it is one of latents, the entry that is wrong.
+    """
     tensors, metadata = read_tensors(path)
     try:
         about = json.loads(metadata[LATENTS_KEY])
-        latents = [tensors[_key(i)] for i in range(len(about["names"]))]
-        sizes = [(int(height), int(width)) for height, width in about["sizes"]]
-        return LatentFile(latents, about["names"], sizes, about["scaled"], about["model"], about["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        names = about["names"]
+        latents = [tensors[_key(i)] for i in range(len(names))]
+        entries = {key: about[key] for key in ("sizes", "scaled", "model", "config")}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a file of latents written by save_latents or `encode`") from error
+    try:
+        _check_entries(names, latents, **entries)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    sizes = [(height, width) for height, width in entries.pop("sizes")]
+    return LatentFile(latents, names, sizes, **entries)
+
+
+def _check_entries(
+    names: Any, latents: Sequence[Tensor], *, sizes: Any, scaled: Any, model: Any, config: Any
+) -> None:
+    """ValueError naming the first entry of a file that `save_latents` could not have written."""
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names: {shown(names)}; allowed: a list of names")
+    if not isinstance(sizes, list) or len(sizes) != len(names) or not all(map(is_size, sizes)):
+        raise ValueError(f"sizes: {shown(sizes)}; allowed: {len(names)} times (height, width)")
+    for z, key in ((z, _key(i)) for i, z in enumerate(latents)):
+        if z.ndim != 3 or not z.numel() or not z.is_floating_point():
+            raise ValueError(f"{key}: {tuple(z.shape)} of {z.dtype}; allowed: floating-point (C, h, w)")
+        if not z.isfinite().all():
+            raise ValueError(f"{key}: not finite")
+    for key, value, kind in (("scaled", scaled, bool), ("model", model, str), ("config", config, dict)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{key}: {shown(value)}; allowed: {kind.__name__}")
+    check_rules({key: config.get(key) for key in SCALING}, SCALING)
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None and {len(config[key])} != {z.shape[0] for z in latents}:
+            raise ValueError(
+                f"{key}: {len(config[key])} values; allowed: one for each channel of the latents"
+            )
 
 
 def _key(index: int) -> str:

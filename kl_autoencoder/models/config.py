@@ -22,6 +22,11 @@ def _number(value: Any, above: float = -LARGEST_SCALE) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < LARGEST_SCALE
 
 
+def is_size(value: Any) -> bool:
+    """Whether a value is an image's [height, width]."""
+    return _several(value, lambda side: _whole(side, LARGEST_IMAGE), 2) and len(value) == 2
+
+
 def _several(value: Any, check: Callable[[Any], bool], most: int) -> bool:
     return isinstance(value, (list, tuple)) and 1 <= len(value) <= most and all(map(check, value))
 

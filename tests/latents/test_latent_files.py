@@ -217,3 +217,24 @@ class TestFiles:
         save_file(tensors, tmp_path / "broken.safetensors", metadata=metadata)
         with pytest.raises(ValueError, match=r"broken\.safetensors: not a file of latents"):
             load_latents(tmp_path / "broken.safetensors")
+
+    @pytest.mark.parametrize("key, value, told", [
+        ("names", "ab", "names: 'ab'; allowed: a list of names"),
+        ("sizes", [[8, 8], [8, 0]], r"sizes: \[\[8, 8\], \[8, 0\]\]; allowed: 2 times"),
+        ("sizes", [[8, 8]], "sizes: .*allowed: 2"), ("sizes", [[8, 2.5], [8, 8]], "sizes: .*allowed: 2"),
+        ("scaled", 1, "scaled: 1; allowed: bool"), ("model", None, "model: None; allowed: str"),
+        ("config", [], r"config: \[\]; allowed: dict"),
+        ("config", {"scaling_factor": "x" * 999}, "scaling_factor: 'xxx"),
+        ("config", {"scaling_factor": 1.0, "latents_std": [1.0, 0.0]}, r"latents_std: \[1.0, 0.0\]; allowed:"),
+        ("config", {"scaling_factor": 1.0, "latents_mean": [0.0] * 5}, "latents_mean: 5 values; allowed: one"),
+    ])  # fmt: skip
+    def test_entries_are_checked_by_name(self, tmp_path, key, value, told):
+        path = tmp_path / "z.safetensors"
+        two = [torch.randn(4, 2, 2), torch.randn(4, 1, 1)]
+        save_latents(path, two, ["a", "b"], [(8, 8), (4, 4)], config={"scaling_factor": 1.0})
+        tensors, metadata = read_tensors(path)
+        (name,) = set(metadata) - {"format"}
+        save_file(tensors, path, metadata={name: json.dumps(json.loads(metadata[name]) | {key: value})})
+        with pytest.raises(ValueError, match=rf"z\.safetensors: {told}") as error:
+            load_latents(path)
+        assert len(str(error.value)) < 300

@@ -154,7 +154,7 @@ def test_a_room_has_a_page_that_names_its_modules_and_no_others(folder):
     page = (folder / "README.md").read_text(encoding="utf-8")
     named = {word for word in IN_CODE.findall(page) if word.endswith(".py") and "/" not in word}
     held = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert named - {"__init__.py", "__main__.py"} == held
+    assert named - {"__init__.py", "__main__.py"} == held, "its README.md names each as `name.py`, and no others"
     inside = {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
     assert inside <= set(IN_CODE.findall(page))
 

@@ -154,7 +154,9 @@ def test_a_room_has_a_page_that_names_its_modules_and_no_others(folder):
     page = (folder / "README.md").read_text(encoding="utf-8")
     named = {word for word in IN_CODE.findall(page) if word.endswith(".py") and "/" not in word}
     held = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert named - {"__init__.py", "__main__.py"} == held, "its README.md names each as `name.py`, and no others"
+    assert named - {"__init__.py", "__main__.py"} == held, (
+        "its README.md names each as `name.py`, and no others"
+    )
     inside = {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
     assert inside <= set(IN_CODE.findall(page))
 
@@ -169,12 +171,20 @@ def test_a_page_says_what_its_room_may_import(folder):
         assert line is None
 
 
-PAGES = sorted({*(folder / "README.md" for folder in FOLDERS), *(ROOT / ".github").glob("*.md")})
+PAGES = sorted(
+    {*(folder / "README.md" for folder in FOLDERS), *(ROOT / ".github").glob("*.md"), ROOT / "README.md"}
+)
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+TREE = ("kl_autoencoder", "train", "configs", "tests", ".github", ".ci")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=folder_name)
 def test_paths_on_a_page_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in LINK.findall(text):
+        assert (page.parent / link.partition("#")[0]).exists(), link
     roots = [ROOT, *(parent for parent in page.parents if parent.is_relative_to(ROOT))]
-    for word in IN_CODE.findall(page.read_text(encoding="utf-8")):
-        if "/" in word and re.fullmatch(r"[\w./-]+", word) and not word.startswith("/"):
+    for word in IN_CODE.findall(text):
+        path = re.fullmatch(r"[\w.][\w./-]*/[\w./-]*", word)
+        if path and (page != ROOT / "README.md" or word.split("/")[0] in TREE):
             assert any((root / word).exists() for root in roots), word

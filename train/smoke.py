@@ -82,6 +82,8 @@ def replaced(before: Config, after: Config) -> list[str]:
         ("validation.lpips_net", before.validation.lpips_net, after.validation.lpips_net),
     ]
     lines = [f"{key}: {old} is not on this machine; {new} instead" for key, old, new in pairs if old != new]
+    if before.loss.adversarial.pretrained:
+        lines.append("loss.adversarial.pretrained: a small, new discriminator instead")
     if before.train.compile and not after.train.compile:
         lines.append("train.compile: compiling would take minutes on a CPU; not tested here")
     return lines
@@ -118,6 +120,7 @@ def _early(config: AdversarialConfig) -> AdversarialConfig:
         disc_warmup_steps=min(config.disc_warmup_steps, 1),
         ramp_steps=min(config.ramp_steps, 1),
         channels=min(config.channels, 8),
+        pretrained=False,  # which is of another size
         r1_every=min(config.r1_every, 2),
     )
 

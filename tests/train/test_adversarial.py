@@ -115,12 +115,14 @@ def test_r1_and_its_gradient_against_finite_differences():
 
 def test_the_adaptive_weight_is_clamped_and_finite():
     three, four, zero = torch.full((9,), 1.0), torch.full((4,), 2.0), torch.zeros(5)
-    assert losses.adaptive_weight(three, four).item() == pytest.approx(3 / (4 + 1e-4))
-    assert losses.adaptive_weight(three, zero).item() == 1e4
-    assert losses.adaptive_weight(zero, four).item() == losses.adaptive_weight(zero, zero).item() == 0
+    assert losses.adaptive_weight(three, four, 9.0).item() == pytest.approx(3 / (4 + 1e-4))
+    assert losses.adaptive_weight(three, four, 0.5).item() == 0.5
+    assert losses.adaptive_weight(three, zero, 9.0).item() == 9
+    for none in (four, zero):
+        assert losses.adaptive_weight(zero, none, 9.0).item() == 0
     for bad in (math.nan, math.inf):
         for pair in ((three * bad, four), (three, four * bad), (three * bad, four * bad)):
-            assert 0 <= losses.adaptive_weight(*pair).item() <= 1e4
+            assert 0 <= losses.adaptive_weight(*pair, 9.0).item() <= 9
 
 
 # ------------------------------------------------------------------ against one plain graph
@@ -177,19 +179,23 @@ def whole_graph(run, images, noise):
     variance = posterior.logvar.exp()
     kl = 0.5 * (posterior.mean**2 + variance - 1 - posterior.logvar).sum() / images.numel()
     fooled = -network(output).mean()
-    last = vae.decoder.conv_out.weight
-    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, fooled)]
-    adaptive = (norms[0] / (norms[1] + 1e-4)).item() if config.adversarial.adaptive else 1.0
+    last, d = vae.decoder.conv_out.weight, images[0].numel()
+    # latent diffusion: the nll is a sum over an image, the clamp 1e4; all is divided by d afterwards
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll * d, fooled)]
+    adaptive = min((norms[0] / (norms[1] + 1e-4)).item(), 1e4) / d if config.adversarial.adaptive else 1.0
     total = nll + config.kl.weight * kl + config.adversarial.weight * adaptive * fooled
     return total, adaptive, output
 
 
-@pytest.mark.parametrize("adaptive", [True, False], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("adaptive", ["adaptive", "clamped", "fixed"])
 @pytest.mark.parametrize("net", [None, "squeeze"], ids=["", "lpips"])
 def test_the_autoencoders_gradients_are_those_of_one_whole_graph(small, tmp_path, net, adaptive):
     if net and backbone_missing(net):
         pytest.skip(f"the LPIPS backbone {net} is not in TORCH_HOME")
-    run = lively(keep_gradients(make(small(tmp_path, loss=loss_section(net, adaptive=adaptive)))))
+    loss = loss_section(net, adaptive=adaptive != "fixed")
+    run = lively(keep_gradients(make(small(tmp_path, loss=loss))))
+    if adaptive == "clamped":
+        run.engine.disc_parameters[-2].data.mul_(0.01)  # the weight of the logits
     images, noise = inputs(run, next(iter(run.loader)))
     total, weight, _ = whole_graph(run, images, noise)
     expected = torch.autograd.grad(total, run.engine.parameters)
@@ -197,7 +203,7 @@ def test_the_autoencoders_gradients_are_those_of_one_whole_graph(small, tmp_path
         terms, _ = run.engine.autoencoder_step(images, noise)
     assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert terms.get("adaptive_weight", torch.tensor(1.0)).item() == pytest.approx(weight, rel=1e-4)
-    assert not adaptive or weight > 0.05
+    assert (weight == 1e4 / (3 * 32 * 32)) == (adaptive == "clamped") and weight > 0.05
     names = [name for name, _ in run.engine.unwrapped.named_parameters()]
     ours = dict(zip(names, (p.grad for p in run.engine.parameters), strict=True))
     assert_near(ours, dict(zip(names, expected, strict=True)), 1e-4)

@@ -16,6 +16,7 @@ from ..loop.schedules import Schedules
 from . import losses
 from .discriminator import PatchDiscriminator
 from .model import MovingAverage, TrainedModel, build_autoencoder, choose_backward, posterior_noise
+from .training_state import load_training_state
 
 LECAM_DECAY = 0.99
 PERCEPTUAL_PIXELS = 4 * 256 * 256  # LPIPS holds some 250 MB of VGG features for each image of 256x256
@@ -71,6 +72,15 @@ class Engine:
         self.disc_optimizer = self._adamw(self.disc_parameters)
         self.lecam_anchors = torch.zeros(2, device=self.device)
         self.logit_means: list[Tensor] = []  # of real and fake, a micro-batch
+        if config.pretrained:
+            try:
+                self._load_discriminator(load_training_state(self.config.model.pretrained))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"loss.adversarial.pretrained: {self.config.model.pretrained} has a discriminator of another "
+                    f"shape than channels={config.channels}, layers={config.layers} "
+                    f"({str(error).splitlines()[-1].strip()})"
+                ) from None
 
     def _adamw(self, parameters: list[Tensor]) -> torch.optim.AdamW:
         config = self.config.optimizer
@@ -206,7 +216,10 @@ class Engine:
                 features, last_layer.weight.shape, unit, padding=last_layer.padding
             )
             at_weight.append(norm * sent.float())
-        return losses.adaptive_weight(*self.accelerator.reduce(torch.stack(at_weight), "mean"))
+        largest = self.config.loss.adversarial.adaptive_max
+        if largest is None:
+            largest = losses.LARGEST_ADAPTIVE_WEIGHT / gradients[0][0].numel()
+        return losses.adaptive_weight(*self.accelerator.reduce(torch.stack(at_weight), "mean"), largest)
 
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Move the discriminator by one micro-batch, in one forward over real and reconstructed images."""
@@ -273,17 +286,26 @@ class Engine:
         if self.ema is not None:
             tensors["ema"] = self.ema.vae.state_dict()
         if self.discriminator is not None:
-            tensors["discriminator"] = self.accelerator.unwrap_model(self.discriminator).state_dict()
-            tensors["discriminator_optimizer"] = checkpoint.optimizer_tensors(self.disc_optimizer)
-            tensors["lecam"] = {"anchors": self.lecam_anchors}
+            tensors |= self.discriminator_tensors()
         return tensors
 
+    def discriminator_tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "discriminator": self.accelerator.unwrap_model(self.discriminator).state_dict(),
+            "discriminator_optimizer": checkpoint.optimizer_tensors(self.disc_optimizer),
+            "lecam": {"anchors": self.lecam_anchors},
+        }
+
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of `tensors`. A moving average that is not among them starts from the weights."""
         self.unwrapped.load_state_dict(tensors["model"])
         checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
         if self.ema is not None:
-            self.ema.vae.load_state_dict(tensors["ema"])
+            self.ema.vae.load_state_dict(tensors["ema"] if "ema" in tensors else self.vae.state_dict())
         if self.discriminator is not None and "discriminator" in tensors:
-            self.accelerator.unwrap_model(self.discriminator).load_state_dict(tensors["discriminator"])
-            checkpoint.load_optimizer(self.disc_optimizer, tensors.get("discriminator_optimizer", {}))
-            self.lecam_anchors = tensors["lecam"]["anchors"].to(self.device)
+            self._load_discriminator(tensors)
+
+    def _load_discriminator(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        self.accelerator.unwrap_model(self.discriminator).load_state_dict(tensors["discriminator"])
+        checkpoint.load_optimizer(self.disc_optimizer, tensors["discriminator_optimizer"])
+        self.lecam_anchors = tensors["lecam"]["anchors"].to(self.device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from kl_autoencoder import KLAutoencoder
 
 from ..config import Config, to_yaml
+from .training_state import save_training_state
 
 CARD = """---
 library_name: diffusers
@@ -49,16 +50,18 @@ reconstruction must be exact (text, medical or legal evidence).
 """
 
 
-def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict) -> None:
+def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict, training_state=None) -> None:
     """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
 
     facts: samples, held_out (number of images), statistics (LatentStatistics), and the metrics
-    `before` and `after`.
+    `before` and `after`. training_state: the discriminator's tensors, where they are kept beside the model.
     """
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     vae.save_pretrained(beside)
     (beside / "README.md").write_text(model_card(folder, vae, config, facts), encoding="utf-8")
+    if training_state is not None:
+        save_training_state(beside, training_state)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 

@@ -19,6 +19,7 @@ from kl_autoencoder.networks.distributions import DiagonalGaussian
 
 LEARNED_SCALE = ("gaussian", "laplace")  # the likelihoods that have a scale of their own to learn
 PROBABILITY_FLOOR = 1e-3
+LARGEST_ADAPTIVE_WEIGHT = 1e4  # of an nll that is summed over an image
 
 
 def reconstruction_nll(
@@ -82,10 +83,14 @@ def generator_loss(kind: str, fake: Tensor) -> Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def adaptive_weight(nll_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-    """|grad nll| / (|grad adversarial| + 1e-4), at most 1e4 and never NaN (Esser et al. 2021, eq. 7)."""
+def adaptive_weight(nll_gradient: Tensor, adversarial_gradient: Tensor, largest: float) -> Tensor:
+    """|grad nll| / (|grad adversarial| + 1e-4), in [0, largest] and never NaN (Esser et al. 2021, eq. 7).
+
+    largest: latent diffusion's 1e4 is for an nll summed over the D values of an image. Ours is divided by D, and so
+        is the whole objective: the same clamp is 1e4 / D here (0.051 at 256x256), `LARGEST_ADAPTIVE_WEIGHT` / D.
+    """
     weight = nll_gradient.norm() / (adversarial_gradient.norm() + 1e-4)
-    return torch.nan_to_num(weight, nan=0.0, posinf=0.0).clamp(0, 1e4)
+    return torch.nan_to_num(weight, nan=0.0, posinf=0.0).clamp(0, largest)
 
 
 def lecam(real: Tensor, fake: Tensor, real_anchor: Tensor, fake_anchor: Tensor) -> Tensor:

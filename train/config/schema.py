@@ -114,6 +114,12 @@ class AdversarialConfig:
     disc_warmup_steps: int = key(0, "so many steps later the autoencoder feels it", low=0, high=STEPS)
     ramp_steps: int = key(0, "and over so many steps its weight rises", low=0, high=STEPS)
     adaptive: bool = key(True, "multiply the weight by |grad nll| / |grad adversarial|, as VQGAN does")
+    adaptive_max: float | None = key(
+        None,
+        "the most that it is multiplied by; null is latent diffusion's clamp, 1e4 over the values of a crop",
+        above=0,
+        high=1e4,
+    )
     lecam_weight: float = key(0.0, "of the LeCam regularisation of the logits", low=0, high=LARGE)
     r1_weight: float = key(0.0, "of the R1 penalty on real images", low=0, high=LARGE)
     r1_every: int = key(16, "steps between two R1 penalties", low=1, high=STEPS)
@@ -121,6 +127,9 @@ class AdversarialConfig:
     layers: int = key(3, "stride-2 layers of the discriminator", low=1, high=10)
     learning_rate: float | None = key(
         None, "of the discriminator; null is the autoencoder's", above=0, high=100
+    )
+    pretrained: bool = key(
+        False, "go on from the discriminator that the run of model.pretrained kept (export.training_state)"
     )
 
 
@@ -225,6 +234,15 @@ class ResumeConfig:
 
 
 @section
+class ExportConfig:
+    """The finished model."""
+
+    training_state: bool = key(
+        False, "keep the discriminator and its optimizer beside it, for another run to go on with"
+    )
+
+
+@section
 class Config:
     """A whole run."""
 
@@ -242,6 +260,7 @@ class Config:
     log: LogConfig = LogConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     resume: ResumeConfig = ResumeConfig()
 
     def __post_init__(self):
@@ -251,4 +270,14 @@ class Config:
             raise ValueError(
                 f"loss.adversarial.disc_start: {adversarial.disc_start} (felt from step {felt} on) in a run of "
                 f"{steps} steps; allowed: below train.steps, or loss.adversarial.weight=0"
+            )
+        if self.export.training_state and not adversarial.weight:
+            raise ValueError(
+                "export.training_state: true in a run without a discriminator; allowed: with "
+                "loss.adversarial.weight above 0"
+            )
+        if adversarial.pretrained and not (adversarial.weight and self.model.pretrained):
+            raise ValueError(
+                "loss.adversarial.pretrained: true; allowed: with loss.adversarial.weight above 0 and "
+                "model.pretrained, the exported model that the discriminator belongs to"
             )

@@ -3,7 +3,7 @@
 import fcntl
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -11,7 +11,33 @@ import torch
 
 from kl_autoencoder.distributed import launched
 
+# what `accelerate launch` sets for what takes the parameters out of the hands of the optimizers that are built here
+PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
+}
 PATIENCE = 60  # seconds that a run which is on its way out may still hold its folder
+
+
+def refuse_plugins(environment: Mapping[str, str]) -> None:
+    """Raise ValueError where accelerate was told to train by anything but data parallelism (DDP).
+
+    84 M parameters with their moments take 1.3 GB: there is nothing to shard, and each plug-in would replace the
+    parameters after the optimizers were given them. A whole-module torch.compile cannot take R1's double gradient.
+    """
+    for name, plugin in PLUGINS.items():
+        if environment.get(name, "").lower() in ("1", "true", "yes", "on"):
+            raise ValueError(
+                f"{plugin} ({name}={environment[name]}): not supported; allowed: `accelerate launch --multi_gpu`, "
+                "torchrun, or a single process (an `accelerate config` file may have switched it on)"
+            )
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("no", ""):
+        raise ValueError(
+            f"ACCELERATE_DYNAMO_BACKEND={backend}: not supported; allowed: no, and train.compile=true instead"
+        )
 
 
 def hold(folder: Path, say, patience: float = PATIENCE) -> IO:

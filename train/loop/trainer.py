@@ -1,6 +1,7 @@
 """The training loop, and what happens around a step: logs, validation, checkpoints, export."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..data import loader
 from . import changes, checkpoint
 from .bad_steps import BadSteps
 from .journal import Journal
-from .launch import Agreement, StopRequest, hold
+from .launch import Agreement, StopRequest, hold, refuse_plugins
 from .schedules import Schedules
 
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
@@ -41,6 +42,7 @@ class Trainer:
         self.config, self.statistics_samples = config, statistics_samples or STATISTICS_SAMPLES
         self.folder = Path(config.output_dir)
         cpu = ranks_on_cpus()
+        refuse_plugins(os.environ)
         if config.train.mixed_precision == "fp16" and PartialState(cpu=cpu).device.type == "cpu":
             raise ValueError("train.mixed_precision: fp16 on a CPU; allowed there: no, bf16")
         self.accelerator = Accelerator(
@@ -286,6 +288,14 @@ class Trainer:
         if changed:
             jump = changes.rate_jump(before, self.config, self.accelerator.num_processes, self.step)
             self.say("\n  ".join(["changed since it was started last:", *changed, *([jump] if jump else [])]))
+        if self.config.ema.enabled and "ema" not in tensors:
+            self.say(
+                "ema.enabled: the run had no moving average so far; it starts from the weights of this step"
+            )
+        if "ema" in tensors and not self.config.ema.enabled:
+            self.say(
+                "ema.enabled: false; the moving average so far ends here, the weights themselves are exported"
+            )
 
     def finish(self, before: dict) -> dict:
         """Measure and export the final weights."""
@@ -295,7 +305,8 @@ class Trainer:
         if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
             self.engine.exported.register_to_config(scaling_factor=facts["statistics"].scaling_factor)
         if self.is_main:
-            export(self.folder / "export", self.engine.exported, self.config, facts)
+            kept = self.engine.discriminator_tensors() if self.config.export.training_state else None
+            export(self.folder / "export", self.engine.exported, self.config, facts, kept)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return {"before": before, "after": after, "picture": self.picture, "export": self.folder / "export"}

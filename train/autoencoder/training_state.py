@@ -1,0 +1,31 @@
+"""Keep a discriminator beside an exported model, for a run that goes on from both."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FOLDER = "training_state"  # inside the exported one
+FILES = ("discriminator", "discriminator_optimizer", "lecam")
+
+
+def save_training_state(export: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Write the discriminator, its optimizer and LeCam's averages as `export`/training_state/*.safetensors."""
+    (export / FOLDER).mkdir()
+    for name in FILES:
+        group = {key: value.detach().contiguous() for key, value in tensors[name].items()}
+        save_file(group, export / FOLDER / f"{name}.safetensors")
+
+
+def load_training_state(pretrained: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of `save_training_state`, by file. Raises ValueError if the folder `pretrained` has none."""
+    folder = Path(pretrained) / FOLDER
+    try:
+        return {name: load_file(folder / f"{name}.safetensors") for name in FILES}
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"loss.adversarial.pretrained: no discriminator in {folder} ({reason}); allowed: a "
+            "model.pretrained that a run with export.training_state=true exported, or false"
+        ) from None

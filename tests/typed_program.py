@@ -16,7 +16,7 @@ from kl_autoencoder import (
     load_image,
     save_image,
 )
-from train.config import Config, load_config
+from train.config import Config, EMAConfig, load_config
 
 
 def reconstruct(path: Path) -> list[Path]:
@@ -48,9 +48,16 @@ def latents(vae: KLAutoencoder, folder: str) -> DataLoader[dict[str, Tensor]]:
 def a_run(path: str) -> int:
     config = load_config(path, ["train.steps=200"])
     assert_type(config, Config)
+    assert_type(config.optimizer.learning_rate, float)
     return config.train.steps
+
+
+def a_section() -> EMAConfig:
+    return EMAConfig(decay=0.9999)
 
 
 def what_is_refused(path: Path) -> None:
     load_image(path, sizes=64)  # type: ignore[call-arg]
+    EMAConfig(decays=0.9)  # type: ignore[call-arg]
+    a_section().decay = 0.9  # type: ignore[misc]
     DiagonalGaussian(path)  # type: ignore[arg-type]

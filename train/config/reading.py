@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ..settings import Section
 from .errors import first_error
 from .schema import Config
 
@@ -28,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build(Config, values)
 
 
-def build(cls: type, values: Any):
+def build(cls: type[Section], values: Any) -> Section:
     """A section from a mapping, strictly. Modules named in `plugins` are imported first."""
     if isinstance(values, dict):
         _import_plugins(values.get("plugins") or ())
@@ -53,7 +54,7 @@ class GivenTwice(ValueError):
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but that 1e-4 is a number and a key that stands twice is refused."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             name = self.construct_object(key_node, deep=True)

@@ -68,7 +68,7 @@ class ModelConfig:
         given = dataclasses.asdict(self)
         return {name: value for name, value in given.items() if value is not None and name not in own}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         levels = len(self.block_out_channels or (1,))
         if not 1 <= levels <= LEVELS:
             raise ValueError(f"model.block_out_channels: {levels} levels; allowed: 1 to {LEVELS}")
@@ -165,7 +165,7 @@ class OptimizerConfig:
     )
     reference_batch: int = key(1, "the samples a step that learning_rate is written for", low=1, high=10**6)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas: {list(self.betas)}; allowed: two numbers in [0, 1)")
 
@@ -263,7 +263,7 @@ class Config:
     export: ExportConfig = ExportConfig()
     resume: ResumeConfig = ResumeConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         adversarial, steps = self.loss.adversarial, self.train.steps
         felt = adversarial.disc_start + adversarial.disc_warmup_steps
         if adversarial.weight and felt >= steps:

@@ -31,8 +31,9 @@ ROOMS = {
     "train": {
         "settings": set(),
         "data": {"settings"},
-        "config": {"data", "settings"},
-        "autoencoder": {"config", "loop"},
+        "parts": {"settings"},
+        "config": {"data", "parts", "settings"},
+        "autoencoder": {"config", "loop", "parts"},
         "loop": {"config", "data", "autoencoder"},
         "smoke": {"config", "data"},
         "__main__": {"config", "data", "loop", "smoke"},

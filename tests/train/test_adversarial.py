@@ -200,7 +200,7 @@ def test_the_autoencoders_gradients_are_those_of_one_whole_graph(small, tmp_path
     total, weight, _ = whole_graph(run, images, noise)
     expected = torch.autograd.grad(total, run.engine.parameters)
     with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-        terms, _ = run.engine.autoencoder_step(images, noise)
+        terms, *_ = run.engine.autoencoder_step(images, noise)
     assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert terms.get("adaptive_weight", torch.tensor(1.0)).item() == pytest.approx(weight, rel=1e-4)
     assert (weight == 1e4 / (3 * 32 * 32)) == (adaptive == "clamped") and weight > 0.05
@@ -238,7 +238,7 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
     )  # R1 every 16th step, 16 times as strong
     gradients = torch.autograd.grad(expected, run.engine.disc_parameters)
     with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-        _, reconstruction = run.engine.autoencoder_step(images, noise)
+        _, reconstruction, _ = run.engine.autoencoder_step(images, noise)
         terms = run.engine.discriminator_step(images, reconstruction)
     assert terms["discriminator/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     for p, wanted in zip(run.engine.disc_parameters, gradients, strict=True):
@@ -261,7 +261,7 @@ def test_no_gradient_crosses(small, tmp_path, options):
             p.grad = left and torch.full_like(p, left)
         before = [left and p.grad.clone() for p in run.engine.disc_parameters]
         with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-            _, reconstruction = run.engine.autoencoder_step(images, noise)
+            _, reconstruction, _ = run.engine.autoencoder_step(images, noise)
         assert untouched(run.engine.disc_parameters, before)
         assert not reconstruction.requires_grad
         assert all(p.grad is not None and p.grad.isfinite().all() for p in run.engine.parameters)

@@ -7,7 +7,8 @@ import torch
 from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal
 
 from kl_autoencoder import DiagonalGaussian
-from train.autoencoder.losses import kl_per_dimension, reconstruction_nll
+from kl_autoencoder.networks.bottlenecks import kl_per_dimension
+from train.autoencoder.losses import reconstruction_nll
 from train.loop.schedules import ramp
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from kl_autoencoder import DiagonalGaussian
+from kl_autoencoder.networks import bottlenecks
+from kl_autoencoder.networks.bottlenecks import posterior_summary
 from tests.processes import finish, start_ranks
 from tests.train.test_restart import command, everything, train
 from tests.train.test_trainer import make, records, small_config, weights
 from train.__main__ import main
-from train.autoencoder import engine
-from train.autoencoder.losses import latent_summary
 from train.loop import trainer
 from train.loop.trainer import TooManyBadSteps
 
@@ -83,15 +83,15 @@ def test_a_bad_step_moves_nothing(small, tmp_path, value, place):
 def test_a_loss_that_is_not_finite_with_a_gradient_that_is(small, tmp_path):
     """A loss that overflows where its gradient, for once, does not: the step is skipped too."""
     run = make(small(tmp_path, loss=LOSS))
-    kl = engine.losses.kl_per_dimension
+    kl = bottlenecks.kl_per_dimension
     steps = run.batches()
     run.train_step(next(steps))
     before = [p.detach().clone() for p in run.engine.parameters]
-    engine.losses.kl_per_dimension = lambda *given: kl(*given).detach() + math.inf
+    bottlenecks.kl_per_dimension = lambda *given: kl(*given).detach() + math.inf
     try:
         run.train_step(next(steps))
     finally:
-        engine.losses.kl_per_dimension = kl
+        bottlenecks.kl_per_dimension = kl
     assert all(torch.equal(p, was) for p, was in zip(run.engine.parameters, before, strict=True))
     assert run.bad_steps.noted[-1][2]
 
@@ -212,7 +212,7 @@ def test_the_summary_is_of_the_definitions():
     generator = torch.Generator().manual_seed(0)
     mean, logvar = torch.randn(2, 4, 3, 3, 3, generator=generator).unbind(0)
     mean[:, 2], logvar[:, 2] = 0, 0  # a channel at the prior
-    summary = latent_summary(DiagonalGaussian(torch.cat([mean, logvar], dim=1)))
+    summary = posterior_summary(DiagonalGaussian(torch.cat([mean, logvar], dim=1)))
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
     for c in range(3):
         torch.testing.assert_close(summary[f"latents/kl_channel_{c}"], kl[:, c].mean())

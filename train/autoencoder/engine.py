@@ -13,9 +13,11 @@ from kl_autoencoder.evaluation.metrics import LPIPS
 from ..config import Config
 from ..loop import checkpoint
 from ..loop.schedules import Schedules
+from ..parts import BOTTLENECKS, TERMS, VIEWS, Draws, Term
+from ..parts.draws import POSTERIOR_NOISE
 from . import losses
 from .discriminator import PatchDiscriminator
-from .model import MovingAverage, TrainedModel, build_autoencoder, choose_backward, posterior_noise
+from .model import MovingAverage, TrainedModel, build_autoencoder, choose_backward
 from .training_state import load_training_state
 
 LECAM_DECAY = 0.99
@@ -37,7 +39,13 @@ class Engine:
         torch.manual_seed(config.seed)
         self.vae = build_autoencoder(config.model).to(memory_format=torch.channels_last)
         learn_scale = config.loss.reconstruction in losses.LEARNED_SCALE
-        self.unwrapped = TrainedModel(self.vae, learn_scale, config.train.decoder_only).to(self.device)
+        bottleneck, view = (
+            BOTTLENECKS.build(config.model.bottleneck, config),
+            VIEWS.build(config.loss.view, config),
+        )
+        model = TrainedModel(self.vae, bottleneck, view, learn_scale, config.train.decoder_only)
+        self.unwrapped = model.to(self.device)
+        self.terms: list[Term] = [TERMS.build(term, config) for term in config.loss.terms]
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
         choose_backward(self.vae, config.train.gradient_checkpointing)
         if config.train.compile:
@@ -98,9 +106,11 @@ class Engine:
         for batch in micro_batches:
             images = batch["images"].to(self.device, memory_format=torch.channels_last, non_blocking=True)
             with self.accelerator.accumulate(*networks):
-                terms, reconstruction = self.autoencoder_step(images, self.noise(batch["sample"]))
+                samples = batch["sample"]
+                draws = Draws(self.config.seed, samples, self.device)
+                terms, reconstruction, targets = self.autoencoder_step(images, self.noise(samples), draws)
                 if self.discriminates:
-                    terms |= self.discriminator_step(images, reconstruction)
+                    terms |= self.discriminator_step(targets, reconstruction)
             found.append(terms)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # once both have stepped: accumulated gradients share one scale
@@ -111,9 +121,11 @@ class Engine:
         return found
 
     def noise(self, samples: Tensor) -> Tensor:
+        """What the bottleneck of each sample needs: standard normal, by the seed and the sample's number alone."""
         side = self.config.data.resolution // self.vae.downsampling
-        shape = (self.vae.config.latent_channels, side, side)
-        return posterior_noise(self.config.seed, samples, shape).to(self.device, non_blocking=True)
+        latent = (self.vae.config.latent_channels, side, side)
+        draws = Draws(self.config.seed, samples, self.device, POSTERIOR_NOISE)
+        return draws.normal(*self.unwrapped.bottleneck.noise_shape(latent))
 
     def _set_learning_rates(self) -> None:
         for group in self.optimizer.param_groups:
@@ -122,8 +134,10 @@ class Engine:
             for group in self.disc_optimizer.param_groups:
                 group["lr"] = self.schedules.discriminator_learning_rate(self.step)
 
-    def autoencoder_step(self, images: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Move the autoencoder by one micro-batch; returns the terms and the detached reconstruction.
+    def autoencoder_step(
+        self, images: Tensor, noise: Tensor, draws: Draws | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Move the autoencoder by one micro-batch; returns the terms, the detached reconstruction and its targets.
 
         The gradient in the reconstruction is formed term by term first, each network's graph being freed before
         the next is built, and goes through the autoencoder once. The norms that the adaptive weight compares
@@ -131,21 +145,25 @@ class Engine:
         """
         config = self.config.loss
         with record_function("autoencoder"):
-            output = self.model(images, noise)
-            posterior, log_scale = output.posterior, output.log_scale
+            output = self.model(images, noise, draws)
+            images, log_scale = output.targets, output.log_scale
             reconstruction = output.images.detach().float().requires_grad_()
             pixels = losses.reconstruction_nll(
                 config.reconstruction, reconstruction, images, log_scale
             ).mean()
-            kl = losses.kl_per_dimension(posterior, images[0].numel(), config.kl.free_bits).mean()
-            kl_loss = self.schedules.kl_weight(self.step) * kl
-            terms = {"loss": pixels + kl_loss, "reconstruction": pixels, "kl": kl}
+            penalties = {name: penalty.mean() for name, penalty in output.code.penalties.items()}
+            penalty = sum(self._penalty_weight(name) * value for name, value in penalties.items())
+            terms = {"loss": pixels + penalty, "reconstruction": pixels, **penalties}
             (gradient,) = torch.autograd.grad(pixels, reconstruction)
         if self.perceptual is not None:
             with record_function("perceptual"):
                 terms["perceptual"], more = self._perceptual(reconstruction, images)
                 gradient = gradient + config.perceptual.weight * more
                 terms["loss"] = terms["loss"] + config.perceptual.weight * terms["perceptual"]
+        for term, weight in self._active("pixels"):
+            value = term.compute(reconstruction, images)
+            gradient = gradient + weight * torch.autograd.grad(value, reconstruction)[0]
+            terms[term.name], terms["loss"] = value, terms["loss"] + weight * value.detach()
         if self.schedules.adversarial_weight(self.step) > 0:
             with record_function("discriminator"):
                 gradient = gradient + self._adversarial_gradient(
@@ -153,7 +171,11 @@ class Engine:
                 )
         with record_function("autoencoder"):
             # a scalar whose gradient in the output is `gradient`
-            surrogate = (output.images.float() * gradient.detach()).sum() + kl_loss
+            surrogate = (output.images.float() * gradient.detach()).sum() + penalty
+            for term, weight in self._active("latents"):
+                value = term.compute(output.code.z, images)
+                surrogate = surrogate + weight * value
+                terms[term.name], terms["loss"] = value, terms["loss"] + weight * value
             if log_scale is not None:
                 surrogate = (
                     surrogate
@@ -165,9 +187,17 @@ class Engine:
             self._backward(surrogate, terms["loss"])
         self._update(self.optimizer, self.parameters, terms, "gradient_norm")
         if (self.step + 1) % self.config.log.every == 0:
-            with torch.no_grad():
-                terms |= losses.latent_summary(posterior)
-        return terms, reconstruction.detach()
+            terms |= output.code.facts()
+        return terms, reconstruction.detach(), images
+
+    def _penalty_weight(self, name: str) -> float:
+        """Of a bottleneck's penalty: the KL has a schedule, others are weighted where they are computed."""
+        return self.schedules.kl_weight(self.step) if name == "kl" else 1.0
+
+    def _active(self, at: str) -> list[tuple[Term, float]]:
+        """The further terms at the pixels or the latents that have a weight in this step."""
+        weighted = [(term, term.weight(self.step)) for term in self.terms if term.at == at]
+        return [(term, weight) for term, weight in weighted if weight]
 
     def _perceptual(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean LPIPS and its gradient in the reconstruction, a few images at a time: they share nothing."""

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kl_autoencoder.networks.distributions import DiagonalGaussian
-
 LEARNED_SCALE = ("gaussian", "laplace")  # the likelihoods that have a scale of their own to learn
 PROBABILITY_FLOOR = 1e-3
 LARGEST_ADAPTIVE_WEIGHT = 1e4  # of an nll that is summed over an image
@@ -47,19 +45,6 @@ def reconstruction_nll(
         p = raw.clamp(PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
         return F.binary_cross_entropy(p, wanted, reduction="none") + (raw - p).square()
     raise ValueError(f"loss.reconstruction: {kind!r}; allowed: l1, l2, gaussian, laplace, bernoulli")
-
-
-def kl_per_dimension(posterior: DiagonalGaussian, image_dimensions: int, free_bits: float = 0.0) -> Tensor:
-    """KL(q(z|x) || N(0, I)) in nats, summed over an image's latents and divided by D: (B,), float32.
-
-    free_bits: a channel's KL counts as at least this many bits a latent value, below which it has no gradient
-        (Kingma et al. 2016, appendix C.8). Taken image by image, so that a batch may be split over ranks.
-    """
-    channels = posterior.kl_map().mean(dim=(2, 3))  # nats a latent value, (B, C)
-    if free_bits:
-        channels = channels.clamp(min=free_bits * math.log(2))
-    positions = posterior.mean.shape[2] * posterior.mean.shape[3]
-    return channels.sum(dim=1) * (positions / image_dimensions)
 
 
 # -------------------------------------------------------------------- adversarial
@@ -102,23 +87,3 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """Half the squared norm of the logits' gradient in real `images`, an image (Mescheder et al. 2018, eq. 9)."""
     (gradient,) = torch.autograd.grad(logits.float().sum(), images, create_graph=True)
     return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
-
-
-# -------------------------------------------------------------------- what to watch
-
-
-def latent_summary(posterior: DiagonalGaussian) -> dict[str, Tensor]:
-    """Scalars that show a collapsed or a runaway posterior, as tensors.
-
-    A channel whose KL is below 0.01 nats a value carries nothing: it is not counted as active (Burda et al.
-    2016 draw the line at a variance of 0.01 of the mean).
-    """
-    kl = posterior.kl_map().mean(dim=(0, 2, 3))  # nats a latent value, (C,)
-    mean = posterior.mean.float()
-    return {
-        "latents/mean": mean.mean(),
-        "latents/std": mean.std(),
-        "latents/logvar": posterior.logvar.float().mean(),
-        "latents/active_channels": (kl > 0.01).sum(),
-        **{f"latents/kl_channel_{i}": value for i, value in enumerate(kl)},
-    }

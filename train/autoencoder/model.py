@@ -5,19 +5,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kl_autoencoder import DiagonalGaussian, KLAutoencoder
+from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.inference.winograd_autograd import FewerProducts
 from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.networks.bottlenecks import Code
 from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
 
 from ..config import ModelConfig
+from ..parts import Draws
+from ..parts.views import View
 from .start import damp_residual_branches, start_as_enlargement
-
-POSTERIOR_NOISE = 1  # what a stream of random numbers is for, beside the seed and the sample that key it
 
 
 def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
@@ -69,15 +69,17 @@ def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
 
 @dataclass
 class Reconstruction:
-    """images: (B, 3, H, W); posterior: of its latents; log_scale: of the likelihood, None where it is fixed.
+    """images: (B, 3, H, W); targets: the images that they should be; code: what the bottleneck made.
 
-    features: what the decoder's last convolution read, (B, first width, H, W), without a graph.
+    log_scale: of the likelihood, None where it is fixed. features: what the decoder's last convolution read,
+    (B, first width, H, W), without a graph.
 
     No tuple, whose half-precision tensors accelerate would convert to float32.
     """
 
     images: Tensor
-    posterior: DiagonalGaussian
+    targets: Tensor
+    code: Code
     log_scale: Tensor | None
     features: Tensor
 
@@ -88,8 +90,11 @@ class TrainedModel(nn.Module):
     `forward` returns all that the loss needs, so that no wrapper is ever bypassed.
     """
 
-    def __init__(self, vae: KLAutoencoder, learn_scale: bool, decoder_only: bool):
+    def __init__(
+        self, vae: KLAutoencoder, bottleneck: nn.Module, view: View, learn_scale: bool, decoder_only: bool
+    ):
         super().__init__()
+        self.bottleneck, self.view = bottleneck, view
         self.vae = vae.train()  # from_pretrained's is not; gradients then cost a second forward pass
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
         self.decoder_only = decoder_only
@@ -103,17 +108,18 @@ class TrainedModel(nn.Module):
         self.vae.encoder.compile()
         self.vae.decoder.features = torch.compile(self.vae.decoder.features)
 
-    def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
-        """Images (B, 3, H, W), noise (B, C, h, w) -> all that the loss needs: no wrapper is ever bypassed."""
+    def forward(self, images: Tensor, noise: Tensor, draws: Draws | None = None) -> Reconstruction:
+        """Images (B, 3, H, W), noise for the bottleneck, random numbers for the view -> all that the loss needs."""
         vae = self.vae
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            posterior = vae.encode(images).latent_dist
-        z = posterior.mean + posterior.std * noise  # reparameterised, Kingma & Welling 2013, section 2.4
-        z = z.to(posterior.mean.dtype)
+            moments = vae.encode(images).latent_dist.parameters
+        code = self.bottleneck(moments, noise, images[0].numel())
+        z, targets = self.view(code.z, images, draws)
         features = vae.decoder.features(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
         if torch.is_autocast_enabled(features.device.type):  # as the convolution would, and keep that alone
             features = features.to(torch.get_autocast_dtype(features.device.type))
-        return Reconstruction(vae.decoder.conv_out(features), posterior, self.log_scale, features.detach())
+        reconstruction = vae.decoder.conv_out(features)
+        return Reconstruction(reconstruction, targets, code, self.log_scale, features.detach())
 
 
 class MovingAverage:
@@ -128,15 +134,3 @@ class MovingAverage:
         """`step` counts from 1; the decay rises with it, so that the first weights are soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.vae.parameters()), list(vae.parameters()), 1 - decay)
-
-
-def posterior_noise(seed: int, samples: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise for the posteriors, (B, *shape), a function of the seed and the sample's number alone.
-
-    So it is the same on any number of ranks and after any restart.
-    """
-    noise = np.empty((len(samples), *shape), np.float32)
-    for row, n in zip(noise, samples.tolist(), strict=True):
-        key = np.random.SeedSequence((seed, n, POSTERIOR_NOISE))
-        np.random.Generator(np.random.Philox(key)).standard_normal(out=row, dtype=np.float32)
-    return torch.from_numpy(noise)

@@ -26,15 +26,15 @@ _shorten.maxstring = _shorten.maxother = 60
 _shorten.maxlevel = 2
 
 
-def first_error(error: ValidationError, cls: type) -> str:
-    """The first of the errors, in a line. `cls` is the section that was to be built."""
+def first_error(error: ValidationError, cls: type, prefix: str = "") -> str:
+    """The first of the errors, in a line. `cls` is the section that was to be built; `prefix` leads to it."""
     found = error.errors(include_url=False)[0]
     kind, path, value = found["type"], list(found["loc"]), found["input"]
-    key = dotted(path)
+    key = prefix + dotted(path)
     if kind == "value_error":  # raised by a section's own check, in a line that says it all
         return str(found["ctx"]["error"])
     if kind == "unexpected_keyword_argument":
-        return f"{key}: no such key; {_near(path, section_at(cls, path[:-1]))}"
+        return f"{key}: no such key; {_near(path, section_at(cls, path[:-1]), prefix)}"
     if kind == "missing":
         return f"{key}: not given, and it has no default"
     if kind in TYPES:
@@ -112,10 +112,12 @@ def _items(annotation: Any) -> list:
     return [item for option in typing.get_args(annotation) for item in _items(option)]
 
 
-def _near(path: list, cls: type) -> str:
+def _near(path: list, cls: type, prefix: str) -> str:
     names = list(cls.__pydantic_fields__)
     near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
-    return f"did you mean {dotted([*path[:-1], near[0]])}?" if near else f"allowed: {', '.join(names)}"
+    return (
+        f"did you mean {prefix}{dotted([*path[:-1], near[0]])}?" if near else f"allowed: {', '.join(names)}"
+    )
 
 
 def _number(value: float) -> str:

@@ -6,10 +6,17 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..parts.registry import BOTTLENECKS, TERMS, VIEWS, Parts
 from .errors import bounds_of, dotted, kinds
 from .schema import Config
 
-NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+NAMES = {
+    Any: "a part, see train/parts",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+}
 WIDTH = 100
 
 
@@ -31,9 +38,23 @@ def keys(cls: type = Config, path: tuple[str, ...] = ()) -> Iterator[Key]:
         if inner is not None:
             yield from keys(inner, here)
             continue
+        parts = next((p for p in (BOTTLENECKS, VIEWS, TERMS) if p.key == ".".join(here)), None)
+        if parts is not None:
+            yield from _kinds_of(parts, field)
+            continue
         default = "must be given" if field.is_required() else _shown(field.default)
         bounds = " and ".join(bounds_of(cls, [name]) or bounds_of(cls, [name, 0]))
         yield Key(dotted(list(here)), type_name(field.annotation), default, bounds, field.description or "")
+
+
+def _kinds_of(parts: Parts, field) -> Iterator[Key]:
+    """The key `kind` of a part, and the keys of each kind, whose sentences begin with it."""
+    default = getattr(field.default, "kind", "none")
+    yield Key(f"{parts.key}.kind", " | ".join(parts.kinds), default, "", field.description or "")
+    for kind, (section, _) in parts.kinds.items():
+        for key in keys(section, tuple(parts.key.split("."))):
+            if not key.name.endswith(".kind"):
+                yield key._replace(doc=f"{kind}: {key.doc}")
 
 
 def describe() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ..parts.registry import BOTTLENECKS, TERMS, VIEWS, Parts
 from ..settings import Section
 from .errors import first_error
 from .schema import Config
@@ -31,12 +32,41 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def build(cls: type[Section], values: Any) -> Section:
     """A section from a mapping, strictly. Modules named in `plugins` are imported first."""
-    if isinstance(values, dict):
+    values = _tuples(values)
+    if cls is Config and isinstance(values, dict):
         _import_plugins(values.get("plugins") or ())
+        values = _with_parts(values)
+    return _validated(cls, values)
+
+
+def _validated(cls: type, values: Any, prefix: str = ""):
     try:
-        return TypeAdapter(cls).validate_python(_tuples(values))
+        return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise ValueError(first_error(error, cls)) from None
+        raise ValueError(first_error(error, cls, prefix)) from None
+
+
+def _with_parts(values: dict) -> dict:
+    """The same values, in which each part that `kind:` chooses is a checked section already."""
+    values = dict(values)
+    for parts in (BOTTLENECKS, VIEWS, TERMS):
+        room, name = parts.key.split(".")
+        held = values.get(room)
+        if not isinstance(held, dict) or held.get(name) is None:
+            continue
+        given = held[name]
+        if parts is TERMS:
+            if not isinstance(given, tuple):
+                raise ValueError(f"{parts.key}: {_shortened(repr(given), 60)}; allowed: a list")
+            built = tuple(_part(parts, entry, f"{parts.key}[{i}]") for i, entry in enumerate(given))
+        else:
+            built = _part(parts, given, parts.key)
+        values[room] = {**held, name: built}
+    return values
+
+
+def _part(parts: Parts, values: Any, key: str):
+    return _validated(parts.section(values, key), values, key + ".")
 
 
 def to_yaml(config: Config) -> str:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..data.loader import DataConfig
+from ..parts.bottlenecks import KLBottleneckConfig
+from ..parts.views import IdentityConfig
 from ..settings import LPIPSNet, Number, Precision, Recomputed, Text, Whole, choice, key, section
 
 STEPS = 10**9  # the longest run, and the latest step at which anything can happen
@@ -33,6 +35,9 @@ class ModelConfig:
         "random",
         "what a new network computes: random numbers, or the shrunk image enlarged again, which saves much of a "
         "short training",
+    )
+    bottleneck: Any = Field(
+        KLBottleneckConfig(), description="what lies between encoder and decoder, by its kind"
     )
     in_channels: Count = key(None, "channels of the images that go in", low=1, high=WIDEST)
     out_channels: Count = key(None, "channels of the images that come out", low=1, high=WIDEST)
@@ -64,7 +69,7 @@ class ModelConfig:
 
     def network(self) -> dict[str, Any]:
         """The AutoencoderKL keys that were given."""
-        own = ("pretrained", "subfolder", "start")
+        own = ("pretrained", "subfolder", "start", "bottleneck")
         given = dataclasses.asdict(self)
         return {name: value for name, value in given.items() if value is not None and name not in own}
 
@@ -143,6 +148,10 @@ class LossConfig:
     perceptual: PerceptualConfig = PerceptualConfig()
     kl: KLConfig = KLConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
+    view: Any = Field(
+        IdentityConfig(), description="what happens to latents before they are decoded, by its kind"
+    )
+    terms: tuple[Any, ...] = Field((), description="further terms of the objective, each by its kind")
 
 
 @section

@@ -1,0 +1,79 @@
+"""Bottlenecks: what lies between encoder and decoder, and what it costs to pass it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .distributions import DiagonalGaussian
+
+
+@dataclass
+class Code:
+    """What a bottleneck makes of the encoder's output.
+
+    z: (B, C, h, w), what the decoder reads. penalties: name -> (B,), in nats per pixel dimension. facts: a function
+    that gives scalars to log; called only when they are logged.
+    """
+
+    z: Tensor
+    penalties: dict[str, Tensor] = field(default_factory=dict)
+    facts: Callable[[], dict[str, Tensor]] = dict
+
+
+class KLBottleneck(nn.Module):
+    """A diagonal Gaussian q(z|x), drawn from by reparameterisation (Kingma & Welling 2013, section 2.4).
+
+    Its penalty is KL(q(z|x) || N(0, I)) per pixel dimension.
+
+    Args:
+        free_bits: a channel's KL counts as at least so many bits a latent value (see `kl_per_dimension`).
+    """
+
+    def __init__(self, free_bits: float = 0.0):
+        super().__init__()
+        self.free_bits = free_bits
+
+    def noise_shape(self, latent: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The shape of the standard normal noise that an image needs, for latents of the shape (C, h, w)."""
+        return latent
+
+    def forward(self, moments: Tensor, noise: Tensor, dimensions: int) -> Code:
+        """Moments (B, 2C, h, w), noise (B, C, h, w), D = `dimensions` pixel values an image -> Code."""
+        posterior = DiagonalGaussian(moments)
+        z = posterior.mean + posterior.std * noise
+        penalties = {"kl": kl_per_dimension(posterior, dimensions, self.free_bits)}
+        return Code(z.to(posterior.mean.dtype), penalties, lambda: posterior_summary(posterior))
+
+
+def kl_per_dimension(posterior: DiagonalGaussian, image_dimensions: int, free_bits: float = 0.0) -> Tensor:
+    """KL(q(z|x) || N(0, I)) in nats, summed over an image's latents and divided by D: (B,), float32.
+
+    free_bits: a channel's KL counts as at least this many bits a latent value, below which it has no gradient
+        (Kingma et al. 2016, appendix C.8). Taken image by image, so that a batch may be split over ranks.
+    """
+    channels = posterior.kl_map().mean(dim=(2, 3))  # nats a latent value, (B, C)
+    if free_bits:
+        channels = channels.clamp(min=free_bits * math.log(2))
+    positions = posterior.mean.shape[2] * posterior.mean.shape[3]
+    return channels.sum(dim=1) * (positions / image_dimensions)
+
+
+@torch.no_grad()
+def posterior_summary(posterior: DiagonalGaussian) -> dict[str, Tensor]:
+    """Scalars that show a collapsed or a runaway posterior, as tensors.
+
+    A channel whose KL is below 0.01 nats a value carries nothing: it is not counted as active (Burda et al.
+    2016 draw the line at a variance of 0.01 of the mean).
+    """
+    kl = posterior.kl_map().mean(dim=(0, 2, 3))  # nats a latent value, (C,)
+    mean = posterior.mean.float()
+    return {
+        "latents/mean": mean.mean(),
+        "latents/std": mean.std(),
+        "latents/logvar": posterior.logvar.float().mean(),
+        "latents/active_channels": (kl > 0.01).sum(),
+        **{f"latents/kl_channel_{i}": value for i, value in enumerate(kl)},
+    }

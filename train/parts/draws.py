@@ -1,0 +1,31 @@
+"""Random numbers of a sample: a function of the seed, the sample's number and their purpose, and of nothing else.
+
+So they are the same on any number of ranks and after any restart.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+POSTERIOR_NOISE, VIEW = 1, 2  # purposes; the crops' random numbers have a stream of their own
+
+
+class Draws:
+    """The random numbers of a batch for one purpose. `samples` (B,): the numbers of its samples in the run."""
+
+    def __init__(self, seed: int, samples: Tensor, device: torch.device, purpose: int = VIEW):
+        self.device = device
+        keys = [np.random.SeedSequence((seed, n, purpose)) for n in samples.tolist()]
+        self.generators = [np.random.Generator(np.random.Philox(key)) for key in keys]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, (B, *shape), float32."""
+        rows = np.empty((len(self.generators), *shape), np.float32)
+        for i, generator in enumerate(self.generators):
+            generator.standard_normal(out=rows[i : i + 1], dtype=np.float32)
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def uniform(self, low: float, high: float) -> Tensor:
+        """A number in [low, high) for each image: (B,), float32."""
+        numbers = [generator.uniform(low, high) for generator in self.generators]
+        return torch.tensor(numbers, dtype=torch.float32).to(self.device, non_blocking=True)

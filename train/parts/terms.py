@@ -1,0 +1,26 @@
+"""Further terms of the objective, beside reconstruction, KL, LPIPS and the adversarial term.
+
+A term at the pixels is a scalar of the reconstruction; its gradient there is added to the others', so that any
+number of them costs one backward pass through the autoencoder. A term at the latents is a scalar of the latents.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """A scalar that is added to the loss.
+
+    name: what it is logged as. at: "pixels", called with (reconstruction, images), (B, 3, H, W) each, or
+    "latents", called with (z, images), z (B, C, h, w). weight: a function of the step's number, which counts
+    from 0; a weight of 0 costs nothing.
+    """
+
+    name: str
+    at: Literal["pixels", "latents"]
+    weight: Callable[[int], float]
+    compute: Callable[[Tensor, Tensor], Tensor]

@@ -127,6 +127,13 @@ class Engine:
         draws = Draws(self.config.seed, samples, self.device, POSTERIOR_NOISE)
         return draws.normal(*self.unwrapped.bottleneck.noise_shape(latent))
 
+    @torch.no_grad()
+    def latents(self, images: Tensor, samples: Tensor) -> Tensor:
+        """Images (B, 3, H, W) and their samples' numbers -> the latents (B, C, h, w) of the model that is exported."""
+        vae = self.exported
+        moments = vae.encode(images.to(self.device, vae.dtype)).latent_dist.parameters
+        return self.unwrapped.bottleneck(moments, self.noise(samples), images[0].numel()).z
+
     def _set_learning_rates(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedules.learning_rate(self.step)

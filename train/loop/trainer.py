@@ -318,8 +318,7 @@ class Trainer:
         statistics = LatentStatistics(vae.config.latent_channels)
         share = -(-self.statistics_samples // (self.config.data.batch_size * self.accelerator.num_processes))
         for [batch] in self._agreed(self._loader(start_sample=0), share, 1):
-            posterior = vae.encode(batch["images"].to(self.device, vae.dtype)).latent_dist
-            statistics.update(posterior.mean + posterior.std * self.engine.noise(batch["sample"]))
+            statistics.update(self.engine.latents(batch["images"], batch["sample"]))
         return statistics.reduced(lambda total: self.accelerator.reduce(total.to(self.device), "sum"))
 
     def _recorded_start(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from kl_autoencoder.evaluation.metrics import backbone_file
 from kl_autoencoder.models.autoencoder_kl import COMPACT
 
 from .config import AdversarialConfig, Config, ModelConfig
-from .data.loader import DataConfig
+from .data.config import DataConfig
 
 STEPS = 6  # 2 without the discriminator, 1 in which it trains unfelt, 1 of the ramp, 2 of everything
 WIDTHS = (16, 32)  # of the first level and of all others: a shortcut convolution, as in the network itself

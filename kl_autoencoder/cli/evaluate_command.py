@@ -25,7 +25,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     place = distributed.join(arguments.device)
     # of several processes each has a device of its own
     device = place.device if place.num_processes > 1 else torch.device(arguments.device or place.device)
-    photographs = Photographs(
+    photographs = Photographs.open(
         arguments.data, arguments.size, arguments.image_column, arguments.split, arguments.limit
     )
     models = [

@@ -2,9 +2,10 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,16 @@ BUCKET_STEPS = 16  # a square's side in steps of the buckets, as SDXL's 64 in 10
 
 class TooSmall(ValueError):
     """A photograph that would have to be enlarged."""
+
+
+class Crop(NamedTuple):
+    """A square part of a photograph. `scale`: its area in that of the largest square; `x`, `y` in [0, 1): where,
+    of the places there are; `flip`: mirrored left to right."""
+
+    scale: float
+    x: float
+    y: float
+    flip: bool
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,39 @@ def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Ra
         raise TooSmall(f"{width}x{height} pixels, too small for {target[1]}x{target[0]}")
     place = (rng.random(), rng.random()) if rng else (0.5, 0.5)
     box = cover_box((height, width), target, *place)
-    file.seek(0)
-    with Image.open(file) as image:
-        wanted = math.ceil(JPEG_MARGIN * scale * min(height, width))
-        image.draft(None, (wanted, wanted))  # other formats than JPEG ignore it
+    with _opened_at(file, JPEG_MARGIN * scale * min(height, width)) as image:
         upright = to_rgb(image)
     shrunk = upright.width / width, upright.height / height
     scaled = box if upright.size == (width, height) else tuple(b * shrunk[i % 2] for i, b in enumerate(box))
     pixels = np.array(resize_box(upright, scaled, *target))
     return Part(pixels, (height, width), box)
+
+
+def read_square(file: BinaryIO, resolution: int, crop: Crop, enlarge: bool = False) -> np.ndarray:
+    """Read a square crop of a photograph, scaled (bicubic, antialiased): (resolution, resolution, 3), uint8.
+
+    The crop is of whole pixels and at least `resolution` wide where the photograph is. Colours and draft as in
+    `read_part`. Raises TooSmall if it would be enlarged, unless `enlarge`; ValueError if it cannot be read.
+    """
+    height, width = image_size(file)  # refuses bombs and formats that no photograph has
+    short = min(height, width)
+    if short < resolution and not enlarge:
+        raise TooSmall(f"{width}x{height} pixels, too small for {resolution}x{resolution}")
+    side = max(round(short * math.sqrt(crop.scale)), min(resolution, short))
+    with _opened_at(file, JPEG_MARGIN * resolution * short / side) as image:
+        image.load()
+        side = max(1, round(side * min(image.size) / short))
+        left, top = int(crop.x * (image.width - side + 1)), int(crop.y * (image.height - side + 1))
+        square = to_rgb(image.crop((left, top, left + side, top + side)))  # so few pixels are converted
+    pixels = np.array(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
+    return pixels[:, ::-1] if crop.flip else pixels
+
+
+@contextmanager
+def _opened_at(file: BinaryIO, short_side: float) -> Iterator[Image.Image]:
+    """The image in a file; a JPEG at the smallest fraction of its size whose short side is at least so long."""
+    file.seek(0)
+    with Image.open(file) as image:
+        wanted = math.ceil(short_side)
+        image.draft(None, (wanted, wanted))  # other formats than JPEG ignore it
+        yield image

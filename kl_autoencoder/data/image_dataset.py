@@ -1,6 +1,6 @@
-"""The numbered images of a source, each always the same pixels: what models are compared on."""
+"""The numbered images of a source, each always the same pixels: what models are compared and validated on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,26 +20,44 @@ class Photograph(NamedTuple):
 
 
 class Photographs:
-    """The first `limit` images of a source (all: None), at one size.
+    """The images in the rows `rows` (None: all) of an opened source, at one size.
 
-    `size` N scales the short side to N (bicubic, antialiased) and crops the centre square; None keeps every pixel.
-    Raises as `open_source`; ValueError for a size below `SMALLEST`.
+    `records`: of `open_source`, or any sequence of {column: record}. `size` N scales the short side to N
+    (bicubic, antialiased) and crops the centre square; None keeps every pixel. Images of less than `smallest`
+    pixels a side are left out.
     """
 
     def __init__(
         self,
+        records: Sequence[dict],
+        source: str,
+        size: int | None,
+        column: str = "image",
+        rows: Sequence[int] | None = None,
+        smallest: int = SMALLEST,
+    ):
+        self.records, self.source, self.size, self.column = records, source, size, column
+        self.rows = range(len(records)) if rows is None else rows
+        self.count, self.smallest = len(self.rows), smallest
+        self.skipped: dict[int, str] = {}  # number -> why it cannot be used
+
+    @classmethod
+    def open(
+        cls,
         source: str,
         size: int | None,
         column: str = "image",
         split: str = "validation",
         limit: int | None = None,
-    ):
+    ) -> "Photographs":
+        """The first `limit` images (None: all) of what --data names, to compare models on.
+
+        Raises as `open_source`; ValueError for a size below `SMALLEST`.
+        """
         if size is not None and size < SMALLEST:
             raise ValueError(f"--size: {size}; allowed: native, or a number from {SMALLEST} on")
-        self.source, self.size, self.column = source, size, column
-        self.records = open_source(source, DATA, column, split, samples="validation")
-        self.count = min(len(self.records), limit or len(self.records))
-        self.skipped: dict[int, str] = {}  # number -> why it cannot be used
+        records = open_source(source, DATA, column, split, samples="validation")
+        return cls(records, source, size, column, range(min(len(records), limit or len(records))))
 
     @property
     def rule(self) -> str:
@@ -56,20 +74,21 @@ class Photographs:
 
     def at(self, number: int, size: int | None) -> Photograph:
         """Photograph `number`, by the same rule at another size."""
-        record = self.records[number][self.column]
-        name = self._name(record, number)
+        row = int(self.rows[number])
+        record = self.records[row][self.column]
+        name = self._name(record, row)
         image = load_image(open_image(encoded_file(record, name)), size, multiple_of=1)
-        if min(image.shape[2:]) < SMALLEST:
+        if min(image.shape[2:]) < self.smallest:
             height, width = image.shape[2:]
-            raise ValueError(f"{name}: {width}x{height} pixels; allowed: {SMALLEST} a side and more")
+            raise ValueError(f"{name}: {width}x{height} pixels; allowed: {self.smallest} a side and more")
         return Photograph(number, name, image)
 
-    def _name(self, record: dict, number: int) -> str:
+    def _name(self, record: dict, row: int) -> str:
         """Its path in the folder that it is from, if it is from one."""
         path, folder = (record or {}).get("path"), Path(self.source).expanduser()
         if path and Path(path).is_relative_to(folder):
             return Path(path).relative_to(folder).as_posix()
-        return record_name(record, f"row {number}")
+        return record_name(record, f"row {row}")
 
     def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Photograph]]:
         """Every `ranks`-th batch from number `rank` on. What cannot be used is left out and noted in `skipped`.

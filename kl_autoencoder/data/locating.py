@@ -61,7 +61,9 @@ def _sample_photographs(samples: str) -> list[str]:
 def _in_folder(path: str, key: str) -> Located:
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         return Located("saved", [path])
-    images, tables = _files_below(path, READABLE), _files_below(path, tuple(BUILDERS))
+    found = _files_below(path, (*READABLE, *BUILDERS))
+    tables = [file for file in found if file.lower().endswith(tuple(BUILDERS))]
+    images = [file for file in found if not file.lower().endswith(tuple(BUILDERS))]
     if images and tables:
         raise ValueError(
             f"{key}: {path} holds both images ({images[0]}) and data files ({tables[0]}); "

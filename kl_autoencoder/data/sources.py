@@ -5,11 +5,15 @@ or None}, as `datasets.Image(decode=False)` gives it; `encoded_file` makes a fil
 """
 
 import io
+import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import datasets
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -72,6 +76,32 @@ def record_name(record: dict | None, place: str) -> str:
     """What to call a record in a message: its path where there is one, with its place in the source."""
     path = (record or {}).get("path")
     return f"{path} ({place})" if path else place
+
+
+def image_keys(
+    images: datasets.Dataset, column: str, source: str, most_read: int | None = None
+) -> list[bytes]:
+    """What each image is told from the others by: its path, within `source` if that is a folder, or its contents.
+
+    Of contents the length and the last KiB, which is the end of the compressed pixels. `most_read`: where images
+    have no paths, only so many are looked at, spread evenly.
+    """
+    folder = os.path.join(os.path.expanduser(source), "")
+    structs = images.with_format("arrow")[:].column(column)
+    paths = pc.struct_field(structs, "path").to_pylist()
+    if most_read is not None and None in paths:
+        rows = np.unique(np.linspace(0, len(images) - 1, most_read).astype(int)) if len(images) else []
+        structs, paths = structs.take(pa.array(rows, pa.int64())), [paths[row] for row in rows]
+    contents = pc.struct_field(structs, "bytes")
+    keys = []
+    for row, path in enumerate(paths):
+        if path is not None:
+            name = path.removeprefix(folder)
+            keys.append((os.path.basename(name) if os.path.isabs(name) else name).encode())
+        else:
+            data = contents[row].as_buffer()  # not copied
+            keys.append(b"" if data is None else b"%d " % data.size + data[-1024:].to_pybytes())
+    return keys
 
 
 def _image_files(paths: Sequence[str], column: str) -> datasets.Dataset:

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from train.config import Config, load_config  # noqa: E402
-from train.data.loader import train_loader  # noqa: E402
+from train.data.training_data import TrainingData  # noqa: E402
 from train.loop.trainer import Trainer  # noqa: E402
 
 
@@ -47,7 +47,7 @@ def config_for(options, folder: str) -> Config:
 
 def a_batch(config: Config) -> tuple[dict, torch.Tensor]:
     """The first batch of a run, and noise for its posteriors."""
-    batch = next(iter(train_loader(config.data, config.seed)))
+    batch = next(iter(TrainingData(config.data, config.seed).loader()))
     levels, side = len(config.model.block_out_channels), config.data.resolution
     shape = (len(batch["images"]), config.model.latent_channels, *[side // 2 ** (levels - 1)] * 2)
     return batch, torch.randn(shape, generator=torch.Generator().manual_seed(0))

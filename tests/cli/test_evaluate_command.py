@@ -190,7 +190,7 @@ def test_errors_name_the_option(two_models, tmp_path, capsys, arguments, told):
 
 
 def test_photographs_of_any_size(five_photos):
-    native = Photographs(str(five_photos), None)
+    native = Photographs.open(str(five_photos), None)
     batches = list(native.batches(4))
     assert [len(batch) for batch in batches] == [1] * 5 and list(native.skipped) == [1]
     expected = np.asarray(Image.open(five_photos / "cat.png").convert("RGB"))
@@ -199,11 +199,11 @@ def test_photographs_of_any_size(five_photos):
 
 
 def test_a_photograph_is_in_the_same_batch_on_any_number_of_ranks(five_photos):
-    alone = [[p.number for p in batch] for batch in Photographs(str(five_photos), 64).batches(2)]
+    alone = [[p.number for p in batch] for batch in Photographs.open(str(five_photos), 64).batches(2)]
     shared = [
         [p.number for p in batch]
         for rank in (0, 1)
-        for batch in Photographs(str(five_photos), 64).batches(2, rank, 2)
+        for batch in Photographs.open(str(five_photos), 64).batches(2, rank, 2)
     ]
     assert sorted(shared) == alone == [[0], [2, 3], [4, 5]]
 

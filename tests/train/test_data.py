@@ -19,17 +19,15 @@ import pytest
 import torch
 from PIL import Image
 
+from kl_autoencoder.data.crops import Crop, TooSmall, read_square
 from kl_autoencoder.data.image_io import load_image
 from kl_autoencoder.data.locating import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
-from train.data.loader import (
-    DataConfig,
-    LoaderFailed,
-    SampleOrder,
-    replacements,
-    train_loader,
-    validation_images,
-)
-from train.data.samples import Crop, RandomCrops, SkippedImages, augmentation, permutation, read_crop
+from train.config import Config, build
+from train.data.config import DataConfig
+from train.data.loader import LoaderFailed
+from train.data.random_access import SampleOrder, replacements
+from train.data.samples import PRINTED, REMEMBERED, RandomCrops, SkippedImages, augmentation, permutation
+from train.data.training_data import TrainingData
 
 SHARDS = Path(__file__).parents[3] / "shared" / "images"
 
@@ -84,6 +82,19 @@ def take(data: DataConfig, samples: int, start=0, ranks=1, seed=3) -> dict[int, 
                 seen[n] = image
     assert sorted(seen) == list(range(start, start + samples))
     return seen
+
+
+def train_loader(data: DataConfig, seed: int, start=0, rank=0, ranks=1):
+    return TrainingData(data, seed).loader(start, rank, ranks)
+
+
+def validation_images(data: DataConfig) -> torch.Tensor:
+    return TrainingData(data, 0).validation_images()
+
+
+def read_crop(encoded: bytes, resolution: int, crop: Crop, enlarge=False) -> torch.Tensor:
+    pixels = read_square(io.BytesIO(encoded), resolution, crop, enlarge)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def assert_same(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]):
@@ -197,7 +208,7 @@ def test_no_flip(tmp_path):
 @pytest.mark.parametrize("x, y", [(0, 0), (0.5, 0.25), (0.9999999, 0.9999999)])
 def test_a_crop_is_an_independent_crop_and_resize(scale, x, y):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
-    ours = read_crop({"bytes": png(picture), "path": None}, "a", 32, Crop(scale, x, y, False))
+    ours = read_crop(png(picture), 32, Crop(scale, x, y, False))
     side = max(round(90 * scale**0.5), 32)
     left, top = math.floor(x * (131 - side + 1)), math.floor(y * (90 - side + 1))
     pixels = np.asarray(picture)[top : top + side, left : left + side]
@@ -212,9 +223,12 @@ def test_a_small_image_is_enlarged_whole_and_a_large_one_never():
     for size, sides in {(1, 1): {1}, (5, 9): {5}, (40, 30): {16, 30}}.items():
         x = np.arange(size[1]) * (255 // max(size))
         picture = Image.fromarray(x.astype(np.uint8)[:, None].repeat(size[0], 1)).convert("RGB")
-        record = {"bytes": png(picture), "path": None}
         for scale in (0.01, 1.0):
-            image = read_crop(record, "a", 16, Crop(scale, 0, 0, False))
+            crop = Crop(scale, 0, 0, False)
+            image = read_crop(png(picture), 16, crop, enlarge=True)
+            if min(size) < 16:
+                with pytest.raises(TooSmall, match=f"{size[0]}x{size[1]} pixels, too small for 16x16"):
+                    read_crop(png(picture), 16, crop)
             top = min(sides) if scale < 1 else max(sides)  # the side of the crop is known from its last row
             expected = load_image(picture.crop((0, 0, top, top)), 16, multiple_of=1)[0]
             torch.testing.assert_close(image, expected)
@@ -228,8 +242,8 @@ def test_jpeg_draft_stays_close_to_the_full_decode():
     picture.save(file, "JPEG", quality=95)
     full = Image.open(file)
     for crop in (Crop(1.0, 0, 0, False), Crop(0.81, 0, 0, False), Crop(0.6, 0.3, 0.7, False)):
-        fast = read_crop({"bytes": file.getvalue(), "path": None}, "a", 128, crop)
-        exact = read_crop({"bytes": png(full), "path": None}, "a", 128, crop)
+        fast = read_crop(file.getvalue(), 128, crop)
+        exact = read_crop(png(full), 128, crop)
         assert not fast.equal(exact)  # else the draft was not used
         assert -10 * math.log10(float(((fast - exact) ** 2).mean()) / 4) > 36
 
@@ -239,7 +253,7 @@ def test_exif_rotation_is_applied_to_the_crop(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned: to be shown, turn by 90 degrees clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    crop = read_crop({"bytes": None, "path": str(tmp_path / "turned.png")}, "a", 20, Crop(1.0, 0, 0, False))
+    crop = read_crop((tmp_path / "turned.png").read_bytes(), 20, Crop(1.0, 0, 0, False))
     torch.testing.assert_close(crop, load_image(upright, multiple_of=1)[0])
 
 
@@ -248,7 +262,7 @@ def test_exif_rotation_is_applied_to_the_crop(tmp_path):
 
 @pytest.fixture
 def ragged_folder(tmp_path):
-    """27 good images, four of them of unusual kinds, and 3 that are none."""
+    """26 good images, three of them of unusual kinds, one that is too small, and 3 that are none."""
     folder = folder_of(tmp_path / "ragged", ((i, flat(i)) for i in range(23)))
     Image.new("L", (12, 12), 30).save(folder / "gray.png")
     Image.new("CMYK", (12, 12), (10, 20, 30, 40)).save(folder / "cmyk.jpg")
@@ -269,15 +283,42 @@ def test_unreadable_images_are_replaced_alike_for_any_ranks_and_workers(ragged_f
 
 def test_unreadable_images_are_named_and_counted(ragged_folder, caplog):
     skipped = SkippedImages()
-    assert skipped.summary() == "no unreadable images"
+    assert skipped.summary() == "no images were skipped"
     with caplog.at_level(logging.WARNING):
         for batch in itertools.islice(train_loader(config(ragged_folder), seed=0), 45):  # three epochs
             skipped.add(batch["skipped"])
-    assert len(skipped) == 3
-    assert skipped.summary().startswith("3 unreadable images were skipped:")
-    for name in ("truncated.png", "text.jpg", "empty.webp"):
+    assert len(skipped) == 4
+    assert skipped.summary().startswith("4 images were skipped (1 too small, 3 unreadable):")
+    for name in ("truncated.png", "text.jpg", "empty.webp", "pixel.png"):
         assert f"{ragged_folder / name} (row" in skipped.summary()
         assert sum(name in record.message for record in caplog.records) == 1
+
+
+def test_of_very_many_skipped_images_few_are_remembered_and_fewer_printed():
+    skipped, other = SkippedImages(), SkippedImages()
+    skipped.add((f"{i}.jpg", "too small: 1x1") for i in range(REMEMBERED))
+    assert f"{REMEMBERED} images were skipped ({REMEMBERED} too small, 0 unreadable):" in skipped.summary()
+    skipped.add([("other.jpg", "unreadable: text")])
+    assert skipped.summary().startswith(f"more than {REMEMBERED} images were skipped")
+    other.add([("a.jpg", "unreadable: text")])
+    other.merge(skipped.state())
+    assert len(skipped) == len(other) == REMEMBERED and other.more
+    assert len(skipped.summary().splitlines()) == PRINTED + 2
+    assert skipped.summary().endswith(f"... and {REMEMBERED - PRINTED} more")
+
+
+def test_images_that_are_too_small_are_skipped_and_counted_or_enlarged(tmp_path, caplog):
+    folder = folder_of(tmp_path, [(i, flat(i, (12, 10) if i % 2 else (7, 30))) for i in range(8)])
+    skipped = SkippedImages()
+    with caplog.at_level(logging.WARNING):
+        loader = train_loader(config(folder, too_small="skip"), seed=0)
+    assert "4 of 8 images" in caplog.text and "data.too_small: skip" in caplog.text
+    for batch in itertools.islice(loader, 8):
+        assert all(n % 2 for n in which(batch["images"]))
+        skipped.add(batch["skipped"])
+    assert skipped.summary().startswith("4 images were skipped (4 too small, 0 unreadable):")
+    seen = take(config(folder, too_small="enlarge"), 8)
+    assert sorted(which(torch.stack(list(seen.values())))) == list(range(8))
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 12, 97])
@@ -301,7 +342,7 @@ def test_nothing_readable_is_an_error(tmp_path):
         train_loader(config(tmp_path), seed=0)
     for i in range(3):  # sound headers, so that this shows only when the pixels are read
         (tmp_path / f"{i}.jpg").write_bytes(png(flat(1, (64, 64)))[:60])
-    with pytest.raises(LoaderFailed, match=r"none of 3 images could be read, the first: .*\.jpg \(row"):
+    with pytest.raises(LoaderFailed, match=r"none of 3 images could be used, the first: .*\.jpg \(row"):
         next(iter(train_loader(config(tmp_path), seed=0)))
 
 
@@ -316,7 +357,7 @@ def test_a_row_without_an_image_and_a_file_that_went_away_are_skipped(tmp_path):
     for batch in itertools.islice(train_loader(config(tmp_path / "rows.parquet"), seed=0), 6):
         assert which(batch["images"]) == [9, 9]
         skipped.add(batch["skipped"])
-    assert len(skipped) == 2 and skipped.reasons["row 1"] == "no image in this row"
+    assert len(skipped) == 2 and skipped.reasons["row 1"] == "unreadable: no image in this row"
     assert "gone.png" in skipped.summary()
 
 
@@ -351,6 +392,8 @@ def make_source(kind: str, path: Path) -> DataConfig:
         (path / ".hidden").mkdir()
         flat(200).save(path / ".hidden" / "x.png")
         (path / "notes.txt").write_text("not an image by name either")
+        (path / "c" / "006.png").rename(path / "c" / "006.JFIF")
+        (path / "c" / "007.png").rename(path / "c" / "007.heic")
         return config(path)
     if kind == "glob of images":
         folder_of(path, ((i, flat(i)) for i in range(12)))
@@ -505,8 +548,9 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch):
     ],
 )
 def test_config_values(values, message):
+    data = {"train": "x", "validation": "y", **values}
     with pytest.raises(ValueError, match=message):
-        config("x", **values)
+        build(Config, {"output_dir": "run", "data": data})
 
 
 # ---------------------------------------------------------------- held-out images
@@ -529,9 +573,50 @@ def test_held_out_images_are_not_trained_on_and_are_the_same_for_every_seed(tmp_
     )
     held_out = which(validation_images(data))
     assert len(set(held_out)) == 6 and held_out == sorted(held_out) != list(range(6))
+    assert TrainingData(data, 0).held_out_rows.tolist() == held_out
     for seed in (0, 1):
         seen = which(torch.stack(list(take(data, 28, seed=seed).values())))
         assert sorted(seen) == sorted(2 * list(set(range(20)) - set(held_out)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "nameless"])
+def test_added_images_do_not_make_trained_ones_held_out(kind, tmp_path):
+    """Chosen by position, one image more made 61 of 64 trained images held out."""
+
+    def split(numbers):
+        path = tmp_path / f"{min(numbers)}-{max(numbers)}"
+        if kind == "folder":
+            source = folder_of(path, ((i, Image.new("RGB", (8, 8), (i // 256, i % 256, 7))) for i in numbers))
+        else:
+            records = [
+                {"bytes": png(Image.new("RGB", (8, 8), (i // 256, i % 256, 7))),
+                 "path": f"{i}.png" if kind == "parquet" else None} for i in numbers
+            ]  # fmt: skip
+            pyarrow.parquet.write_table(pyarrow.table({"image": records}), f"{path}.parquet")
+            source = f"{path}.parquet"
+        data = TrainingData(config(source, validation=None, validation_images=64), seed=0)
+        return {numbers[i] for i in data.rows}, {numbers[i] for i in data.held_out_rows}, data.fingerprint()
+
+    trained, held_out, fingerprint = split(list(range(1, 301)))
+    assert len(held_out) == 64 and not trained & held_out and len(trained) == 236
+    assert fingerprint == split(list(range(1, 301)))[2]
+    for added in ([0], [301], [0, *range(301, 331)]):
+        _, now_held_out, other = split(sorted([*range(1, 301), *added]))
+        assert not now_held_out & trained
+        assert len(held_out - now_held_out) <= len(added)
+        assert other != fingerprint and other["images"] == 300 + len(added)
+
+
+def test_a_folder_that_is_moved_is_the_same_source(tmp_path):
+    folder = folder_of(tmp_path / "a", ((i, flat(i)) for i in range(30)))
+    data = config(folder, validation=None, validation_images=5)
+    before = TrainingData(data, 0)
+    folder.rename(tmp_path / "b")
+    after = TrainingData(config(tmp_path / "b", validation=None, validation_images=5), 0)
+    assert before.fingerprint() == after.fingerprint()
+    assert before.held_out_rows.tolist() == after.held_out_rows.tolist()
+    (tmp_path / "b" / "003.png").rename(tmp_path / "b" / "003.jpg")
+    assert TrainingData(config(tmp_path / "b"), 0).fingerprint() != before.fingerprint()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -543,7 +628,7 @@ def test_at_most_so_many_validation_images(tmp_path, streaming):
 
 def test_unreadable_validation_images_are_left_out_and_none_left_is_an_error(ragged_folder, tmp_path, caplog):
     assert len(validation_images(config(SAMPLE_PHOTOGRAPHS, validation=str(ragged_folder)))) == 27
-    assert sum("skipped an unreadable image" in record.message for record in caplog.records) == 3
+    assert sum("skipped held-out image" in record.message for record in caplog.records) == 3
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.jpg").write_text("no")
     with pytest.raises(ValueError, match=r"data\.validation: no readable images in .*none"):

@@ -224,7 +224,7 @@ def write_odd_images(folder):
 
 
 def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys):
-    """A tenth of the files damaged: each is replaced, and named in the end; the run sees all others."""
+    """A tenth of the files damaged, a tenth too small: each is replaced, and named; the run sees all others."""
     damaged = write_odd_images(tmp_path / "odd")
     assert len(damaged) == len(list((tmp_path / "odd").iterdir())) / 10
     config = small_config(
@@ -236,11 +236,11 @@ def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys)
     (tmp_path / "odd.yaml").write_text(to_yaml(config))
     assert main([str(tmp_path / "odd.yaml")]) == 0
     said = capsys.readouterr().out
-    summary = said[said.index("4 unreadable images were skipped:") :].splitlines()[1:5]
-    for name, line in zip(
-        sorted(damaged), sorted(summary, key=lambda line: line.split("odd/")[1]), strict=True
-    ):
-        assert f"odd/{name} (row" in line and len(line.split("): ")[1]) > 5
+    summary = said[said.index("8 images were skipped (4 too small, 4 unreadable):") :].splitlines()[1:9]
+    assert sum("): too small: 1x1 pixels" in line for line in summary) == 4
+    unreadable = sorted(line.split("odd/")[1] for line in summary if "): unreadable: " in line)
+    for name, line in zip(sorted(damaged), unreadable, strict=True):
+        assert line.startswith(f"{name} (row") and len(line.split("): ")[1]) > 15
     assert all(0 < loss < 2 for loss in records(tmp_path / "run", "train/loss").values())
     assert (tmp_path / "run" / "export" / "config.json").exists()
 

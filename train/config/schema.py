@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..data.loader import DataConfig
+from ..data.config import DataConfig
 from ..parts.bottlenecks import KLBottleneckConfig
 from ..parts.views import IdentityConfig
 from ..settings import LPIPSNet, Number, Precision, Recomputed, Text, Whole, choice, key, section

@@ -1,26 +1,24 @@
 """One training sample: an encoded photograph -> a random square crop, as a function of the seed and its number."""
 
 import logging
-import math
 import random
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from kl_autoencoder.data.crops import JPEG_MARGIN
-from kl_autoencoder.data.image_io import image_size, image_to_tensor, to_rgb
+from kl_autoencoder.data.crops import Crop, TooSmall, read_square
+from kl_autoencoder.data.image_io import image_size
 from kl_autoencoder.data.sources import encoded_file
 
 ATTEMPTS = 1000  # unreadable images in a row after which a source counts as unreadable
-WARNED = 5  # unreadable images that are named in the log at once
+WARNED = 5  # skipped images that are named in the log at once
+REMEMBERED = 1000  # skipped images that are told apart; a checkpoint holds them
+PRINTED = 20  # skipped images that are named at the end
 
 log = logging.getLogger(__name__)
 
@@ -37,23 +35,17 @@ def augmentation(seed: int, sample: int) -> random.Random:
     return random.Random(f"{seed}/{sample}")  # Python promises that text seeds alike in all versions
 
 
-class Crop(NamedTuple):
-    """A square part of a photograph. `scale`: its area in that of the largest square; `x`, `y` in [0, 1): where,
-    of the places there are; `flip`: mirrored left to right."""
-
-    scale: float
-    x: float
-    y: float
-    flip: bool
-
-
 @dataclass(frozen=True)
 class RandomCrops:
-    """Crops of (resolution, resolution) whose scale is uniform in `scale`; `flip` mirrors half of them."""
+    """Crops of (resolution, resolution) whose scale is uniform in `scale`; `flip` mirrors half of them.
+
+    Images whose short side is less than `resolution` are skipped, or with `enlarge` scaled up.
+    """
 
     resolution: int
     scale: tuple[float, ...]
     flip: bool
+    enlarge: bool = False
 
     def draw(self, rng: random.Random) -> Crop:
         low, high = self.scale
@@ -62,44 +54,24 @@ class RandomCrops:
         return Crop(low + (high - low) * share, x, y, self.flip and mirror < 0.5)
 
 
-def read_crop(record: dict | None, name: str, resolution: int, crop: Crop) -> Tensor:
-    """An encoded image -> its crop, (3, resolution, resolution), float32 in [-1, 1], bicubic, antialiased.
-
-    Colours as in `kl_autoencoder.data.image_io.to_rgb`. Raises ValueError naming the image if it cannot be read.
-    """
-    try:
-        file = encoded_file(record, name)
-        image_size(file)  # refuses bombs and formats that no photograph has
-        file.seek(0)
-        with Image.open(file) as image:
-            short = min(image.size)
-            side = max(round(short * math.sqrt(crop.scale)), min(resolution, short))
-            wanted = math.ceil(JPEG_MARGIN * resolution * short / side)
-            image.draft(None, (wanted, wanted))  # other formats than JPEG ignore it
-            image.load()
-            side = max(1, round(side * min(image.size) / short))
-            left, top = int(crop.x * (image.width - side + 1)), int(crop.y * (image.height - side + 1))
-            square = image.crop((left, top, left + side, top + side))
-        return image_to_tensor(to_rgb(square).resize((resolution, resolution), Image.Resampling.BICUBIC))
-    except Exception as error:  # decoders fed with damaged bytes raise nearly everything
-        message = str(error) or type(error).__name__
-        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
-
-
 def read_sample(
     crops: RandomCrops, sample: int, rng: random.Random, candidates: Iterable[tuple[dict, str]]
 ) -> dict:
-    """Sample number `sample`, from the first of its candidates, (record, name), that can be read."""
+    """Sample number `sample`, from the first of its candidates, (record, name), that can be used."""
     crop, skipped = crops.draw(rng), []
     for record, name in islice(candidates, ATTEMPTS):
         try:
-            image = read_crop(record, name, crops.resolution, crop)
-        except ValueError as error:
-            skipped.append((name, str(error).removeprefix(f"{name}: ")))
-            continue
-        return {"image": image.flip(-1) if crop.flip else image, "sample": sample, "skipped": skipped}
+            pixels = read_square(encoded_file(record, name), crops.resolution, crop, crops.enlarge)
+        except TooSmall as error:
+            skipped.append((name, f"too small: {error}"))
+        except Exception as error:  # decoders fed with damaged bytes raise nearly everything
+            message = getattr(error, "strerror", None) or str(error).removeprefix(f"{name}: ")
+            message = message or type(error).__name__
+            skipped.append((name, f"unreadable: {message}"))
+        else:
+            return {"image": pixels, "sample": sample, "skipped": skipped}
     first = ": ".join(skipped[0])
-    raise ValueError(f"data.train: none of {len(skipped)} images could be read, the first: {first}")
+    raise ValueError(f"data.train: none of {len(skipped)} images could be used, the first: {first}")
 
 
 def failure(error: Exception) -> dict:
@@ -120,13 +92,18 @@ def collate(samples: list[dict]) -> dict:
         if "failure" in sample:
             return sample
     return {
-        "images": default_collate([sample["image"] for sample in samples]),  # in a worker: into shared memory
+        "images": _stacked([sample["image"] for sample in samples]),
         "sample": torch.tensor([sample["sample"] for sample in samples]),
         "skipped": [image for sample in samples for image in sample["skipped"]],
     }
 
 
-def check_images(source: str, resolution: int, records: list[tuple[dict, str]]) -> None:
+def _stacked(images: list[np.ndarray]) -> Tensor:
+    """Images (R, R, 3) -> (B, 3, R, R), uint8."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
+
+
+def check_images(source: str, crops: RandomCrops, records: list[tuple[dict, str]]) -> None:
     """Refuse, before any work starts, a training source that is unreadable or too small for the crop."""
     sides, errors = [], []
     for record, name in records:
@@ -139,32 +116,65 @@ def check_images(source: str, resolution: int, records: list[tuple[dict, str]]) 
             f"none of the {len(errors)} looked at can be read, the first: {errors[0]}" if errors else "none"
         )
         raise ValueError(f"data.train: no readable images in {source} ({reason})")
-    if max(sides) < resolution:
+    small = sum(side < crops.resolution for side in sides)
+    if crops.enlarge or not small:
+        return
+    if small == len(sides):
         raise ValueError(
-            f"data.resolution: {resolution}, larger than the {len(sides)} images of {source} that were looked at; "
-            f"allowed: at most the longest of their short sides, {max(sides)}"
+            f"data.resolution: {crops.resolution}, larger than the {len(sides)} images of {source} that were "
+            f"looked at; allowed: at most the longest of their short sides, {max(sides)}, or data.too_small=enlarge"
         )
+    log.warning(
+        "%d of %d images of %s that were looked at are smaller than the crops of %d pixels: such are skipped "
+        "(data.too_small: skip)", small, len(sides), source, crops.resolution,
+    )  # fmt: skip
 
 
 class SkippedImages:
-    """The unreadable images met in a run, each once: the first few are warned of, all are counted and named."""
+    """The images that could not be used in a run: unreadable, or too small.
+
+    The first few are warned of. At most `REMEMBERED` are kept by name, however long the run, and a few are printed.
+    """
 
     def __init__(self):
-        self.reasons: dict[str, str] = {}  # name: reason
+        self.reasons: dict[str, str] = {}  # name: "too small: ..." or "unreadable: ..."
+        self.more = False  # than are remembered
 
     def add(self, skipped: Iterable[tuple[str, str]]) -> None:
         """`skipped`: that of a batch, (name, reason)."""
         for name, reason in skipped:
-            if name not in self.reasons and len(self.reasons) < WARNED:
-                log.warning("skipped an unreadable image, %s: %s", name, reason)
+            if name in self.reasons:
+                continue
+            if len(self.reasons) == REMEMBERED:
+                self.more = True
+                continue
+            if len(self.reasons) < WARNED:
+                log.warning("skipped %s: %s", name, reason)
             self.reasons[name] = reason
 
     def __len__(self) -> int:
         return len(self.reasons)
 
+    def state(self) -> dict:
+        return {"reasons": self.reasons, "more": self.more}
+
+    def merge(self, state: dict) -> None:
+        """Those of another rank, or of the run before it was interrupted; nothing is warned of again."""
+        for name, reason in state["reasons"].items():
+            if name in self.reasons or len(self.reasons) < REMEMBERED:
+                self.reasons[name] = reason
+            else:
+                self.more = True
+        self.more |= state["more"]
+
     def summary(self) -> str:
-        """Their number, then a line for each; "no unreadable images" where there were none."""
+        """Their number and kinds, then a line for each of the first; "no images were skipped" without any."""
         if not self.reasons:
-            return "no unreadable images"
-        lines = (f"{name}: {reason}" for name, reason in self.reasons.items())
-        return "\n  ".join([f"{len(self)} unreadable images were skipped:", *lines])
+            return "no images were skipped"
+        small = sum(reason.startswith("too small") for reason in self.reasons.values())
+        count = f"more than {len(self)}" if self.more else len(self)
+        head = f"{count} images were skipped ({small} too small, {len(self) - small} unreadable"
+        head += f" of the first {len(self)}):" if self.more else "):"
+        lines = [f"{name}: {reason}" for name, reason in islice(self.reasons.items(), PRINTED)]
+        rest = [f"... and {len(self) - PRINTED} more"] if len(self) > PRINTED else []
+        return "\n  ".join([head, *lines, *rest])

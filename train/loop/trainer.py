@@ -21,7 +21,9 @@ from ..autoencoder import size, validation
 from ..autoencoder.engine import Engine
 from ..autoencoder.export import export
 from ..config import Config, to_yaml
-from ..data import loader
+from ..data.loader import LoaderFailed, TrainLoader
+from ..data.samples import SkippedImages
+from ..data.training_data import TrainingData
 from . import changes, checkpoint
 from .bad_steps import BadSteps
 from .journal import Journal
@@ -67,7 +69,7 @@ class Trainer:
         self.samples = 0  # consumed over all ranks, the position in the data
         self.saved_step: int | None = None  # that of the newest checkpoint
         self._prepare_folder()
-        self.skipped = loader.SkippedImages()
+        self.skipped = SkippedImages()
         self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard)
         self.bad_steps = BadSteps(self.samples_per_step, self.journal, self.say)
         memory = size.device_memory(self.device)
@@ -76,9 +78,10 @@ class Trainer:
         self.engine = Engine(config, self.accelerator, self.schedules, perceptual)
         self._check_resolutions()
         self._resume()
+        self.data = TrainingData(config.data, config.seed)
         self.loader = self._loader(self.samples)
         size.check_step(config, self.engine.vae.config, memory)
-        self.held_out = loader.validation_images(config.data)
+        self.held_out = self.data.validation_images()
         self.stop, self.agreement = StopRequest(self.accelerator), Agreement(self.accelerator)
         if self.is_main:  # now that it is known to work: an earlier run's stays where one does not
             with replacing(self.folder / "config.yaml") as beside:
@@ -131,7 +134,7 @@ class Trainer:
         steps = max(self.config.train.steps - self.step, 0)
         return self._agreed(self.loader, steps, self.config.train.gradient_accumulation)
 
-    def _agreed(self, source: loader.TrainLoader, groups: int, size: int) -> Iterator[list[dict]]:
+    def _agreed(self, source: TrainLoader, groups: int, size: int) -> Iterator[list[dict]]:
         """`groups` times `size` batches, each group once all ranks have theirs.
 
         They are read one group ahead, so that the ranks agree on it while a step is computed. Where one of them
@@ -152,7 +155,7 @@ class Trainer:
         with record_function("data"):
             try:
                 return list(islice(batches, count)), None
-            except loader.LoaderFailed as error:
+            except LoaderFailed as error:
                 return [], str(error)
 
     def _end_if_any(self, failure: str | None, failed: Callable[[], bool]) -> None:
@@ -163,16 +166,11 @@ class Trainer:
             self.save()
         self.accelerator.end_training()
         saved = "" if self.saved_step is None else f"; saved at step {self.saved_step}"
-        raise loader.LoaderFailed(reasons[0] + saved)
+        raise LoaderFailed(reasons[0] + saved)
 
     def _loader(self, start_sample: int):
-        return loader.train_loader(
-            self.config.data,
-            seed=self.config.seed,
-            start_sample=start_sample,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return self.data.loader(start_sample, rank, ranks, self.device)
 
     def train_step(self, micro_batches: list[dict]) -> None:
         """One step of the optimizers, and what is noted of it."""
@@ -250,7 +248,7 @@ class Trainer:
                 "samples": self.samples,
                 "bad_total": self.bad_steps.total,
                 "bad_in_a_row": self.bad_steps.in_a_row,
-                "skipped": self.skipped.reasons,
+                "skipped": self.skipped.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state)
@@ -259,9 +257,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _gather_skipped(self) -> None:
-        """The unreadable images that each rank has met, to all of them."""
-        for name, reason in gather_object(list(self.skipped.reasons.items())):
-            self.skipped.reasons[name] = reason
+        """The images that each rank has met and could not use, to all of them."""
+        for state in gather_object([self.skipped.state()]):
+            self.skipped.merge(state)
 
     def _resume(self) -> None:
         path = checkpoint.newest(self.folder / "checkpoints", self.say) if self.is_main else None
@@ -282,7 +280,7 @@ class Trainer:
         self.engine.step, self.samples = state["step"], state["samples"]
         self.saved_step = self.step
         self.bad_steps.total, self.bad_steps.in_a_row = state["bad_total"], state["bad_in_a_row"]
-        self.skipped.reasons.update(state["skipped"])
+        self.skipped.merge(state["skipped"])
         self.journal.forget_after(self.step)
         self.say(f"continuing from {path} ({self.samples:,} samples)")
         if changed:

@@ -1,0 +1,62 @@
+"""What a run is trained and validated on: the section `data` of a configuration."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..settings import Number, choice, key, section
+from .samples import RandomCrops
+
+
+@section
+class DataConfig:
+    """What is trained on. Sources are folders, files and data sets, see `kl_autoencoder.data.locating.KINDS`."""
+
+    train: str = key(..., "the source of the images: a folder, parquet or webdataset files, a hub id ...")
+    validation: str | None = key(
+        None,
+        "a source of held-out images; null holds some of data.train out, chosen by a hash of their names",
+    )
+    image_column: str = key(
+        "image", "of parquet, saved and hub sources; of webdatasets the suffix, such as jpg"
+    )
+    split: str = key("train", "the split of a hub or saved source that is trained on")
+    validation_split: str = key("validation", "the split of a hub or saved source that is held out")
+    resolution: int = key(256, "side in pixels of the square crops", low=1, high=8192)
+    batch_size: int = key(8, "images per device and forward pass", low=1, high=10**4)
+    num_workers: int = key(
+        4, "processes a device that decode; 0 decodes in the training process", low=0, high=1024
+    )
+    crop_scale: tuple[Annotated[Number, Field(ge=0, le=1)], ...] = key(
+        (0.25, 1.0),
+        "range of the crop's area as a share of the largest square in the image, as torchvision's "
+        "RandomResizedCrop with ratio 1; a crop is at least `resolution` wide",
+    )
+    too_small: Literal["skip", "enlarge"] = choice(
+        "skip", "leave images out of the training whose short side is below `resolution`, or scale them up"
+    )
+    horizontal_flip: bool = key(True, "mirror every other crop, by chance")
+    validation_images: int = key(64, "at most so many held-out images are looked at", low=1, high=10**6)
+    validation_resolution: int | None = key(
+        None, "side of the held-out images; null: resolution", low=1, high=8192
+    )
+    streaming: bool = key(False, "read parquet, webdataset and hub sources in sequence, see `StreamedImages`")
+    shuffle_buffer: int = key(
+        1000, "samples of a stream that are in memory to be shuffled", low=1, high=10**7
+    )
+
+    def __post_init__(self):
+        scale = self.crop_scale
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(
+                f"data.crop_scale: {list(scale)}; allowed: two rising numbers above 0 and up to 1"
+            )
+        if self.streaming and self.validation is None:
+            raise ValueError(
+                "data.validation: null with data.streaming; allowed: a source (nothing can be held out of a stream)"
+            )
+
+    @property
+    def crops(self) -> RandomCrops:
+        enlarge = self.too_small == "enlarge"
+        return RandomCrops(self.resolution, tuple(self.crop_scale), self.horizontal_flip, enlarge)

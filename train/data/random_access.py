@@ -1,0 +1,92 @@
+"""Training images by random access: which image sample n is, on any number of ranks and workers."""
+
+import math
+import random
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from kl_autoencoder.data.sources import record_name
+
+from .config import DataConfig
+from .samples import augmentation, failure, permutation, read_sample
+
+
+class Draw(NamedTuple):
+    """Sample number `sample` of the run is image number `index` of the training images."""
+
+    sample: int
+    index: int
+
+
+class SampleOrder(Sampler[list[Draw]]):
+    """The micro-batches of one rank, without end: lists of `batch_size` draws.
+
+    Epoch e is permutation(seed, e) of the images, sample n is image n % length of epoch n // length. Rank r takes
+    samples start_sample + r, start_sample + r + world_size ...: so an optimizer step over R ranks, micro-batches
+    of B and A of them consumes the next R * B * A samples of the one order, whatever R, B and A are.
+    """
+
+    def __init__(self, length: int, seed: int, batch_size: int, start_sample=0, rank=0, world_size=1):
+        self.length, self.seed, self.batch_size = length, seed, batch_size
+        self.start_sample, self.rank, self.world_size = start_sample, rank, world_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        draws = self._draws()
+        while True:
+            yield list(islice(draws, self.batch_size))
+
+    def _draws(self) -> Iterator[Draw]:
+        epoch, order = -1, None
+        for n in count(self.start_sample + self.rank, self.world_size):
+            if n // self.length != epoch:
+                epoch = n // self.length
+                order = permutation(self.length, self.seed, epoch)
+            yield Draw(n, int(order[n % self.length]))
+
+
+def replacements(index: int, length: int, rng: random.Random) -> Iterator[int]:
+    """`index`, and should that be unreadable, every other index once, in steps that `rng` chooses.
+
+    In steps of 1 the image behind a damaged shard would stand for the whole shard.
+    """
+    yield index
+    stride = 1 + int(rng.random() * length)
+    while math.gcd(stride, length) != 1:
+        stride = stride % length + 1
+    yield from ((index + k * stride) % length for k in range(1, length))
+
+
+class TrainImages(Dataset):
+    """The training images by random access: `dataset[Draw(n, index)]` -> sample n.
+
+    An image that cannot be read is replaced by another, chosen by the seed and n alone.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, images: datasets.Dataset, rows: np.ndarray):
+        self.seed, self.images, self.column, self.crops = seed, images, config.image_column, config.crops
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: Draw) -> dict:
+        rng = augmentation(self.seed, draw.sample)
+        candidates = map(self.record, replacements(draw.index, len(self), rng))
+        try:
+            return read_sample(self.crops, draw.sample, rng, candidates)
+        except Exception as error:
+            return failure(error)
+
+    def look_at(self, images: int) -> list[tuple[dict, str]]:
+        """At most so many records, spread over the source."""
+        return [self.record(i) for i in np.unique(np.linspace(0, len(self) - 1, images).astype(int))]
+
+    def record(self, index: int) -> tuple[dict, str]:
+        row = int(self.rows[index])
+        record = self.images[row][self.column]
+        return record, record_name(record, f"row {row}")

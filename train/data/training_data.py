@@ -1,0 +1,155 @@
+"""From sources of photographs to batches (B, 3, H, W) in [-1, 1], resumable at any sample, and held-out images.
+
+Sample number n, counted from 0 over the whole run and over all ranks, is a pure function of the source, the
+seed and n: which photograph, which crop, flipped or not. So a run goes on at sample n with any number of ranks
+and workers, and the trainer's count of the samples it has consumed is all there is to save. Streams promise a
+little less, see `StreamedImages`.
+"""
+
+import hashlib
+import logging
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kl_autoencoder.data.image_dataset import Photographs
+from kl_autoencoder.data.sources import Keys, image_keys, open_source
+
+from .config import DataConfig
+from .loader import TrainLoader, start_worker
+from .random_access import SampleOrder, TrainImages
+from .samples import SkippedImages, check_images, collate, permutation
+from .streams import StreamedImages
+
+LOOKED_AT = 32  # images whose headers are read before any work starts
+TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
+DRAWN = 0  # key of the permutation that draws validation images from a larger source
+
+log = logging.getLogger(__name__)
+
+
+def split_rows(config: DataConfig, images: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training source to train on, and those held out: the same for every seed and run.
+
+    Held out are the images with the smallest hashes of their names (of their contents, where they have no names).
+    So each image that is added pushes at most one out of the held-out ones, and none that was trained on becomes
+    one of them, as long as none of them is taken away.
+    """
+    if config.validation is not None:
+        return np.arange(len(images)), np.arange(0)
+    if config.validation_images >= len(images):
+        raise ValueError(
+            f"data.validation_images: {config.validation_images}, to be held out of the {len(images)} images of "
+            f"{config.train}; allowed: fewer, or a source of their own as data.validation"
+        )
+    keys = image_keys(images, config.image_column, config.train)
+    hashes = [hashlib.sha256(b"held out " + key).digest() for key in keys]
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    return np.sort(order[config.validation_images :]), np.sort(order[: config.validation_images])
+
+
+class TrainingData:
+    """The sources of a run, opened once: batches to train on, held-out images, a fingerprint.
+
+    Raises ValueError or FileNotFoundError for a training source that cannot be used.
+    """
+
+    def __init__(self, config: DataConfig, seed: int):
+        self.config, self.seed = config, seed
+        self.images = open_source(config.train, TRAIN, config.image_column, config.split, config.streaming)
+        self.streamed = isinstance(self.images, datasets.IterableDataset)
+        if config.streaming and not self.streamed:
+            raise ValueError(
+                f"data.streaming: true, but {config.train} is read in place in any case; allowed: false"
+            )
+        if not self.streamed:
+            self.rows, self.held_out_rows = split_rows(config, self.images)
+        check_images(config.train, config.crops, self._dataset().look_at(LOOKED_AT))
+
+    def loader(
+        self, start_sample: int = 0, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
+    ) -> TrainLoader:
+        """The micro-batches of rank `rank` of `world_size`, from sample `start_sample` of the run on, without end.
+
+        A batch is {"images": (B, 3, R, R) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
+        "skipped": [(name, reason), ...], the images met that could not be used, for `SkippedImages`}. The numbers
+        of different ranks interleave, see `SampleOrder`. Workers read ahead, so `start_sample` of a continued run
+        is the trainer's own count of consumed samples, over all ranks, not anything of the loader's.
+
+        Do not pass it to accelerate's `prepare`, which would deal the batches out to the ranks a second time.
+        """
+        config, dataset = self.config, self._dataset(start_sample, rank, world_size)
+        if self.streamed:
+            order = {"batch_size": config.batch_size}
+        else:
+            sampler = SampleOrder(len(dataset), self.seed, config.batch_size, start_sample, rank, world_size)
+            order = {"batch_sampler": sampler}
+        loader = DataLoader(
+            dataset,
+            **order,
+            num_workers=config.num_workers,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each new iterator advances torch's global generator
+        )
+        return TrainLoader(loader, device)
+
+    def _dataset(
+        self, start_sample: int = 0, rank: int = 0, world_size: int = 1
+    ) -> TrainImages | StreamedImages:
+        config = self.config
+        if not self.streamed:
+            return TrainImages(config, self.seed, self.images, self.rows)
+        return StreamedImages(
+            self.images, config.image_column, config.crops, seed=self.seed, batch_size=config.batch_size,
+            shuffle_buffer=config.shuffle_buffer, first=start_sample + rank, step=world_size,
+        )  # fmt: skip
+
+    def held_out(self) -> Photographs:
+        """At most `validation_images` images, squares of the validation resolution; the same for every seed.
+
+        They come from `data.validation`, drawn at random where it has more (of a stream, the first), or are held
+        out of the training source. Raises as the constructor.
+        """
+        config = self.config
+        column, wanted = config.image_column, config.validation_images
+        size = config.validation_resolution or config.resolution
+        if config.validation is None:
+            return Photographs(self.images, config.train, size, column, self.held_out_rows, smallest=1)
+        split, streaming = config.validation_split, config.streaming
+        images = open_source(config.validation, VALIDATION, column, split, streaming, samples="validation")
+        if isinstance(images, datasets.IterableDataset):
+            head = next(images.iter(wanted), {column: []})[column]
+            return Photographs(
+                [{column: record} for record in head], config.validation, size, column, smallest=1
+            )
+        rows = np.sort(permutation(len(images), DRAWN)[:wanted])
+        return Photographs(images, config.validation, size, column, rows, smallest=1)
+
+    def validation_images(self) -> Tensor:
+        """The held-out images that can be read: (N, 3, R, R), float32 in [-1, 1]; the others are warned of.
+
+        Raises ValueError if none is left.
+        """
+        photographs = self.held_out()
+        found = [one.image for batch in photographs.batches(1) for one in batch]
+        SkippedImages().add((f"held-out image {n}", why) for n, why in photographs.skipped.items())
+        if not found:
+            source = self.config.validation or self.config.train
+            raise ValueError(f"data.validation: no readable images in {source}")
+        return torch.cat(found)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What the training source is told from another by: {"images": their number, "sha256": of their names}.
+
+        Of contents (of 64 images, spread over the source) where images have no names. A folder that was moved or
+        copied is the same source. For a run folder that is used again.
+        """
+        digest = hashlib.sha256()
+        for key in image_keys(self.images, self.config.image_column, self.config.train, most_read=64):
+            digest.update(len(key).to_bytes(8, "big") + key)
+        return {"images": len(self.images), "sha256": digest.hexdigest()}

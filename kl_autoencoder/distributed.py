@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -111,6 +112,25 @@ def join(device: str | None = None) -> "PartialState":
     from accelerate import PartialState
 
     return PartialState(cpu=device == "cpu" or ranks_on_cpus())
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise on every rank if any rank raises in the block; a rank alone would leave the others waiting for it.
+
+    In the block ranks do not wait for one another. Those that did well raise a ValueError that tells which did not.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = gather([None if failure is None else str(failure) or type(failure).__name__])
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(told):
+        if reason is not None:
+            raise ValueError(f"rank {rank}: {reason}")
 
 
 def gather(items: list) -> list:

@@ -13,11 +13,12 @@ import pytest
 from tests.conftest import ROOT
 
 # A room (a folder, or a module of the ground floor) -> the rooms of its package that it may import.
-GROUND = {"files", "extras", "distributed"}
+GROUND = {"files", "extras", "progress", "distributed"}
 ROOMS = {
     "kl_autoencoder": {
         "files": set(),
         "extras": set(),
+        "progress": {"distributed"},
         "distributed": set(),
         "networks": set(),
         "data": {"files", "extras"},

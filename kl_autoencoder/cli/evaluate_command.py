@@ -4,6 +4,8 @@ import argparse
 import csv
 import json
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,33 +18,54 @@ from ..evaluation.methods import Model, baselines_of, short_names
 from ..evaluation.report import html
 from ..evaluation.runner import FORMAT, PER_IMAGE, STUDY_SIZE, Evaluation, Instruments
 from ..files import replacing
+from ..progress import Progress
 from .loading import load_model
+
+LAST = "metrics.json"  # of the files to appear: where it is, all are
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    output = arguments.output
-    names = short_names(arguments.model)
+    """Measure models on images, on any number of ranks, and write it all at the end, from rank 0."""
     place = distributed.join(arguments.device)
+    unfinished = arguments.output.absolute()
+    unfinished = unfinished.with_name(f".{unfinished.name}.unfinished")
+    try:
+        if place.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        evaluation, metrics = _measured(arguments, unfinished / "images")
+        if place.is_main_process:
+            with Progress("writing the report"):
+                _write(unfinished, metrics, evaluation)
+                _move(unfinished, arguments.output)
+            print(html.plain_table(metrics))
+            print(f"{arguments.output / 'report.html'}: {len(evaluation.records)} images")
+        place.destroy_process_group()
+    finally:
+        if place.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _measured(arguments: argparse.Namespace, images: Path) -> tuple[Evaluation, dict[str, Any]]:
+    """Every rank's part of the work, and then what all have found; `images`: a folder for those, if wanted."""
+    names, place = short_names(arguments.model), distributed.join(arguments.device)
     # of several processes each has a device of its own
     device = place.device if place.num_processes > 1 else torch.device(arguments.device or place.device)
-    photographs = Photographs.open(
-        arguments.data, arguments.size, arguments.image_column, arguments.split, arguments.limit
-    )
-    models = [
-        Model(name, load_model(given, str(device), dtype), arguments.seed)
-        for name, given in zip(names, arguments.model, strict=True)
-        for dtype in dict.fromkeys(arguments.dtype)
-    ]
+    with distributed.failing_together():
+        photographs = Photographs.open(
+            arguments.data, arguments.size, arguments.image_column, arguments.split, arguments.limit
+        )
+        models = [
+            Model(name, load_model(given, str(device), dtype), arguments.seed)
+            for name, given in zip(names, arguments.model, strict=True)
+            for dtype in dict.fromkeys(arguments.dtype)
+        ]
     tools = Instruments.find(arguments.lpips, device, place.is_main_process)
     evaluation = Evaluation(photographs, [*models, *baselines_of(models)], tools)
-    evaluation.measure(arguments.batch_size, output / "images" if arguments.save_images else None)
+    evaluation.measure(arguments.batch_size, images if arguments.save_images else None)
     latents = evaluation.study(arguments.study_images, arguments.seed)
-    if place.is_main_process:
-        metrics = _metrics(arguments, evaluation, dict(zip(names, arguments.model, strict=True)), latents)
-        _write(output, metrics, evaluation)
-        print(html.plain_table(metrics))
-        print(f"{output / 'report.html'}: {len(evaluation.records)} images")
-    place.destroy_process_group()
+    return evaluation, _metrics(
+        arguments, evaluation, dict(zip(names, arguments.model, strict=True)), latents
+    )
 
 
 def _metrics(
@@ -100,8 +123,20 @@ def _write(output: Path, metrics: dict[str, Any], evaluation: Evaluation) -> Non
     page = html.render(metrics, evaluation)
     with replacing(output / "report.html") as path:
         path.write_text(page, encoding="utf-8")
-    with replacing(output / "metrics.json") as path:  # the last: where it is, all is
+    with replacing(output / LAST) as path:
         path.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _move(unfinished: Path, output: Path) -> None:
+    """Give a folder, or where `output` is one already all files in it, the name `output`."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists():
+        os.replace(unfinished, output)
+        return
+    files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == LAST):
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(unfinished / path, output / path)
 
 
 def _write_csv(file, metrics: dict[str, Any], records: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ import datasets
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.image_io import image_grid, image_size, load_image, open_image, pad_to_multiple, save_image
 from ..data.sources import Keys, encoded_file, open_source
@@ -19,6 +18,7 @@ from ..files import replacing
 from ..latents import interpolation
 from ..models.autoencoder_kl import KLAutoencoder
 from ..networks.distributions import DiagonalGaussian
+from ..progress import tracked
 from .loading import load_model
 from .main import say
 
@@ -70,11 +70,15 @@ def anomaly(arguments: argparse.Namespace) -> None:
     size, f = _size(arguments, vae), vae.downsampling
     reference, data = _open(arguments.reference, "--reference"), _open(arguments.data, "--data")
     halves = (
-        [images for _, images in _read(reference, range(half, len(reference), 2), size)] for half in (0, 1)
+        [
+            images
+            for _, images in _read(reference, range(half, len(reference), 2), size, "reading the reference")
+        ]
+        for half in (0, 1)
     )
     detector = Detector(vae, *halves)
     names, scores = [], []
-    for name, images in _read(data, range(len(data)), size):
+    for name, images in _read(data, range(len(data)), size, "scoring"):
         names.append(os.path.relpath(name, arguments.data) if os.path.isdir(arguments.data) else name)
         scores.append(detector.scores(images))
     if labels is not None and (unknown := [name for name in names if name not in labels]):
@@ -110,9 +114,11 @@ def _open(source: str, key: str) -> datasets.Dataset:
     return open_source(source, Keys(key, key))
 
 
-def _read(photographs: datasets.Dataset, rows: Sequence[int], size: int) -> Iterator[tuple[str, Tensor]]:
+def _read(
+    photographs: datasets.Dataset, rows: Sequence[int], size: int, what: str
+) -> Iterator[tuple[str, Tensor]]:
     """(name, images (1, 3, size, size)) of the centre squares; one that cannot be read is told and left out."""
-    for row in tqdm(rows, unit=" images", disable=None):
+    for row in tracked(rows, what, "images"):
         record = photographs[row]["image"]
         name = (record or {}).get("path") or f"row {row}"
         try:
@@ -128,13 +134,17 @@ def _posterior(vae: KLAutoencoder, images: Tensor) -> DiagonalGaussian:
 
 def _posteriors(vae: KLAutoencoder, source: str, key: str, size: int) -> Iterator[DiagonalGaussian]:
     photographs = _open(source, key)
-    return (_posterior(vae, images) for _, images in _read(photographs, range(len(photographs)), size))
+    rows = range(len(photographs))
+    return (
+        _posterior(vae, images) for _, images in _read(photographs, rows, size, f"encoding {key.strip('-')}")
+    )
 
 
 def _decoded(vae: KLAutoencoder, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """One at a time, so that what is beside it changes nothing of an image."""
     with torch.inference_mode():
-        images = [vae.decode(z.to(vae.device)).sample.cpu() for z in latents.split(1)]
+        singly = tracked(latents.split(1), "decoding", "images")
+        images = [vae.decode(z.to(vae.device)).sample.cpu() for z in singly]
     return torch.cat(images)[:, :, : size[0], : size[1]]
 
 

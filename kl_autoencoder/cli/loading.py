@@ -9,6 +9,7 @@ from diffusers.utils import logging
 
 from ..models.autoencoder_kl import KLAutoencoder
 from ..models.folder import WEIGHTS, read_headers
+from ..progress import Progress
 from .paths import check_model, model_folder, model_path
 
 
@@ -20,9 +21,10 @@ def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencode
     if device is None:
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    with _quiet_diffusers():
-        vae = _load(name)
-    return move_model(vae, device, dtype).eval().requires_grad_(False)
+    with Progress(f"loading {name}"):
+        with _quiet_diffusers():
+            vae = _load(name)
+        return move_model(vae, device, dtype).eval().requires_grad_(False)
 
 
 def move_model(vae: KLAutoencoder, device: str, dtype: str | None) -> KLAutoencoder:

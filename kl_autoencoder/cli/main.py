@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from ..extras import MissingExtra
+from ..progress import Progress, write
 from . import checks
 
 PROGRAM = "kl-autoencoder"
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             end_with_the_launcher()
             start_all_cpu_processes("kl_autoencoder", sys.argv[1:])
-        module = import_module(f".{HOME.get(arguments.command, 'model_commands')}", __package__)
+        with Progress("importing torch and diffusers"):
+            module = import_module(f".{HOME.get(arguments.command, 'model_commands')}", __package__)
         with _warnings_in_one_line():
             return getattr(module, command)(arguments) or 0
     except KeyboardInterrupt:
@@ -109,7 +111,7 @@ def _check_device(name: str | None) -> None:
 
 def say(kind: str, message: object) -> None:
     """One line on stderr, whatever the message."""
-    print(f"{PROGRAM}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    write(f"{PROGRAM}: {kind}: {' '.join(str(message).split())}", sys.stderr)
 
 
 @contextmanager

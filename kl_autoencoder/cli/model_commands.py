@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.image_io import (
     DIFFERENCE_GAIN,
@@ -24,6 +23,7 @@ from ..latents.latent_files import load_latents, save_latents
 from ..models import float16, float16_check
 from ..models.autoencoder_kl import KLAutoencoder
 from ..models.single_file import family_of
+from ..progress import tracked, write
 from .loading import load_model
 from .main import say
 
@@ -35,7 +35,7 @@ def encode(arguments: argparse.Namespace) -> None:
     photographs, output = arguments.photographs, arguments.output
     vae = load_model(arguments.model, arguments.device, arguments.dtype)
     latents, names, sizes, unread = [], [], [], []
-    for i, images in _read(photographs, arguments.size, unread):
+    for i, images in _read(photographs, arguments.size, unread, "encoding"):
         with torch.inference_mode():
             posterior = vae.encode(_padded(images, vae)).latent_dist
             generator = torch.Generator(vae.device).manual_seed(arguments.seed + i)
@@ -57,7 +57,7 @@ def encode(arguments: argparse.Namespace) -> None:
 def decode(arguments: argparse.Namespace) -> None:
     """Files of latents -> photographs of their original sizes."""
     files = [(path, load_latents(path)) for path in arguments.latents]
-    todo, models = iter(tqdm(arguments.targets, unit="photo", disable=_hidden(arguments.targets))), {}
+    todo, models = tracked(arguments.targets, "decoding", "images"), {}
     for source, file in files:
         name = arguments.model or file.model
         if name not in models:
@@ -76,7 +76,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     """Photographs -> what the model makes of them, of the same size."""
     photographs, targets, unread = arguments.photographs, arguments.targets, []
     vae = load_model(arguments.model, arguments.device, arguments.dtype)
-    for i, images in _read(photographs, arguments.size, unread):
+    for i, images in _read(photographs, arguments.size, unread, "reconstructing"):
         height, width = images.shape[2:]
         with torch.inference_mode():
             output = vae(_padded(images, vae)).sample[:, :, :height, :width].float().cpu()
@@ -186,11 +186,11 @@ def _probes(photographs: list[tuple[Path, str]], size: int) -> Iterator[Tensor]:
         *float16_check.hard_images(size),
         *([] if photographs else float16_check.sample_photographs(size)),
     ]
-    yield from tqdm(built_in, unit="image", disable=_hidden(built_in))
+    yield from tracked(built_in, "measuring hard images" if photographs else "measuring", "images")
     if not photographs:
         return
     unread = []
-    yield from (images for _, images in _read(photographs, size, unread))
+    yield from (images for _, images in _read(photographs, size, unread, "measuring"))
     if len(unread) == len(photographs):
         raise ValueError("none of the photographs could be read")
     photographs[:] = [photograph for photograph in photographs if photograph[0] not in unread]
@@ -213,10 +213,10 @@ def _export_folder(vae: KLAutoencoder, output: Path, model_card: Path | None) ->
 
 
 def _read(
-    photographs: Sequence[tuple[Path, str]], size: int | None, unread: list[Path]
+    photographs: Sequence[tuple[Path, str]], size: int | None, unread: list[Path], what: str
 ) -> Iterator[tuple[int, Tensor]]:
     """(index, images (1, 3, H, W)); of several photographs, one that cannot be read is told and skipped."""
-    for i, (path, _) in enumerate(tqdm(photographs, unit="photo", disable=_hidden(photographs))):
+    for i, (path, _) in enumerate(tracked(photographs, what, "images")):
         try:
             images = load_image(path, size, multiple_of=1)
         except (ValueError, OSError) as error:
@@ -240,12 +240,7 @@ def _padded(images: Tensor, vae: KLAutoencoder) -> Tensor:
 def _write(images, path: Path, name: str, size: tuple[int, int] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(images, path, size)
-    tqdm.write(f"{name} -> {path}")
-
-
-def _hidden(items: Sequence) -> bool | None:
-    """tqdm's `disable`: a bar on a terminal, where there is more than one thing to wait for."""
-    return True if len(items) < 2 else None
+    write(f"{name} -> {path}")
 
 
 def _size(module: torch.nn.Module) -> int:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import distributed
 from ..data.image_dataset import Photograph, Photographs
 from ..data.image_io import pad_to_multiple, save_image
+from ..progress import Progress, tracked
 from . import frechet, latent_probes
 from .frechet import Features, FeatureSums
 from .latent_statistics import LatentSums, SpectrumSum
@@ -70,7 +70,8 @@ def _on_all_ranks(load: Callable[[], Any], first: bool, refused: Callable[[Excep
     error = distributed.gather([error])[0]
     if error is not None:
         return refused(error)
-    return found if first else load()
+    with distributed.failing_together():
+        return found if first else load()
 
 
 class Evaluation:
@@ -101,16 +102,18 @@ class Evaluation:
         place = distributed.join()
         batches = self.photographs.batches(batch_size, place.process_index, place.num_processes)
         mine = math.ceil(self.photographs.count / place.num_processes)
-        with tqdm(total=mine, unit="image", disable=True if place.process_index else None) as bar:
+        with (
+            distributed.failing_together(),
+            Progress("measuring", mine, "images") as progress,
+        ):
             for batch in batches:
-                self._measure_batch(batch, save_to)
-                bar.update(len(batch))
+                self._measure_batch(batch, save_to, progress)
         self._gather()
         if not self.records:
             reasons = "; ".join(list(self.photographs.skipped.values())[:3])
             raise ValueError(f"--data: no image of {self.photographs.source} can be used ({reasons})")
 
-    def _measure_batch(self, batch: list[Photograph], save_to: Path | None) -> None:
+    def _measure_batch(self, batch: list[Photograph], save_to: Path | None, progress: Progress) -> None:
         images = torch.cat([photograph.image for photograph in batch])
         height, width = images.shape[2:]
         self._add_features("", images)
@@ -127,6 +130,7 @@ class Evaluation:
                 of_image[key] = {name: list_[i] for name, list_ in measured.items()}
             if save_to:
                 _save(save_to / key, batch, rounded)
+            progress.update(len(batch) / len(self.rows))
         if save_to:
             _save(save_to / "original", batch, images)
         for photograph, of_image in zip(batch, values, strict=True):
@@ -196,12 +200,11 @@ class Evaluation:
         tasks = [(model, i) for model in self.models for i in range(len(pairs))]
         place, found = distributed.join(), []
         mine = tasks[place.process_index :: place.num_processes]
-        for model, i in tqdm(
-            mine, unit="pair", desc="latents", disable=True if place.process_index else None
-        ):
-            study = latent_probes.Study(model.vae, moments[model.name], self.tools.lpips, seed)
-            pair = [(number, self._for_study(number, model)) for number in pairs[i]]
-            found.append((model.name, i, study.of_pair(pair)))
+        with distributed.failing_together():
+            for model, i in tracked(mine, "studying latents", "pairs"):
+                study = latent_probes.Study(model.vae, moments[model.name], self.tools.lpips, seed)
+                pair = [(number, self._for_study(number, model)) for number in pairs[i]]
+                found.append((model.name, i, study.of_pair(pair)))
         found = sorted(distributed.gather(found), key=lambda entry: entry[:2])
         return {
             name: {**summary, "study": latent_probes.summary([f for n, _, f in found if n == name])}

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ..data.crops import TooSmall, buckets, read_part
 from ..data.sources import encoded_file
@@ -24,6 +23,7 @@ from ..distributed import end_with_the_parent
 from ..inference.workers import Workers
 from ..models.autoencoder_kl import KLAutoencoder
 from ..models.scaling import SCALING_KEYS
+from ..progress import Progress
 from .shard_encoder import EncodeSettings, ShardEncoder, little_endian, random_of
 from .shards import ShardFolder
 from .statistics import LatentStatistics
@@ -67,13 +67,13 @@ def encode(
     with (
         torch.inference_mode(),
         Workers(torch.get_num_threads() if vae.device.type == "cpu" else 1, vae.device) as workers,
-        tqdm(total=len(photographs), initial=done, unit=" images", disable=None if progress else True) as bar,
+        Progress("encoding", len(photographs), "images", initial=done, shown=progress) as bar,
     ):
         encoder = ShardEncoder(vae, settings, workers)
         for k, group in groupby(loader, key=lambda loaded: loaded["shard"]):
             rows, about = encoder.shard(_counted(group, bar))
             shards.write(k, pa.Table.from_pylist(rows, schema=schema), about)
-            bar.n = max(bar.n, sum(len(shards.rows(k)) for k in shards.complete()))  # the other ranks' too
+            bar.up_to(sum(len(shards.rows(k)) for k in shards.complete()))  # the other ranks' too
     if len(shards.complete()) < shards.count:
         return None
     return finish(shards, vae.config.latent_channels)
@@ -168,7 +168,7 @@ def _sampled_hash(photographs: datasets.Dataset, column: str) -> str:
     return digest.hexdigest()
 
 
-def _counted(loaded: Iterable[dict], bar: tqdm) -> Iterator[dict]:
+def _counted(loaded: Iterable[dict], bar: Progress) -> Iterator[dict]:
     for one in loaded:
         yield one
         bar.update()

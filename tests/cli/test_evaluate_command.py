@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 
 import lpips
 import numpy as np
@@ -14,9 +16,10 @@ from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.data.image_dataset import Photographs
 from kl_autoencoder.data.image_io import load_image, tensor_to_images
+from kl_autoencoder.evaluation import runner
 from kl_autoencoder.evaluation.methods import Model, short_names
 from tests.evaluated import NET, SIZE, evaluate
-from tests.processes import finish, start_ranks
+from tests.processes import finish, start, start_ranks, wait_until
 
 
 @pytest.fixture
@@ -217,3 +220,46 @@ def test_names_tell_models_apart():
     assert short_names(["x/run/export", "y/run/vae"]) == ["x-run", "y-run"]
     with pytest.raises(ValueError, match="each model once"):
         short_names(["a", "a"])
+
+
+def test_a_rank_that_fails_ends_them_all(two_models, five_photos, tmp_path):
+    arguments = (two_models, five_photos, tmp_path / "report")
+    assert finish(*start_ranks(2, tmp_path / "log", evaluate_failing_on_rank_1, *arguments)) == [2, 2]
+    lines = (tmp_path / "log").read_text().splitlines()
+    told = sorted(line for line in lines if line.startswith("kl-autoencoder: error: "))
+    assert told == [f"kl-autoencoder: error: {text}" for text in ("no such number", "rank 1: no such number")]
+    assert not (tmp_path / "report").exists()
+
+
+def evaluate_failing_on_rank_1(*arguments):
+    def fail(*_):
+        raise ValueError("no such number")
+
+    if os.environ["RANK"] == "1":
+        runner.psnr = fail
+    return evaluate(*arguments)
+
+
+def test_a_killed_evaluation_leaves_nothing_in_the_way(two_models, five_photos, tmp_path):
+    arguments = (two_models, five_photos, tmp_path / "report", "--save-images")
+    process = start(tmp_path / "log", evaluate, *arguments)
+    started = tmp_path / ".report.unfinished" / "images" / "original"
+    assert wait_until(lambda: started.is_dir() and any(started.iterdir()), process)
+    process.kill()
+    assert finish(process) == [-signal.SIGKILL]
+    assert not (tmp_path / "report").exists()
+    assert finish(start(tmp_path / "log", evaluate, *arguments)) == [0]
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "report"}
+    assert len([*(tmp_path / "report" / "images" / "original").iterdir()]) == 5
+
+
+def test_an_existing_folder_keeps_what_is_not_replaced(two_models, five_photos, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    assert evaluate(two_models, five_photos, tmp_path, "--limit", "1") == 0
+    before = (tmp_path / "metrics.json").read_text()
+    assert evaluate(two_models, five_photos, tmp_path, "--limit", "3") == 2
+    assert (tmp_path / "metrics.json").read_text() == before
+    assert evaluate(two_models, five_photos, tmp_path, "--limit", "3", "--overwrite") == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["data"]["images"] == 2  # one is broken
+    names = {"mine.txt", "metrics.json", "images.csv", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names

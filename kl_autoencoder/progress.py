@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TextIO, TypeVar
 
 from .distributed import rank_of
@@ -89,11 +90,15 @@ def tracked(items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
 
 
 def write(text: str, file: TextIO | None = None) -> None:
-    """Print a line (to stdout, or `file`), above a bar that may be on the terminal."""
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(text, file=file or sys.stdout)
-    else:
-        print(text, file=file)
+    """Print a line (to stdout, or `file`) above a bar that may be on the terminal, in one piece.
+
+    In pieces it would be mixed with the line that another rank prints.
+    """
+    file = sys.stdout if file is None else file
+    bars = sys.modules["tqdm"].tqdm.external_write_mode(file) if "tqdm" in sys.modules else nullcontext()
+    with bars:
+        file.write(f"{text}\n")
+        file.flush()
 
 
 def _room() -> dict[str, int]:

@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import os
 import random
 import resource
 import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from tests.processes import finish, start
-from tests.train.test_restart import assert_same, command, everything, final, train
 from tests.train.test_trainer import make, small_config
 from train.loop import trainer
 from train.loop.checkpoint import (
@@ -25,7 +22,6 @@ from train.loop.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from train.loop.journal import Journal
 
 
 def contents(step=0):
@@ -214,39 +210,6 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_older_checkpoint(tmp_path):
     assert "File too large" in log.read_text() and "earlier ones are intact" in log.read_text()
     assert names(root) == ["step-000001"]
     assert newest(root, pytest.fail) == root / "step-000001"
-
-
-def run_until_the_disk_is_full(step, arguments):
-    original = trainer.Trainer.train_step
-
-    def train_step(self, micro_batches):
-        if self.step == step:
-            refuse_large_files(100_000)
-        original(self, micro_batches)
-
-    trainer.Trainer.train_step = train_step
-    return train(arguments)
-
-
-def test_a_run_on_a_full_disk_ends_in_one_line_and_continues_when_there_is_room(photographs, tmp_path):
-    config, log = everything(photographs, tmp_path / "run", steps=5), tmp_path / "log.txt"
-    arguments = command(config, tmp_path / "config.yaml")
-    assert finish(start(log, run_until_the_disk_is_full, 2, arguments)) == [1]
-    assert "\nerror: " in log.read_text() and "Traceback" not in log.read_text()
-    assert "step-000003: the checkpoint could not be written" in log.read_text().splitlines()[-1]
-    assert names(tmp_path / "run" / "checkpoints") == ["step-000001", "step-000002"]
-    assert finish(start(log, train, arguments)) == [0], log.read_text()
-    arguments = command(everything(photographs, tmp_path / "whole", steps=5), tmp_path / "whole.yaml")
-    assert finish(start(log, train, arguments)) == [0]
-    assert_same(final(tmp_path / "run", 5), final(tmp_path / "whole", 5))
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_metrics_that_cannot_be_written_are_named(photographs, tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    journal = Journal(tmp_path, Accelerator(), tensorboard=False)
-    with pytest.raises(OSError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
-        journal.write(1, 8, {"train/loss": 0.5})
 
 
 # ------------------------------------------------------------------ optimizer state

@@ -58,10 +58,14 @@ def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict, traini
     """
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    vae.save_pretrained(beside)
-    (beside / "README.md").write_text(model_card(folder, vae, config, facts), encoding="utf-8")
-    if training_state is not None:
-        save_training_state(beside, training_state)
+    try:
+        vae.save_pretrained(beside)
+        (beside / "README.md").write_text(model_card(folder, vae, config, facts), encoding="utf-8")
+        if training_state is not None:
+            save_training_state(beside, training_state)
+    except Exception as error:  # safetensors raises its own type for a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"{folder}: the model could not be written ({error})") from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 

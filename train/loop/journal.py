@@ -1,8 +1,14 @@
 """What a run writes down: metrics.jsonl, TensorBoard, and the sums between two lines of them."""
 
+import contextlib
 import json
 import math
+import os
+import threading
 import time
+from collections import deque
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +17,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+MOST_UNWRITTEN = 10_000  # lines of metrics.jsonl that are kept for a disk with room
+
 
 class Journal:
     """Scalars stay on the device until a line is written, as means over its steps, micro-batches and ranks.
@@ -18,10 +26,15 @@ class Journal:
     A value that is not finite is left out of its mean, so that a skipped step does not hide the steps around it.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, tensorboard: bool):
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, tensorboard: bool, say: Callable[[str], None] = print
+    ):
         self.path, self.accelerator, self.tensorboard = folder / "metrics.jsonl", accelerator, tensorboard
+        self.say, self.warned = say, set()
+        self.unwritten: deque[str] = deque(maxlen=MOST_UNWRITTEN)  # lines that wait for room on the disk
         if tensorboard and accelerator.is_main_process:
             (folder / "logs").mkdir(exist_ok=True)
+            _hush_tensorboard_thread()
         accelerator.init_trackers("logs")
         self.start_window(step=0)
 
@@ -54,23 +67,49 @@ class Journal:
     def write(self, step: int, samples: int, values: dict) -> None:
         """A line of metrics.jsonl, null for what is not finite; numbers go to TensorBoard too.
 
-        Raises OSError naming the file if it cannot be written.
+        What a full disk refuses is warned of and kept: lines are written with the next that there is room for.
         """
         if not self.accelerator.is_main_process:
             return
         plain = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+        self.unwritten.append(json.dumps({"step": step, "samples": samples, **plain}) + "\n")
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "samples": samples, **plain}) + "\n")
-        except OSError as error:  # one from a full disk does not name its file
-            raise OSError(f"{self.path}: cannot be written ({error.strerror})") from error
+            append_whole(self.path, "".join(self.unwritten))
+        except OSError as error:
+            self._warn(self.path, error)
+            return
+        self.unwritten.clear()
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=step)
+        self._to_tensorboard(lambda: self.accelerator.log(numbers, step=step))
 
     def show(self, name: str, picture: Path, step: int) -> None:
         if self.tensorboard and self.accelerator.is_main_process:
+            image = np.asarray(Image.open(picture))
             writer = self.accelerator.get_tracker("tensorboard").writer
-            writer.add_image(name, np.asarray(Image.open(picture)), step, dataformats="HWC")
+            self._to_tensorboard(lambda: writer.add_image(name, image, step, dataformats="HWC"))
+
+    def close(self) -> None:
+        """TensorBoard's last two minutes are in memory until then."""
+        if self.tensorboard and self.accelerator.is_main_process:
+            self._to_tensorboard(lambda: self.accelerator.get_tracker("tensorboard").writer.flush())
+        self.accelerator.end_training()
+
+    def _to_tensorboard(self, write: Callable[[], None]) -> None:
+        """After a failure the writer's thread is dead: the next call opens a file of its own."""
+        try:
+            write()
+        except OSError as error:
+            self._warn(self.path.parent / "logs", error)
+            writer = self.accelerator.get_tracker("tensorboard").writer
+            with contextlib.suppress(OSError):
+                writer.close()
+            writer.file_writer = writer.all_writers = None
+
+    def _warn(self, path: Path, error: OSError) -> None:
+        """Once a file: a disk that is full is so at every step."""
+        if path not in self.warned:
+            self.say(f"WARNING: {path}: cannot be written ({error.strerror}); training goes on")
+        self.warned.add(path)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that a continued run will take again, and a line that was cut off."""
@@ -89,3 +128,30 @@ class Journal:
             except ValueError:  # the run was killed while it wrote this one
                 continue
         return found
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append all of `text` or, raising OSError, nothing: half a line would spoil the next one."""
+    rest = text.encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # of a device
+                os.ftruncate(file.fileno(), before)
+            raise
+
+
+@cache
+def _hush_tensorboard_thread() -> None:
+    """Leave out the traceback of a TensorBoard thread that a full disk ends: the journal says its error."""
+    print_traceback = threading.excepthook
+
+    def hook(failure) -> None:
+        of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and issubclass(failure.exc_type, OSError)):
+            print_traceback(failure)
+
+    threading.excepthook = hook

@@ -70,7 +70,7 @@ class Trainer:
         self.saved_step: int | None = None  # that of the newest checkpoint
         self._prepare_folder()
         self.skipped = SkippedImages()
-        self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard)
+        self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard, self.say)
         self.bad_steps = BadSteps(self.samples_per_step, self.journal, self.say)
         memory = size.device_memory(self.device)
         size.check_weights(config, memory)
@@ -109,12 +109,12 @@ class Trainer:
                 if every and self.step % every == 0 and not self.finished:
                     self.validate()
                 if self.step % self.config.checkpoint.every == 0 or self.finished or stopping:
-                    self.save()
+                    self.save(last=self.finished or bool(stopping))
                 if stopping and not self.finished:
                     self.say(
                         f"stopped by {stopping} at step {self.step}; the same command continues from there"
                     )
-                    self.accelerator.end_training()  # TensorBoard's last two minutes are in memory
+                    self.journal.close()
                     return None
         self._gather_skipped()
         self.say(self.skipped.summary())
@@ -164,7 +164,7 @@ class Trainer:
         reasons = [reason for reason in gather_object([failure]) if reason]
         if self.step != self.saved_step:
             self.save()
-        self.accelerator.end_training()
+        self.journal.close()
         saved = "" if self.saved_step is None else f"; saved at step {self.saved_step}"
         raise LoaderFailed(reasons[0] + saved)
 
@@ -204,10 +204,10 @@ class Trainer:
         most = self.bad_steps.report()
         if most >= self.config.train.max_bad_steps:
             self.save()
-            self.accelerator.end_training()
+            self.journal.close()
             raise TooManyBadSteps(
                 f"{most} steps in a row had gradients that are not finite (train.max_bad_steps); "
-                f"saved at step {self.step}. Lower the learning rate, or look at the samples that are named above"
+                f"saved at step {self.saved_step}. Lower the learning rate, or look at the samples named above"
             )
 
     def validate(self) -> dict[str, float]:
@@ -225,10 +225,12 @@ class Trainer:
         self.journal.write(self.step, self.samples, {f"validation/{n}": v for n, v in metrics.items()})
         if self.is_main:
             shown = images[: self.config.validation.pictures]
-            validation.save_pictures(
-                self.picture, shown, validation.reconstruct(self.engine.exported, shown, batch)
-            )
-            self.journal.show("validation/pictures", self.picture, self.step)
+            reconstructions = validation.reconstruct(self.engine.exported, shown, batch)
+            try:
+                validation.save_pictures(self.picture, shown, reconstructions)
+                self.journal.show("validation/pictures", self.picture, self.step)
+            except OSError as error:
+                self.say(f"WARNING: {self.picture}: cannot be written ({error.strerror}); training goes on")
         return metrics
 
     @property
@@ -237,24 +239,45 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints and export
 
-    def save(self) -> None:
-        """A checkpoint of everything that the next step depends on."""
+    def save(self, last: bool = False) -> None:
+        """A checkpoint of everything that the next step depends on.
+
+        One that cannot be written (a full disk) is warned of, and the next save tries again; but the `last` of a
+        run raises OSError, on all ranks. Those before it are whole in any case.
+        """
         self._report_bad_steps()  # the steps before this one will not be taken again
         self._gather_skipped()
+        problem = self._on_main(self._write_checkpoint)
+        if problem is None:
+            self.saved_step = self.step
+        elif last:
+            raise OSError(problem)
+        else:
+            self.say(f"WARNING: {problem}; training goes on, and the next save tries again")
+
+    def _write_checkpoint(self) -> None:
+        root, config = self.folder / "checkpoints", self.config.checkpoint
+        scaler = self.accelerator.scaler
+        state = {
+            "samples": self.samples,
+            "bad_total": self.bad_steps.total,
+            "bad_in_a_row": self.bad_steps.in_a_row,
+            "skipped": self.skipped.state(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state)
+        checkpoint.rotate(root, config.keep_last, config.keep_every)
+
+    def _on_main(self, work: Callable[[], None]) -> str | None:
+        """Do it on the main rank while all wait; the message of an OSError, on every rank, or None."""
+        problem = None
         if self.is_main:
-            root, config = self.folder / "checkpoints", self.config.checkpoint
-            scaler = self.accelerator.scaler
-            state = {
-                "samples": self.samples,
-                "bad_total": self.bad_steps.total,
-                "bad_in_a_row": self.bad_steps.in_a_row,
-                "skipped": self.skipped.state(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state)
-            checkpoint.rotate(root, config.keep_last, config.keep_every)
-        self.saved_step = self.step
-        self.accelerator.wait_for_everyone()
+            try:
+                work()
+            except OSError as error:
+                problem = str(error)
+        [problem] = broadcast_object_list([problem])
+        return problem
 
     def _gather_skipped(self) -> None:
         """The images that each rank has met and could not use, to all of them."""
@@ -302,12 +325,15 @@ class Trainer:
         facts["statistics"] = self.measure_latents()
         if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
             self.engine.exported.register_to_config(scaling_factor=facts["statistics"].scaling_factor)
-        if self.is_main:
-            kept = self.engine.discriminator_tensors() if self.config.export.training_state else None
-            export(self.folder / "export", self.engine.exported, self.config, facts, kept)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        problem = self._on_main(lambda: self._export(facts))
+        self.journal.close()
+        if problem is not None:
+            raise OSError(f"{problem}; the last checkpoint is whole, and the same command exports it")
         return {"before": before, "after": after, "picture": self.picture, "export": self.folder / "export"}
+
+    def _export(self, facts: dict) -> None:
+        kept = self.engine.discriminator_tensors() if self.config.export.training_state else None
+        export(self.folder / "export", self.engine.exported, self.config, facts, kept)
 
     @torch.no_grad()
     def measure_latents(self) -> LatentStatistics:

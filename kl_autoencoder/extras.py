@@ -2,19 +2,50 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+
+# What an extra of pyproject.toml installs: the module's name and the package's.
+EXTRAS = {
+    "eval": {
+        "jinja2": "jinja2",
+        "lpips": "lpips",
+        "matplotlib": "matplotlib",
+        "pytorch_msssim": "pytorch-msssim",
+        "skimage": "scikit-image",
+        "torch_fidelity": "torch-fidelity",
+    },
+    "train": {
+        "lpips": "lpips",
+        "pydantic": "pydantic",
+        "skimage": "scikit-image",
+        "tensorboard": "tensorboard",
+    },
+}
 
 
 class MissingExtra(ImportError):
-    """A package of an extra of ours is not installed."""
+    """Packages of an extra of ours are not installed."""
 
-    def __init__(self, package: str, extra: str):
-        super().__init__(f"{package} is not installed; pip install 'kl-autoencoder[{extra}]' brings it")
+    def __init__(self, extra: str, *packages: str):
+        is_not = "is not installed" if len(packages) == 1 else "are not installed"
+        super().__init__(
+            f"{', '.join(packages)} {is_not}; pip install 'kl-autoencoder[{extra}]' brings what is missing"
+        )
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise MissingExtra if modules of an extra (all of them, or those named) are not there. Imports none."""
+    packages = EXTRAS[extra]
+    missing = [packages[module] for module in modules or packages if find_spec(module) is None]
+    if missing:
+        raise MissingExtra(extra, *missing)
 
 
 @contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
+def needs(extra: str) -> Iterator[None]:
     """Turn the ModuleNotFoundError of an import in the block into a MissingExtra that names `extra`."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingExtra(error.name, extra) from error
+        name = (error.name or "").partition(".")[0]
+        raise MissingExtra(extra, EXTRAS[extra].get(name, name)) from error

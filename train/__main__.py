@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from kl_autoencoder.distributed import end_with_the_launcher, start_all_cpu_processes
+from kl_autoencoder.extras import MissingExtra, require
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 
@@ -24,6 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keys", action="store_true", help="print every key: type, range, default, meaning")
     parser.add_argument("--print", action="store_true", help="print the resolved configuration and end")
     arguments = parser.parse_intermixed_args(argv)
+    try:
+        require("train")
+    except MissingExtra as error:
+        print_error(error)
+        return 2
     if arguments.keys:
         from .config.keys import describe
 

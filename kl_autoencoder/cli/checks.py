@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..data.formats import LATENTS_KEY, check_writable
 from ..data.locating import locate
+from ..extras import require
 from ..files import read_metadata
 from .paths import (
     check_model,
@@ -64,6 +65,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """`output` becomes a Path."""
+    require("eval")
     arguments.output = Path(arguments.output)
     if arguments.output.is_file():
         raise ValueError(f"{arguments.output}: is a file; a folder is written")
@@ -97,6 +99,8 @@ def fp16_check(arguments: argparse.Namespace) -> None:
     """`images` become (path, name) pairs, none for the built-in ones; adds `folder`, the model's or None."""
     if arguments.fix != bool(arguments.output):
         raise ValueError("--fix and -o FOLDER belong together")
+    if not arguments.images:
+        require("eval", "skimage")
     arguments.images = find_photographs([arguments.images] if arguments.images else [])
     check_model(arguments.model)
     source = model_path(arguments.model)

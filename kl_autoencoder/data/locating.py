@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
-from ..extras import MissingExtra
+from ..extras import require
 from .formats import READABLE
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -51,9 +51,8 @@ def locate(source: str, key: str, samples: Literal["train", "validation"] = "tra
 
 
 def _sample_photographs(samples: str) -> list[str]:
+    require("train", "skimage")
     package = find_spec("skimage")  # where it is, without importing it
-    if package is None:
-        raise MissingExtra("scikit-image", "train")
     folder = os.path.join(os.path.dirname(package.origin), "data")
     return [os.path.join(folder, name) for name in SAMPLE_FILES[samples]]
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..extras import needs
 from ..files import read_tensors
 from .metrics import LPIPS, to_8_bits
 
@@ -71,7 +72,11 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
 
 def inception(device: torch.device) -> Features:
     """The 2048 features of the FID. FileNotFoundError, saying what to do, without its weights (91 MB)."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    with needs("eval"):
+        from torch_fidelity.feature_extractor_inceptionv3 import (
+            URL_INCEPTION_V3,
+            FeatureExtractorInceptionV3,
+        )
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
     if not path.is_file():

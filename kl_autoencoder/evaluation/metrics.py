@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..extras import needs
+
 BACKBONES = {  # what torchvision downloads for each net
     "vgg": "vgg16-397923af.pth",
     "alex": "alexnet-owt-7be5be79.pth",
@@ -38,7 +40,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     A Gaussian window of deviation 1.5, population covariances, the mean over the colour channels.
     Raises ValueError for images smaller than the 11-pixel window.
     """
-    from skimage.metrics import structural_similarity
+    with needs("eval"):
+        from skimage.metrics import structural_similarity
 
     if min(a.shape[2:]) < 11:
         raise ValueError(f"ssim: images of {a.shape[2]}x{a.shape[3]}; allowed: 11x11 and larger")
@@ -55,7 +58,8 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
     Five scales, an 11-pixel Gaussian window of deviation 1.5, the mean over the colour channels, as TensorFlow has
     it. Raises ValueError for images of 160 pixels or less, whose smallest scale would be below the window.
     """
-    import pytorch_msssim
+    with needs("eval"):
+        import pytorch_msssim
 
     if min(a.shape[2:]) <= MS_SSIM_TOO_SMALL:
         raise ValueError(f"ms_ssim: images of {a.shape[2]}x{a.shape[3]}; allowed: 161x161 and larger")
@@ -77,7 +81,8 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str = "alex"):
         super().__init__()
-        import lpips
+        with needs("eval"):
+            import lpips
 
         if net not in BACKBONES:
             raise ValueError(f"LPIPS net: {net!r}; allowed: {', '.join(BACKBONES)}")

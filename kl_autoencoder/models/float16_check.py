@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.image_io import load_image
+from ..extras import needs
 from .autoencoder_kl import KLAutoencoder
 from .float16 import LARGEST, LIMIT, MARGIN, WATCHED, Activations, copied, decoded, encoded
 
@@ -16,7 +17,8 @@ SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")  # colour photographs tha
 
 def sample_photographs(size: int) -> Iterator[Tensor]:
     """(1, 3, size, size) each, in [-1, 1]: the photographs that scikit-image brings along."""
-    from skimage import data
+    with needs("eval"):
+        from skimage import data
 
     for name in SAMPLES:
         yield load_image(Image.fromarray(getattr(data, name)()), size, multiple_of=1)

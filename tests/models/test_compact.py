@@ -1,11 +1,6 @@
 """The model in the package: it is there, anyone can load it, and it reconstructs."""
 
-import json
-import shutil
 import socket
-import subprocess
-import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -22,7 +17,7 @@ from kl_autoencoder.data.image_io import load_image, pad_to_multiple, tensor_to_
 from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.latents.latent_files import load_latents
 from kl_autoencoder.models.autoencoder_kl import COMPACT
-from tests.conftest import ROOT, backbone_missing
+from tests.conftest import backbone_missing
 from train.autoencoder.model import build_autoencoder
 from train.config import ModelConfig
 
@@ -156,20 +151,3 @@ def test_a_local_folder_of_that_name_goes_first(photo, capsys):
 def test_training_can_go_on_from_it(vae, photo):
     again = build_autoencoder(ModelConfig(pretrained="compact"))
     torch.testing.assert_close(again.state_dict(), vae.state_dict(), rtol=0, atol=0)
-
-
-def test_a_wheel_carries_it(tmp_path):
-    pytest.importorskip("setuptools", minversion="69")
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "kl_autoencoder", tmp_path / "kl_autoencoder", ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    build = "import setuptools.build_meta as backend; backend.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        carried = {name for name in archive.namelist() if name.startswith("kl_autoencoder/models/compact/")}
-        assert carried == {f"kl_autoencoder/models/compact/{name}" for name in (*FILES, "__init__.py")}
-        config = json.loads(archive.read("kl_autoencoder/models/compact/config.json"))
-    assert config["_class_name"] == "AutoencoderKL"
-    assert "_name_or_path" not in config  # where it was made

@@ -6,6 +6,7 @@ Every error is a ValueError of one line that names the key, the value and what i
 import dataclasses
 import importlib
 import re
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from .schema import Config
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A YAML file and `dotted.key=value` overrides -> Config. Raises ValueError or FileNotFoundError.
 
+    `configs/kl_f8.yaml` and the others are found wherever the package is installed, after files here.
     `base: other.yaml` in the file, a path relative to it, stands for that file's keys, which this one's replace.
     """
-    values = _read_file(Path(path))
+    values = _read_file(_found(Path(path)))
     for override in overrides:
         _apply(values, override)
     return build(Config, values)
@@ -101,6 +103,12 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+def _found(path: Path) -> Path:
+    """The path itself or, where there is no such file, that of the recipe of this name in the package."""
+    installed = Path(sysconfig.get_path("data"), "share", "kl-autoencoder", path)
+    return installed if not path.exists() and installed.is_file() else path
 
 
 def _read_file(path: Path, reading: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from kl_autoencoder.distributed import end_with_the_launcher, start_all_cpu_processes
+from kl_autoencoder.distributed import end_with_the_launcher, share_the_cores, start_all_cpu_processes
 from kl_autoencoder.extras import MissingExtra, require
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
@@ -100,6 +100,7 @@ def print_summary(summary: dict) -> None:
 
 
 if __name__ == "__main__":
+    share_the_cores()
     end_with_the_launcher()
     start_all_cpu_processes("train", sys.argv[1:])
     sys.exit(main())

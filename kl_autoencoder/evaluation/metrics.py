@@ -74,15 +74,18 @@ class LPIPS(nn.Module):
 
     Args:
         net: vgg (what latent diffusion trains on), alex (what the paper measures with) or squeeze.
+        bf16: compute the features in bfloat16, for training on; what is made of them stays float32.
 
     Raises FileNotFoundError naming the backbone's file and where it is looked for, if it can be neither found
     nor downloaded.
     """
 
-    def __init__(self, net: str = "alex"):
+    def __init__(self, net: str = "alex", bf16: bool = False):
         super().__init__()
         with needs("eval"):
             import lpips
+
+        self.bf16 = bf16
 
         if net not in BACKBONES:
             raise ValueError(f"LPIPS net: {net!r}; allowed: {', '.join(BACKBONES)}")
@@ -99,7 +102,9 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Unit-length feature vectors at each layer of images in [-1, 1]."""
-        layers = self.lpips.net(self.lpips.scaling_layer(images.float()))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            layers = self.lpips.net(self.lpips.scaling_layer(images.float()))
+        layers = [f.float() for f in layers]
         return [f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-10) for f in layers]
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:

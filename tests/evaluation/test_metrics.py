@@ -100,3 +100,20 @@ def test_a_missing_backbone_is_named(tmp_path, monkeypatch):
         LPIPS("alex")
     with pytest.raises(ValueError, match="'vgg19'; allowed: vgg, alex, squeeze"):
         LPIPS("vgg19")
+
+
+def test_lpips_on_bfloat16_features_has_nearly_the_value_and_a_noisy_gradient(lpips_net):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.nn.functional.interpolate(torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1, scale_factor=8)
+    b = a + 0.2 * torch.randn(a.shape, generator=generator)
+    found = []
+    for bf16 in (False, True):
+        x = b.clone().requires_grad_()
+        distances = LPIPS(lpips_net, bf16)(x, a)
+        found.append((distances, *torch.autograd.grad(distances.sum(), x)))
+    (exact, gradient), (near, noisy) = found
+    assert near.dtype == noisy.dtype == torch.float32
+    assert 0 < (near / exact - 1).abs().max() < 0.02
+    cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), noisy.flatten(), 0).item()
+    assert 0.8 < cosine < 0.99999
+    assert noisy.norm().item() == pytest.approx(gradient.norm().item(), rel=0.1)

@@ -11,9 +11,11 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
@@ -22,7 +24,7 @@ from tests.train.test_trainer import make, records, small_config, write_odd_imag
 from train.__main__ import STOPPED, main
 from train.autoencoder import engine
 from train.config import to_yaml
-from train.loop import trainer
+from train.loop import launch, trainer
 from train.loop.launch import hold
 
 STEPS = 8
@@ -177,6 +179,7 @@ def half_written(folder):
 def signalled(number, times, step, rank, arguments):
     """`python -m train` in which a rank receives a signal in the middle of a step."""
     original, moments = engine.Engine.autoencoder_step, [step] * times
+    launch.ASK_EVERY = 0.0  # after each step
 
     def autoencoder_step(self, *batch):
         if self.step in moments and self.accelerator.process_index == rank:
@@ -212,6 +215,29 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(photographs, tmp_path)
     assert list_checkpoints(tmp_path / "run") == ["step-000004"]
 
 
+def ask_for_stops(folder):
+    """Forty steps by a clock on which the second rank is half as fast; a signal to the first rank in step 8."""
+    accelerator, rank, clock = Accelerator(cpu=True), int(os.environ["RANK"]), [0.0]
+    launch.time = SimpleNamespace(monotonic=lambda: clock[0])
+    asked, agree = [], launch.StopRequest._agree
+    launch.StopRequest._agree = lambda self, step: asked.append(step) or agree(self, step)
+    with launch.StopRequest(accelerator) as stop:
+        for step in range(1, 41):
+            clock[0] += 0.1 * (1 + rank)
+            if (step, rank) == (8, 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if stop.requested(step):
+                break
+    (folder / str(rank)).write_text(json.dumps([step, asked]))
+
+
+def test_ranks_ask_once_a_second_of_the_slowest_and_stop_at_the_same_step(tmp_path):
+    log = tmp_path / "log.txt"
+    assert finish(*start_ranks(2, log, ask_for_stops, tmp_path)) == [0, 0], log.read_text()
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert first == second == [11, [1, 6, 11]]
+
+
 def test_a_launcher_may_pass_on_what_all_have_received(photographs, tmp_path):
     """Ctrl-C and SLURM signal every process of a job, and torchrun then signals its own once more."""
     arguments = command(everything(photographs, tmp_path / "run", every=100), tmp_path / "config.yaml")
@@ -232,7 +258,7 @@ def test_a_second_signal_ends_at_once(photographs, tmp_path):
 
 def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photographs, tmp_path):
     """`accelerate launch`, SIGKILLed alone, must leave nobody behind; at once the same command a second time."""
-    config = partial(everything, photographs, steps=16)
+    config = partial(everything, photographs, steps=40)
     log, arguments = tmp_path / "log.txt", command(config(tmp_path / "run"), tmp_path / "run.yaml")
     program = [
         sys.executable,
@@ -257,7 +283,7 @@ def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photograp
     assert "continuing from" in log.read_text()
     whole = command(config(tmp_path / "whole"), tmp_path / "whole.yaml")
     assert finish(*start_ranks(2, log, train, whole)) == [0, 0]
-    assert_same(final(tmp_path / "run", 16), final(tmp_path / "whole", 16))
+    assert_same(final(tmp_path / "run", 40), final(tmp_path / "whole", 40))
 
 
 def keep(folder):

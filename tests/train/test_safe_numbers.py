@@ -115,7 +115,7 @@ def test_bad_steps_are_counted_logged_and_survive_a_restart(small, tmp_path, cap
     again.fit()
     assert records(tmp_path, "skipped_samples") == {2: [4, 5, 6, 7], 3: [8, 9, 10, 11], 6: [20, 21, 22, 23]}
     assert records(tmp_path, "train/skipped_steps") == {2: 1, 3: 2, 6: 3}
-    assert "step 6 skipped: its gradient is not finite (samples [20, 21, 22, 23])" in capsys.readouterr().out
+    assert "step 6 skipped: its gradient is not finite (samples 20 to 23)" in capsys.readouterr().out
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     means = records(
@@ -143,9 +143,9 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(small, tmp_path):
 
 
 def test_a_run_that_diverges_ends_in_one_line(photographs, tmp_path, capsys):
-    """A learning rate of 1e30: the second step overflows, and so do all that follow."""
+    """A learning rate of 100: a step overflows soon, and so do all that follow."""
     config = small_config(
-        photographs, tmp_path, optimizer={"learning_rate": 1e30}, train={"steps": 50, "max_bad_steps": 3}
+        photographs, tmp_path, optimizer={"learning_rate": 100}, train={"steps": 50, "max_bad_steps": 3}
     )
     (tmp_path / "run.yaml").write_text(trainer.to_yaml(config))
     assert main([str(tmp_path / "run.yaml")]) == 1

@@ -1,8 +1,12 @@
 """The trainer: right gradients on any number of ranks, repeatable, resumable, and it learns."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from tests.conftest import ROOT, backbone_missing
 from tests.processes import finish, start_ranks
 from train.__main__ import main, print_error
 from train.config import Config, build, to_yaml
+from train.loop import journal, launch
 from train.loop.trainer import Trainer
 
 RECORDED = Path(__file__).parent / "recorded_losses.json"
@@ -171,6 +176,42 @@ def test_the_ways_to_run_a_step_agree(small, tmp_path, options):
         make(small(tmp_path / name, train={"steps": 3, **more})).fit()
         losses.append(list(records(tmp_path / name, "train/loss").values()))
     np.testing.assert_allclose(*losses, rtol=3e-2 if "mixed_precision" in options else 1e-4)
+
+
+def test_validation_is_no_part_of_the_images_a_second(small, tmp_path, monkeypatch):
+    run, clock = make(small(tmp_path)), [0.0]
+    monkeypatch.setattr(journal, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    run.journal.start_window(step=0)
+    clock[0] = 10.0
+    with run.journal.clock_stopped():
+        clock[0] = 40.0
+    clock[0] = 50.0
+    run.journal.add({"loss": torch.ones(())})
+    assert run.journal.close_window(step=5) == ({"loss": 1.0}, 5 / 20)
+    clock[0] = 60.0
+    run.journal.add({"loss": torch.ones(())})
+    assert run.journal.close_window(step=10)[1] == 5 / 10
+
+
+def test_threads_that_other_programs_stand_in_the_way_of_are_named():
+    assert launch.say_threads(2, 1, 2, 0.2) == "2 torch threads a rank (OMP_NUM_THREADS) on 2 cores"
+    assert launch.say_threads(1, 1, 2, 9.0) == "1 torch thread a rank (OMP_NUM_THREADS) on 2 cores"
+    assert ", 1.4 of which other programs use: OMP_NUM_THREADS=1" in launch.say_threads(2, 1, 2, 1.4)
+    assert "8.0 of which" in launch.say_threads(2, 4, 8, 12.0)
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+])  # fmt: skip
+def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise(given, expected):
+    """libgomp reads the variable as torch is imported, which comes after."""
+    program = ("import os, sys, train.__main__ as program; program.share_the_cores(); "
+               "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)")  # fmt: skip
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=kept | given, capture_output=True, text=True
+    )
+    assert run.stdout.split() == [expected, "False"], run.stderr
 
 
 # ------------------------------------------------------------------ ranks

@@ -129,7 +129,7 @@ class Engine:
 
     @torch.no_grad()
     def latents(self, images: Tensor, samples: Tensor) -> Tensor:
-        """Images (B, 3, H, W) and their samples' numbers -> the latents (B, C, h, w) of the model that is exported."""
+        """Images (B, 3, H, W) and their samples' numbers -> latents (B, C, h, w) of the model that is exported."""
         vae = self.exported
         moments = vae.encode(images.to(self.device, vae.dtype)).latent_dist.parameters
         return self.unwrapped.bottleneck(moments, self.noise(samples), images[0].numel()).z

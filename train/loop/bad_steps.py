@@ -31,7 +31,9 @@ class BadSteps:
                 self.total += 1
                 # a step takes the next samples of the one order, over all ranks
                 samples = list(range(end - self.samples_per_step, end))
-                self.say(f"step {step} skipped: its gradient is not finite (samples {samples})")
+                self.say(
+                    f"step {step} skipped: its gradient is not finite (samples {samples[0]} to {samples[-1]})"
+                )
                 self.journal.write(step, end, {"skipped_samples": samples, "train/skipped_steps": self.total})
         self.noted.clear()
         return most

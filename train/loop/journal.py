@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +40,14 @@ class Journal:
 
     def start_window(self, step: int) -> None:
         self.window: dict[tuple[str, ...], list[Tensor]] = {}  # names: a vector of their values a micro-batch
-        self.first_step, self.started = step, time.perf_counter()
+        self.first_step, self.started, self.elsewhere = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave what happens in the block, such as a validation, out of the steps a second."""
+        since = time.perf_counter()
+        yield
+        self.elsewhere += time.perf_counter() - since
 
     def add(self, terms: dict[str, Tensor]) -> None:
         values = torch.stack([value.detach().float() for value in terms.values()])
@@ -60,7 +67,7 @@ class Journal:
                 totals[name] = totals[name] + pair if name in totals else pair
         sums, counts = self.accelerator.reduce(torch.stack(list(totals.values())), "sum").unbind(1)
         means = (sums / counts).tolist()
-        rate = (step - self.first_step) / (time.perf_counter() - self.started)
+        rate = (step - self.first_step) / (time.perf_counter() - self.started - self.elsewhere)
         self.start_window(step)
         return dict(zip(totals, means, strict=True)), rate
 

@@ -18,6 +18,7 @@ PLUGINS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
 }
+ASK_EVERY, MOST_STEPS = 1.0, 1000  # seconds, and steps, between two times that ranks ask for requests to stop
 PATIENCE = 60  # seconds that a run which is on its way out may still hold its folder
 
 
@@ -38,6 +39,17 @@ def refuse_plugins(environment: Mapping[str, str]) -> None:
         raise ValueError(
             f"ACCELERATE_DYNAMO_BACKEND={backend}: not supported; allowed: no, and train.compile=true instead"
         )
+
+
+def say_threads(threads: int, ranks: int, cores: int, load: float) -> str:
+    """A line about the cores that a run on CPUs uses. `load`: runnable processes before it began."""
+    line = f"{threads} torch thread{'s' * (threads > 1)} a rank (OMP_NUM_THREADS) on {cores} cores"
+    if threads > 1 and load + threads * ranks > cores + 0.5:
+        line += (
+            f", {min(load, cores):.1f} of which other programs use: OMP_NUM_THREADS=1, or more ranks of one thread "
+            "(accelerate launch --cpu --num_processes N), may be faster"
+        )
+    return line
 
 
 def hold(folder: Path, say, patience: float = PATIENCE) -> IO:
@@ -67,13 +79,15 @@ def hold(folder: Path, say, patience: float = PATIENCE) -> IO:
 class StopRequest:
     """`with StopRequest(accelerator) as stop`: SIGTERM or SIGINT (a preempted job, Ctrl-C) is a request to stop.
 
-    All ranks agree on it after each step, over gloo between the hosts, so that no device is waited for. A second
-    signal ends the process at once; but not where there is a launcher, for it passes on the signal that a terminal
-    or a scheduler has sent to all processes already.
+    All ranks agree on it, over gloo between the hosts, so that no device is waited for. The hosts wait for the
+    slowest of them, so they ask after the first step and then about once in ASK_EVERY seconds, at steps that they
+    agree on too; all stop after the same step. A second signal ends the process at once; but not where there is a
+    launcher, for it passes on the signal that a terminal or a scheduler has sent to all processes already.
     """
 
     def __init__(self, accelerator):
         self.received, self.group, self.previous = 0, None, {}
+        self.next_step, self.asked = 0, (0, time.monotonic())  # when to ask next; the last step and time
         if accelerator.num_processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
 
@@ -91,12 +105,25 @@ class StopRequest:
         if not launched():
             signal.signal(number, signal.SIG_DFL)
 
-    def requested(self) -> str | None:
-        """The name of the signal that any rank has received, or None. All ranks must ask together."""
-        number = torch.tensor(self.received)
+    def requested(self, step: int) -> str | None:
+        """The name of the signal that any rank has received, or None. All ranks must call it, after each step."""
+        number = self.received
         if self.group is not None:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
-        return signal.Signals(int(number)).name if number else None
+            if step < self.next_step:
+                return None
+            number = self._agree(step)
+        return signal.Signals(number).name if number else None
+
+    def _agree(self, step: int) -> int:
+        """The largest signal number of all ranks; the slowest rank's pace says when they ask again."""
+        now, (last_step, last_time) = time.monotonic(), self.asked
+        pace = (now - last_time) / max(1, step - last_step)  # seconds a step
+        here = torch.tensor([self.received, pace], dtype=torch.float64)
+        torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX, group=self.group)
+        number, pace = here.tolist()
+        self.asked = step, now
+        self.next_step = step + max(1, min(round(ASK_EVERY / max(pace, 1e-6)), MOST_STEPS))
+        return int(number)
 
 
 class Agreement:

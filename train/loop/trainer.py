@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DDPCommunicationHookType, broadcast_object_list, gather_object
@@ -27,7 +28,7 @@ from ..data.training_data import TrainingData
 from . import changes, checkpoint
 from .bad_steps import BadSteps
 from .journal import Journal
-from .launch import Agreement, StopRequest, hold, refuse_plugins
+from .launch import Agreement, StopRequest, hold, refuse_plugins, say_threads
 from .schedules import Schedules
 
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
@@ -103,13 +104,14 @@ class Trainer:
                 self.train_step(micro_batches)
                 progress.update()
                 profiler.step()
-                stopping = self.stop.requested()
+                stopping = self.stop.requested(self.step)
                 if self.step % self.config.log.every == 0 or self.finished or stopping:
                     progress.set_postfix(self.log())
-                if every and self.step % every == 0 and not self.finished:
-                    self.validate()
-                if self.step % self.config.checkpoint.every == 0 or self.finished or stopping:
-                    self.save(last=self.finished or bool(stopping))
+                with self.journal.clock_stopped():
+                    if every and self.step % every == 0 and not self.finished:
+                        self.validate()
+                    if self.step % self.config.checkpoint.every == 0 or self.finished or stopping:
+                        self.save(last=self.finished or bool(stopping))
                 if stopping and not self.finished:
                     self.say(
                         f"stopped by {stopping} at step {self.step}; the same command continues from there"
@@ -380,7 +382,9 @@ class Trainer:
         with self.accelerator.main_process_first():  # one download, not one a rank
             try:
                 if config.weight:
-                    perceptual = LPIPS(config.net).to(self.device, memory_format=torch.channels_last)
+                    perceptual = LPIPS(config.net, config.bf16).to(
+                        self.device, memory_format=torch.channels_last
+                    )
             except FileNotFoundError as error:
                 if config.required:
                     hint = "or train without the term: loss.perceptual.weight=0"
@@ -420,6 +424,9 @@ class Trainer:
             f"learning rate {self.schedules.peak_learning_rate():.3g} ({optimizer.learning_rate:.3g} for a batch "
             f"of {optimizer.reference_batch}, rule: {optimizer.scale_rule})"
         )
+        if self.device.type == "cpu":
+            load, *_ = psutil.getloadavg()  # over the minute in which this started
+            self.say(say_threads(torch.get_num_threads(), ranks, os.cpu_count(), load))
 
 
 class _NoProfiler:

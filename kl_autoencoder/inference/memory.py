@@ -17,18 +17,27 @@ ALIGNMENT = 64
 
 
 class Workspace:
-    """Named scratch buffers that grow to the largest shape asked for; a name's next use overwrites the last."""
+    """Named scratch buffers that grow to the largest shape asked for; a name's next use overwrites the last.
+
+    The tensors are kept too: making one costs as much Python as a small strip takes to compute.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.buffers: dict[str, Tensor] = {}
+        self.tensors: dict[str, dict[tuple, Tensor]] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        if name not in self.buffers or len(self.buffers[name]) < size:
-            self.buffers.pop(name, None)  # freed before its successor is made
-            self.buffers[name] = torch.empty(size, device=self.device, dtype=torch.uint8)
-        return self.buffers[name][:size].view(dtype).view(shape)
+        made = self.tensors.setdefault(name, {})
+        tensor = made.get((shape, dtype))
+        if tensor is None:
+            size = math.prod(shape) * dtype.itemsize
+            if name not in self.buffers or len(self.buffers[name]) < size:
+                made.clear()
+                self.buffers.pop(name, None)  # freed before its successor is made
+                self.buffers[name] = torch.empty(size, device=self.device, dtype=torch.uint8)
+            made[shape, dtype] = tensor = self.buffers[name][:size].view(dtype).view(shape)
+        return tensor
 
 
 class DeviceMemory:

@@ -13,6 +13,8 @@ After nearest-neighbour upsampling by two, 2x2 outputs take 9 products instead o
 Called as the kernels of `convolutions` are. Everything is additions of slices and one batched matrix product.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -55,9 +57,9 @@ class WinogradConv:
         torch.bmm(input_tiles(x, work), self.filters, out=products.view(36, -1, o))
 
         half = work.get("pixels", (4, 6, b, r, s, o), self.dtype)
-        _outputs(products, half, work)
+        _outputs(products.unbind(), half.unbind(), work)
         y = work.get("half", (b, r, 4, s, 4, o), self.dtype)
-        _outputs(half.transpose(0, 1), y.permute(4, 2, 0, 1, 3, 5), work)
+        _outputs(half.unbind(1), y.permute(4, 2, 0, 1, 3, 5).unbind(), work)
         return y.view(b, 4 * r, 4 * s, o).add_(self.bias)
 
 
@@ -77,11 +79,12 @@ class WinogradUpsample:
         steps = work.get("half", (b, r + 1, s + 2, c), self.dtype)  # each pixel less the one below
         torch.sub(x[:, :-1], x[:, 1:], out=steps)
         pixels = work.get("pixels", (3, 3, b, r, s, c), self.dtype)
-        for of_row, rows in zip(pixels, (steps[:, :-1], x[:, 1:-1], steps[:, 1:]), strict=True):
-            left, middle, right = (rows[:, :, k : k + s] for k in range(3))
-            torch.sub(left, middle, out=of_row[0])
-            of_row[1].copy_(middle)
-            torch.sub(middle, right, out=of_row[2])
+        for of_row, rows in zip(pixels.unbind(), (steps[:, :-1], x[:, 1:-1], steps[:, 1:]), strict=True):
+            left, middle, right = rows.unfold(2, s, 1).permute(2, 0, 1, 4, 3).unbind()
+            first, second, third = of_row.unbind()
+            torch.sub(left, middle, out=first)
+            second.copy_(middle)
+            torch.sub(middle, right, out=third)
 
         products = work.get("products", (3, 3, b, r, s, o), self.dtype)
         torch.bmm(pixels.view(9, -1, c), self.filters, out=products.view(9, -1, o))
@@ -89,8 +92,9 @@ class WinogradUpsample:
         y = work.get("half", (b, r, 2, s, 2, o), self.dtype)
         half = work.get("pixels", (2, 3, b, r, s, o), self.dtype)
         for m, z in ((products, half), (half.transpose(0, 1), y.permute(4, 2, 0, 1, 3, 5))):
-            torch.add(m[0], m[1], out=z[0])
-            torch.sub(m[1], m[2], out=z[1])
+            (first, second, third), (upper, lower) = m.unbind(), z.unbind()
+            torch.add(first, second, out=upper)
+            torch.sub(second, third, out=lower)
         return y.view(b, 2 * r, 2 * s, o).add_(self.bias)
 
 
@@ -99,9 +103,9 @@ def input_tiles(x: Tensor, work: Workspace) -> Tensor:
     b, height, width, c = x.shape
     r, s = (height - 2) // 4, (width - 2) // 4
     half = work.get("half", (6, b, r, width, c), x.dtype)  # rows transformed, columns not yet
-    _inputs([x[:, k : k + 4 * r - 3 : 4] for k in range(6)], half, work)
+    _inputs(x.unfold(1, 6, 4).unbind(-1), half.unbind(), work)
     pixels = work.get("pixels", (6, 6, b, r, s, c), x.dtype)
-    _inputs([half[:, :, :, k : k + 4 * s - 3 : 4] for k in range(6)], pixels.transpose(0, 1), work)
+    _inputs(half.unfold(3, 6, 4).unbind(-1), pixels.unbind(1), work)
     return pixels.view(36, -1, c)
 
 
@@ -109,16 +113,16 @@ def output_gradient_tiles(y: Tensor, work: Workspace) -> Tensor:
     """A y A^T of each tile y of the gradient in a result, (B, rows, columns, channels): (36, tiles, channels)."""
     b, height, width, c = y.shape
     half = work.get("products", (6, b, height // 4, width, c), y.dtype)
-    _outputs_adjoint([y[:, k::4] for k in range(4)], half, work)
+    _outputs_adjoint(y.unfold(1, 4, 4).unbind(-1), half.unbind(), work)
     tiles = work.get("gradients", (6, 6, b, height // 4, width // 4, c), y.dtype)
-    _outputs_adjoint([half[:, :, :, k::4] for k in range(4)], tiles.transpose(0, 1), work)
+    _outputs_adjoint(half.unfold(3, 4, 4).unbind(-1), tiles.unbind(1), work)
     return tiles.view(36, -1, c)
 
 
-def _inputs(d: list[Tensor], out: Tensor, work: Workspace) -> None:
+def _inputs(d: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> None:
     """B^T d along one side: six slices -> the six of `out`. The pairs +-p share d4 - q^2 d2 and d3 - q^2 d1."""
     torch.add(d[4], d[0], alpha=A * A * B * B, out=out[0]).sub_(d[2], alpha=A * A + B * B)
-    odd = work.get("odd", out[0].shape, out.dtype)
+    odd = work.get("odd", out[0].shape, out[0].dtype)
     for k, p, q in ((1, A, B), (3, B, A)):
         torch.sub(d[3], d[1], alpha=q * q, out=odd)
         even = torch.sub(d[4], d[2], alpha=q * q, out=out[k + 1])
@@ -127,9 +131,9 @@ def _inputs(d: list[Tensor], out: Tensor, work: Workspace) -> None:
     torch.add(d[5], d[1], alpha=A * A * B * B, out=out[5]).sub_(d[3], alpha=A * A + B * B)
 
 
-def _outputs(m: Tensor, out: Tensor, work: Workspace) -> None:
+def _outputs(m: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> None:
     """A^T m along one side: the six of `m`, which it overwrites -> the four of `out`."""
-    sum_a = torch.add(m[1], m[2], out=work.get("odd", m[0].shape, m.dtype))
+    sum_a = torch.add(m[1], m[2], out=work.get("odd", m[0].shape, m[0].dtype))
     difference_a = m[1].sub_(m[2])
     sum_b = torch.add(m[3], m[4], out=m[2])
     difference_b = m[3].sub_(m[4])
@@ -139,7 +143,7 @@ def _outputs(m: Tensor, out: Tensor, work: Workspace) -> None:
     torch.add(m[5], difference_a, alpha=A * A, out=out[3]).add_(difference_b, alpha=B * B)
 
 
-def _outputs_adjoint(y: list[Tensor], out: Tensor, work: Workspace) -> None:
+def _outputs_adjoint(y: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> None:
     """A y along one side: four slices -> the six of `out`, what `_outputs` makes of gradients."""
     out[0].copy_(y[0])
     even = work.get("odd", y[0].shape, y[0].dtype)

@@ -36,20 +36,22 @@ import torch.nn.functional as F  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
 
 from kl_autoencoder import KLAutoencoder  # noqa: E402
+from kl_autoencoder.models.autoencoder_kl import COMPACT  # noqa: E402
 from tests.published import PUBLISHED  # noqa: E402
 
 CONTENDERS = ("diffusers", "channels_last", "ours", "tiled", "compiled", "floor")
 WITH_MEMORY = ("diffusers", "channels_last", "ours", "tiled")
 
 
-def reference(device: str, dtype: torch.dtype) -> AutoencoderKL:
+def reference(device: str, dtype: torch.dtype, model: str = "sd") -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(**PUBLISHED["sd"]).eval().to(device=device, dtype=dtype)
+    vae = AutoencoderKL(**PUBLISHED["sd"]) if model == "sd" else AutoencoderKL.from_pretrained(COMPACT)
+    return vae.eval().to(device=device, dtype=dtype)
 
 
-def build(name: str, device: str, dtype: torch.dtype):
+def build(name: str, device: str, dtype: torch.dtype, model: str = "sd"):
     """vae for a contender's name; the floor is made from ours."""
-    vae = reference(device, dtype)
+    vae = reference(device, dtype, model)
     if name == "channels_last":
         return vae.to(memory_format=torch.channels_last)
     if name == "diffusers":

@@ -10,6 +10,7 @@ from skimage import data
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main as command
+from kl_autoencoder.inference import dispatch
 from kl_autoencoder.inference.executor import Executor
 from kl_autoencoder.networks.convolutional import Decoder, Encoder
 from tests.conftest import ROOT
@@ -61,7 +62,8 @@ def test_every_python_block_runs(folder):
 
 
 def test_the_first_block_takes_the_fast_path(folder, monkeypatch):
-    """Encoder and decoder are executed in pieces, once each, and never as a whole."""
+    """Encoder and decoder are executed in pieces, once each, and never as a whole, unless the image is small."""
+    monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
     runs, run = [], Executor.run
     monkeypatch.setattr(Executor, "run", lambda self, of, x: runs.append(type(of)) or run(self, of, x))
     monkeypatch.setattr(Encoder, "forward", None)

@@ -19,7 +19,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch.utils.checkpoint import checkpoint
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.inference import dispatch
 from kl_autoencoder.inference.dispatch import infer, largest_activation, why_whole
+from kl_autoencoder.inference.executor import Executor
 from kl_autoencoder.inference.memory import available_in_control_group
 from kl_autoencoder.networks import convolutional as net
 from tests.models.test_autoencoder_kl import images, pair, pipeline, run
@@ -31,6 +33,12 @@ ROOT = Path(__file__).parents[2]
 def vae():
     torch.manual_seed(0)
     return KLAutoencoder(block_out_channels=(8, 16), norm_num_groups=4).eval()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch):
+    """So that small networks, quick to test, are executed in pieces as large ones are."""
+    monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
 
 
 def latents(*shape):
@@ -279,6 +287,26 @@ def test_only_what_is_asked_for_gets_a_gradient(vae, never_whole):
         "decoder.conv_out.weight",
         "decoder.conv_out.bias",
     }
+
+
+def test_what_is_small_is_executed_whole_and_without_a_graph(vae, monkeypatch):
+    z = latents(1, 4, 16, 16)
+    pieces, run = [], Executor.run
+    monkeypatch.setattr(Executor, "run", lambda self, of, x: pieces.append(x.shape) or run(self, of, x))
+    largest = 16 * 32 * 32 * 4  # bytes, behind the upsampling
+    for small, in_pieces in ((largest, 0), (largest - 1, 1)):
+        monkeypatch.setattr(dispatch, "SMALL_BYTES", small)
+        image = vae.decode(z).sample
+        assert len(pieces) == in_pieces and image.requires_grad
+        assert torch.equal(image, whole(vae, z)) == (not in_pieces)
+        assert "_Recomputed" in type(image.grad_fn).__name__ + str(image.grad_fn.next_functions)
+        vae.zero_grad()
+        image.sum().backward()
+        assert vae.decoder.conv_in.weight.grad.abs().sum() > 0
+    vae.enable_tiling()
+    monkeypatch.setattr(dispatch, "SMALL_BYTES", largest)
+    vae.decode(z)
+    assert len(pieces) == 2
 
 
 def test_gradients_of_gradients_and_within_a_checkpoint(vae):

@@ -33,6 +33,11 @@ EXAMPLES = """examples:
   accelerate launch -m kl_autoencoder encode-dataset --model vae/ --data photos/ --size 512 -o latents/
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
 """
+IMAGES = (
+    "Images are turned upright and converted to sRGB; transparency is laid over white; 16 bits are rounded to 8; "
+    "of an animation or several pages the first is taken; integers of 32 bits are refused, for nothing says which "
+    "is white."
+)
 DTYPES = ["float32", "bfloat16", "float16"]
 HOME = {  # of the commands that are not in model_commands.py
     "evaluate": "evaluate_command",
@@ -46,6 +51,10 @@ MODEL = (
 
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TAKING_IMAGES = (
+    *("encode", "reconstruct", "evaluate", "fp16-check", "encode-dataset"),
+    *("interpolate", "sample", "attribute", "anomaly"),
+)
 ON_RANKS = ("evaluate", "encode-dataset")  # commands that several processes share
 
 
@@ -230,6 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
     _dataset_commands(commands)
     _latent_commands(commands)
+    for name in TAKING_IMAGES:
+        commands.choices[name].epilog = IMAGES
     for sub in commands.choices.values():
         sub.add_argument(
             "--traceback", action="store_true", help="show where in the program an error is from"

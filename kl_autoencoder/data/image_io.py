@@ -28,6 +28,7 @@ UPRIGHT = {
 SRGB = ImageCms.createProfile("sRGB")
 PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # PIL mode -> ICC colour space
 RUN_BY_GHOSTSCRIPT = ("EPS", "WMF")  # a photograph never is one; decoding them starts another program
+SIXTEEN_BITS_IN_I = ("PNG", "PPM")  # formats whose 16-bit gray Pillow may give as mode I, 0 to 65535
 DIFFERENCE_GAIN = 4.0
 
 
@@ -53,9 +54,10 @@ def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
     """Decode an image file, or a file opened for reading in binary, to an upright PIL image of mode RGB in sRGB.
 
     EXIF rotation is applied, an embedded colour profile is converted to sRGB, transparency is laid over white,
-    16-bit values are rounded to 8 bits; of an animation the first frame is taken.
+    16-bit values are rounded to 8 bits; of an animation, or of several pages, the first is taken.
     Raises FileNotFoundError if there is no such file, and ValueError, naming the file, if it is not an image,
-    damaged or truncated, or holds more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (decompression bombs).
+    damaged or truncated, of 32-bit integers, or holds more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (decompression
+    bombs).
     """
     with _opened(source) as image:
         return to_rgb(image)
@@ -250,6 +252,10 @@ def _refuse_unsafe(image: Image.Image) -> None:
         raise ValueError(
             f"refused as a decompression bomb: {image.width}x{image.height} pixels, "
             f"the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
+        )
+    if image.mode == "I" and image.format not in SIXTEEN_BITS_IN_I:
+        raise ValueError(
+            "integers of 32 bits, and nothing says which is white; allowed: 8 or 16 bits, or floats from 0 to 1"
         )
 
 

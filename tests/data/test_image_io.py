@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from kl_autoencoder.data.crops import Crop, read_part, read_square
 from kl_autoencoder.data.image_io import (
     difference_image,
     image_grid,
@@ -173,6 +174,38 @@ class TestModes:
     def test_32_bit_out_of_range(self):
         with pytest.raises(ValueError, match="allowed are 0 to 65535"):
             to_rgb(Image.fromarray(np.array([[0, 70000]], np.int32)))
+
+
+class TestAlikeEverywhere:
+    """The readers of commands (`load_image`), of encode-dataset (`read_part`) and of training (`read_square`)."""
+
+    @staticmethod
+    def readings(file):
+        def opened():
+            content = io.BytesIO(file.read_bytes())
+            content.name = str(file)
+            return content
+
+        yield lambda: levels(load_image(file, multiple_of=1))
+        yield lambda: read_part(opened(), [(4, 4)]).pixels
+        yield lambda: read_square(opened(), 4, Crop(1.0, 0.0, 0.0, False))
+
+    @pytest.mark.parametrize("values", [[0, 255], [0, 65535], [-5, 70000]])
+    def test_integers_of_32_bits_are_refused(self, tmp_path, values):
+        Image.fromarray(np.array([values * 2] * 4, np.int32)).save(tmp_path / "deep.tif")
+        for read in self.readings(tmp_path / "deep.tif"):
+            with pytest.raises(ValueError, match=r"deep\.tif: integers of 32 bits.*allowed: 8 or 16 bits"):
+                read()
+
+    @pytest.mark.parametrize("suffix", [".gif", ".png", ".tif"])
+    def test_the_first_frame_and_white_under_transparency(self, tmp_path, suffix):
+        first, second = (Image.new("RGBA", (4, 4), color) for color in ((0, 0, 0, 0), (255, 0, 0, 255)))
+        first.putpixel((0, 0), (0, 0, 255, 255))
+        first.save(tmp_path / f"two{suffix}", save_all=True, append_images=[second])
+        wanted = np.full((4, 4, 3), 255)
+        wanted[0, 0] = (0, 0, 255)
+        for read in self.readings(tmp_path / f"two{suffix}"):
+            assert np.abs(read() - wanted).max() < 1e-3
 
 
 # What a viewer must do with each orientation (EXIF 2.32, 0x0112), in numpy.

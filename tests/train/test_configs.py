@@ -1,0 +1,48 @@
+"""Every shipped recipe with its own switches, compilation included: its phases, and a restart between any two."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.processes import finish, start
+from train.config import load_config
+from train.loop import trainer
+from train.smoke import STATISTICS_SAMPLES, STEPS, shrink
+
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+
+
+def fit(path, folder):
+    """A whole run at the sizes of `--smoke`, then the rest of it once more from the checkpoint in the middle.
+
+    Compiled by aot_eager: traced as for inductor, forward and backward, and run by torch's own kernels.
+    """
+    recipe = load_config(path)
+    small = shrink(recipe, folder / "whole")
+    small = replace(small, train=replace(small.train, compile=recipe.train.compile))
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    trainer.Trainer(small, STATISTICS_SAMPLES).fit()
+    name = f"checkpoints/step-{STEPS // 2:06d}"
+    shutil.copytree(folder / "whole" / name, folder / "resumed" / name)
+    trainer.Trainer(replace(small, output_dir=str(folder / "resumed")), STATISTICS_SAMPLES).fit()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_ends_and_continues_with_its_own_switches(path, tmp_path):
+    recipe, log = load_config(path), tmp_path / "log.txt"
+    assert finish(start(log, fit, path, tmp_path)) == [0], log.read_text()
+    last = f"checkpoints/step-{STEPS:06d}"
+    files = {file.name for file in (tmp_path / "whole" / last).glob("*.safetensors")}
+    assert {"model.safetensors", "optimizer.safetensors"} <= files
+    assert ("discriminator.safetensors" in files) == (recipe.loss.adversarial.weight > 0)
+    for file in files:
+        ours, whole = (load_file(tmp_path / run / last / file) for run in ("resumed", "whole"))
+        assert ours.keys() == whole.keys()
+        assert all(torch.equal(ours[key], whole[key]) for key in ours), file
+    kept = (tmp_path / "whole" / "export" / "training_state").is_dir()
+    assert kept == recipe.export.training_state

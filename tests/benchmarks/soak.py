@@ -6,7 +6,7 @@
 The run has everything that a restart could lose: two micro-batches a step, a learned likelihood scale, the
 discriminator with its delays, LeCam and R1, a moving average, a cosine. Each stop is one of `STOPS`, at a moment
 drawn from all of a life: while it starts, in a step, while a checkpoint is written, while it exports. When a run
-comes to its end, every tensor of its last checkpoint and every loss it wrote down is compared, and another is begun.
+comes to its end, every tensor of its last checkpoint and every loss it wrote are compared, and another is begun.
 Called again, it goes on counting in FOLDER. Where 64 MB can be mounted as a disk, the full disk is a real one.
 """
 
@@ -120,7 +120,7 @@ class Soak:
         return kind
 
     def end(self, ranks: list, told: bool) -> list[int]:
-        """Wait for all, as a launcher does: where one has failed, the others are told. A rank that hangs ends it."""
+        """Wait for all as a launcher does: where one failed, the others are told. A rank that hangs ends it."""
         failed_at, now, last = None, 0.0, time.monotonic()
         while any(rank.is_alive() for rank in ranks):
             moment = time.monotonic()

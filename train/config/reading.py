@@ -41,7 +41,7 @@ def build(cls: type[Section], values: Any) -> Section:
     return _validated(cls, values)
 
 
-def _validated(cls: type, values: Any, prefix: str = ""):
+def _validated(cls: type[Section], values: Any, prefix: str = "") -> Section:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -67,7 +67,7 @@ def _with_parts(values: dict) -> dict:
     return values
 
 
-def _part(parts: Parts, values: Any, key: str):
+def _part(parts: Parts, values: Any, key: str) -> Any:
     return _validated(parts.section(values, key), values, key + ".")
 
 

@@ -25,7 +25,9 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
     names = ("size", "crop", "content", "stored_as", "dtype", "flip", "seed", "batch_size", "shard_rows")
     settings = EncodeSettings(**{key: getattr(arguments, key) for key in names}, keep=tuple(arguments.keep))
     column = arguments.image_column
-    photographs = open_source(arguments.data, DATA, column, arguments.split, keep=settings.keep)
+    photographs = open_source(
+        arguments.data, DATA, column, arguments.split, keep=settings.keep, in_order=True
+    )
     vae = load_model(arguments.model, "cpu", None)
     bound = binding(vae, photographs, column, settings)
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]

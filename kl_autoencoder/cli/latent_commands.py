@@ -111,7 +111,7 @@ def _size(arguments: argparse.Namespace, vae: KLAutoencoder) -> int:
 
 
 def _open(source: str, key: str) -> datasets.Dataset:
-    return open_source(source, Keys(key, key))
+    return open_source(source, Keys(key, key), in_order=True)
 
 
 def _read(

@@ -56,7 +56,7 @@ class Photographs:
         """
         if size is not None and size < SMALLEST:
             raise ValueError(f"--size: {size}; allowed: native, or a number from {SMALLEST} on")
-        records = open_source(source, DATA, column, split, samples="validation")
+        records = open_source(source, DATA, column, split, samples="validation", in_order=True)
         return cls(records, source, size, column, range(min(len(records), limit or len(records))))
 
     @property

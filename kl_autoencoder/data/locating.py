@@ -1,6 +1,5 @@
 """Find where the name of a source of images leads: by names alone, before anything heavy is imported."""
 
-import glob
 import os
 import re
 from collections.abc import Sequence
@@ -8,14 +7,15 @@ from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 from ..extras import require
+from . import remote
 from .formats import READABLE
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 KINDS = (
-    "a folder of images, parquet or webdataset (.tar) files or a glob of them, a folder written by "
-    "datasets.save_to_disk, a data set id on the Hugging Face hub, or sample-photographs"
+    "a folder of images, parquet or webdataset (.tar) files, a pattern or URL of such (shard-{000..099}.tar, "
+    "s3://bucket/*.parquet), a folder by save_to_disk, a hub id (owner/name:config@revision), or sample-photographs"
 )
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 SAMPLE_PHOTOGRAPHS = "sample-photographs"
 # The colour photographs in the wheel of scikit-image, without the two medical ones, whose one colour would be half
 # of what is seen. No scene is on both sides: the two motorcycles are a stereo pair.
@@ -43,8 +43,12 @@ def locate(source: str, key: str, samples: Literal["train", "validation"] = "tra
         return Located("images", _sample_photographs(samples))
     if os.path.isdir(path):
         return _in_folder(path, key)
-    if files := sorted(glob.glob(path, recursive=True)):
+    if files := remote.expand(path, key):
+        if remote.is_url(path) and not path.lower().endswith((*READABLE, *BUILDERS)):
+            return _in_remote_folder(path, key)
         return _of_files(files, source, key)
+    if remote.is_url(path):
+        raise FileNotFoundError(f"{key}: {source}: nothing there; allowed: {KINDS}")
     if not HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"{key}: {source!r} is no file or folder here; allowed: {KINDS}")
     return Located("hub", [source])
@@ -55,6 +59,16 @@ def _sample_photographs(samples: str) -> list[str]:
     package = find_spec("skimage")  # where it is, without importing it
     folder = os.path.join(os.path.dirname(package.origin), "data")
     return [os.path.join(folder, name) for name in SAMPLE_FILES[samples]]
+
+
+def _in_remote_folder(path: str, key: str) -> Located:
+    try:
+        files = remote.files_below(path, (*READABLE, *BUILDERS), key)
+    except OSError as error:
+        raise FileNotFoundError(f"{key}: {path} cannot be listed ({error})") from None
+    if not files:
+        raise FileNotFoundError(f"{key}: {path}: no images and no data files there; allowed: {KINDS}")
+    return _of_files(files, path, key)
 
 
 def _in_folder(path: str, key: str) -> Located:

@@ -1,25 +1,35 @@
-"""Where photographs come from: the name of a source -> a `datasets` data set of images that are not decoded yet.
+"""Where images come from: the name of a source -> its rows or its stream of images, which are not decoded yet.
 
-Everything here runs in the main process and looks at no pixel. A record is {"bytes": ... or None, "path": ...
-or None}, as `datasets.Image(decode=False)` gives it; `encoded_file` makes a file of one.
+Everything here runs in the main process and looks at no pixel. Rows are read by number: `len(rows)`, `rows[n]` ->
+{column: record, ...}, `rows.features`; a stream file by file, see `file_streams.Stream`. A record is {"bytes": ...
+or None, "path": ... or None}, as `datasets.Image(decode=False)` gives it; `encoded_file` makes a file of one.
 """
 
 import io
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import datasets
 import fsspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from .locating import KINDS, locate
+from .download import local_copies
+from .file_streams import FileStream, HubStream, Stream
+from .locating import HUB_ID, KINDS, locate
+from .parquet_files import ParquetRows, bytes_of_groups, schema_of
+from .tar_files import TarRows, fields_of
 
-Images = datasets.Dataset | datasets.IterableDataset
+LARGE_GROUP = 4 * 2**20  # bytes of images in a parquet row group above which single rows are read from a copy
+WORTH_SAYING = 2**30  # bytes of a source that are read or written before anything else can start
+
+Rows = datasets.Dataset | TarRows | ParquetRows
+
+log = logging.getLogger(__name__)
 
 
 class Keys(NamedTuple):
@@ -34,28 +44,97 @@ def open_source(
     keys: Keys,
     column: str = "image",
     split: str = "train",
-    streaming: bool = False,
     samples: Literal["train", "validation"] = "train",
     keep: Sequence[str] = (),
-) -> Images:
-    """Open a source; see `KINDS`. The result has the column `column`, cast to Image(decode=False), and `keep`.
+    in_order: bool = False,
+) -> Rows:
+    """Open a source to be read by number; see `KINDS`. Its rows have the column `column`, encoded, and `keep`.
 
-    `split` matters where splits have names: on the hub and in a saved DatasetDict. `streaming` reads parquet,
-    webdataset and hub sources in sequence instead of converting them to Arrow files on this disk first; other
-    kinds are read in place and come as a `datasets.Dataset` in any case. `samples` says which half of the sample
-    photographs is meant. Raises FileNotFoundError for a source that is not there or cannot be reached,
-    ValueError for one that cannot be used; both name the key and the source.
+    `split` matters where splits have names: on the hub and in a saved DatasetDict. `samples` says which half of the
+    sample photographs is meant. Nothing local is copied, but for parquet files with row groups of more than
+    `LARGE_GROUP`, unless they are read `in_order`; remote tables are downloaded. Both are announced. Raises
+    FileNotFoundError for a source that is not there or cannot be reached, ValueError for one that cannot be used;
+    both name the key and the source.
     """
     kind, files = locate(source, keys.source, samples)
     if kind == "images":
-        images = _image_files(files, column)
-    elif kind == "saved":
-        images = _open_saved(files[0], keys.source, split)
-    elif kind == "hub":
-        images = _open_hub(source, keys.source, split, streaming)
-    else:
-        images = _open_tables(kind, files, source, keys.source, streaming)
-    return _encoded(images, source, keys, column, keep)
+        return _image_files(files, column)
+    if kind in ("saved", "hub"):
+        opened = (
+            _open_saved(files[0], keys.source, split)
+            if kind == "saved"
+            else _open_hub(source, keys.source, split)
+        )
+        return _encoded(opened, source, keys, column, keep)
+    files = local_copies(files, keys.source)
+    _check_columns(kind, files, source, keys, column, keep)
+    return _read_as(
+        kind, files, source, keys, lambda: _open_rows(kind, files, source, keys, column, keep, in_order)
+    )
+
+
+def open_stream(source: str, keys: Keys, column: str = "image", split: str = "train") -> Stream:
+    """Open parquet, webdataset or hub sources to be read file by file; raises as `open_source`."""
+    kind, files = locate(source, keys.source)
+    if kind in ("images", "saved"):
+        raise ValueError(f"data.streaming: true, but {source} is read in place in any case; allowed: false")
+    if kind == "hub":
+        images = _open_hub(source, keys.source, split, streaming=True)
+        return HubStream(_encoded(images, source, keys, column), column)
+    _check_columns(kind, files, source, keys, column)
+    return FileStream(kind, files, column)
+
+
+def _check_columns(
+    kind: str, files: Sequence[str], source: str, keys: Keys, column: str, keep: Sequence[str] = ()
+) -> None:
+    """Refuse files that cannot be read, and columns that the first of them has not."""
+    look = fields_of if kind == "webdataset" else schema_of
+    found = _read_as(kind, files, source, keys, lambda: look(files[0]))
+    for name in (column, *keep):
+        if name not in found:
+            raise ValueError(f"{keys.column}: no column {name!r} in {source}; allowed: {', '.join(found)}")
+    if kind == "parquet":
+        _check_kind(found[column], source, keys, column)
+
+
+def _read_as(kind: str, files: Sequence[str], source: str, keys: Keys, read: Callable):
+    """What `read` gives, or an error in the user's words."""
+    try:
+        return read()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{keys.source}: {source}: no such file ({error})") from error
+    except Exception as error:  # pyarrow's, tarfile's, datasets' own, of each protocol: no common base
+        raise ValueError(
+            f"{keys.source}: {source} cannot be read as {kind} files ({_cause(error)})"
+        ) from error
+
+
+def _open_rows(
+    kind: str, files: list[str], source: str, keys: Keys, column: str, keep: Sequence[str], in_order: bool
+) -> Rows:
+    size = sum(map(os.path.getsize, files))
+    if kind == "webdataset":
+        if size > WORTH_SAYING:
+            log.warning(
+                "%s: finding the images in %d tar files of %s", keys.source, len(files), _gigabytes(size)
+            )
+        return TarRows(files, column, keep)
+    group = bytes_of_groups(files, column)
+    if in_order or group <= LARGE_GROUP:
+        return ParquetRows(files, column, keep)
+    if size > WORTH_SAYING:
+        log.warning(
+            "%s: a row of %s can only be read with the %.0f MB of its row group, so the files are copied first, "
+            "once: %s in %s; data.streaming=true reads them as they are",
+            keys.source, source, group / 1e6, _gigabytes(size), datasets.config.HF_DATASETS_CACHE,
+        )  # fmt: skip
+    copied = datasets.load_dataset("parquet", data_files=files, split="train")
+    return _encoded(copied, source, keys, column, keep)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def encoded_file(record: dict | None, name: str) -> io.BytesIO:
@@ -78,30 +157,32 @@ def record_name(record: dict | None, place: str) -> str:
     return f"{path} ({place})" if path else place
 
 
-def image_keys(
-    images: datasets.Dataset, column: str, source: str, most_read: int | None = None
-) -> list[bytes]:
+def image_keys(images: Rows, column: str, source: str, most_read: int | None = None) -> list[bytes]:
     """What each image is told from the others by: its path, within `source` if that is a folder, or its contents.
 
     Of contents the length and the last KiB, which is the end of the compressed pixels. `most_read`: where images
     have no paths, only so many are looked at, spread evenly.
     """
     folder = os.path.join(os.path.expanduser(source), "")
-    structs = images.with_format("arrow")[:].column(column)
-    paths = pc.struct_field(structs, "path").to_pylist()
-    if most_read is not None and None in paths:
-        rows = np.unique(np.linspace(0, len(images) - 1, most_read).astype(int)) if len(images) else []
-        structs, paths = structs.take(pa.array(rows, pa.int64())), [paths[row] for row in rows]
-    contents = pc.struct_field(structs, "bytes")
+    names = _image_names(images, column)
+    rows = range(len(names))
+    if most_read is not None and None in names:
+        rows = np.unique(np.linspace(0, len(names) - 1, most_read).astype(int)).tolist()
     keys = []
-    for row, path in enumerate(paths):
-        if path is not None:
-            name = path.removeprefix(folder)
-            keys.append((os.path.basename(name) if os.path.isabs(name) else name).encode())
+    for row in rows:
+        if names[row] is None:
+            data = (images[row][column] or {}).get("bytes") or b""
+            keys.append(b"%d " % len(data) + data[-1024:])
         else:
-            data = contents[row].as_buffer()  # not copied
-            keys.append(b"" if data is None else b"%d " % data.size + data[-1024:].to_pybytes())
+            name = names[row].removeprefix(folder)
+            keys.append((os.path.basename(name) if os.path.isabs(name) else name).encode())
     return keys
+
+
+def _image_names(images: Rows, column: str) -> list[str | None]:
+    if isinstance(images, datasets.Dataset):
+        return pc.struct_field(images.with_format("arrow")[:].column(column), "path").to_pylist()
+    return images.image_names()
 
 
 def _image_files(paths: Sequence[str], column: str) -> datasets.Dataset:
@@ -123,18 +204,14 @@ def _open_saved(path: str, key: str, split: str) -> datasets.Dataset:
     return saved
 
 
-def _open_tables(builder: str, files: list[str], source: str, key: str, streaming: bool) -> Images:
-    try:
-        return datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
-    except Exception as error:  # pyarrow's, tarfile's, datasets' own: no common base
-        raise ValueError(f"{key}: {source} cannot be read as {builder} files ({_cause(error)})") from error
-
-
-def _open_hub(source: str, key: str, split: str, streaming: bool) -> Images:
+def _open_hub(
+    source: str, key: str, split: str, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    name, config, revision = HUB_ID.fullmatch(source).group("name", "config", "revision")
     missing = f"{key}: {source!r} is no file or folder here"
     try:
         # load_dataset would ask again and again, for half a minute, before it says that a name leads nowhere.
-        HfApi().dataset_info(source, timeout=10)
+        HfApi().dataset_info(name, revision=revision, timeout=10)
     except OfflineModeIsEnabled:
         pass  # load_dataset finds what is in the cache
     except Exception as error:  # the hub client's errors have changed their base with its versions
@@ -143,7 +220,7 @@ def _open_hub(source: str, key: str, split: str, streaming: bool) -> Images:
             f"allowed: {KINDS}"
         ) from error
     try:
-        loaded = datasets.load_dataset(source, split=split, streaming=streaming)
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except Exception as error:
         raise FileNotFoundError(
             f"{missing}, and split {split!r} of the data set on the hub cannot be loaded ({_cause(error)})"
@@ -151,20 +228,23 @@ def _open_hub(source: str, key: str, split: str, streaming: bool) -> Images:
     return loaded
 
 
-def _encoded(images: Images, source: str, keys: Keys, column: str, keep: Sequence[str]) -> Images:
+def _encoded(images, source: str, keys: Keys, column: str, keep: Sequence[str] = ()):
     """Keep the image column, as encoded bytes: datasets would decode whole pictures in the main process."""
     columns = images.column_names or []
     for name in (column, *keep):
         if name not in columns:
             raise ValueError(f"{keys.column}: no column {name!r} in {source}; allowed: {', '.join(columns)}")
-    kind = images.features[column]
+    _check_kind(images.features[column], source, keys, column)
+    return images.select_columns([column, *keep]).cast_column(column, datasets.Image(decode=False))
+
+
+def _check_kind(kind: datasets.features.features.FeatureType, source: str, keys: Keys, column: str) -> None:
     # A struct of bytes or a path, encoded bytes, or a path.
     encoded = (
         "bytes" in kind if isinstance(kind, dict) else getattr(kind, "dtype", "") in ("binary", "string")
     )
     if not encoded and not isinstance(kind, datasets.Image):
         raise ValueError(f"{keys.column}: column {column!r} of {source} holds {kind}, not images")
-    return images.select_columns([column, *keep]).cast_column(column, datasets.Image(decode=False))
 
 
 def _cause(error: BaseException) -> str:

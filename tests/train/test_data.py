@@ -444,8 +444,8 @@ def test_streams_do_not_depend_on_ranks_workers_or_restarts(files, tmp_path):
     alone = take(stream, 96)
     assert len(set(which(torch.stack(list(alone.values()))))) == sum(3 + 2 * i for i in range(files))
     changing = take(config(**{**vars(stream), "num_workers": 2}), 36, ranks=2)
-    changing |= take(config(**{**vars(stream), "num_workers": 1, "batch_size": 5}), 15, start=36, ranks=3)
-    changing |= take(config(**{**vars(stream), "batch_size": 1}), 45, start=51)
+    changing |= take(config(**{**vars(stream), "num_workers": 1, "batch_size": 5}), 20, start=36, ranks=4)
+    changing |= take(config(**{**vars(stream), "batch_size": 1}), 40, start=56)
     assert sorted(changing) == list(range(96))
     assert_same(alone, changing)
 

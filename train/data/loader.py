@@ -23,8 +23,16 @@ class TrainLoader:
     killed then: they leave SIGTERM to the trainer, and multiprocessing would wait for them for ever.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        loader: DataLoader,
+        device: torch.device | str = "cpu",
+        parts: int = 1,
+        lengths: dict[str, int] | None = None,
+    ):
         self.loader, self.dataset, self.device = loader, loader.dataset, torch.device(device)
+        self.parts = parts  # that a batch comes in, one of each worker
+        self.lengths = {} if lengths is None else lengths  # those of shards that workers have read to the end
 
     def __iter__(self) -> Iterator[dict]:
         others = multiprocessing.active_children()
@@ -39,12 +47,13 @@ class TrainLoader:
             while True:
                 failure = None
                 try:
-                    batch = next(batches)
+                    batch = join_parts([next(batches) for _ in range(self.parts)])
                 except Exception as error:  # torch's, for a worker that was killed
                     reason = _one_line(error)
                     failure = f"data.num_workers: a worker ended, of too little memory perhaps ({reason})"
                 if failure or "failure" in batch:
                     break
+                self.lengths.update(batch.pop("lengths", ()))
                 yield batch | {"images": self._floats(batch["images"])}
         finally:
             end()
@@ -53,6 +62,18 @@ class TrainLoader:
     def _floats(self, images: Tensor) -> Tensor:
         """uint8 from a worker -> float32 in [-1, 1] on the device, the same values as `image_to_tensor` gives."""
         return images.to(self.device, non_blocking=True).float() / 127.5 - 1
+
+
+def join_parts(parts: list[dict]) -> dict:
+    """The parts of a micro-batch -> the batch, in the order of its samples, or the first failure among them."""
+    for part in parts:
+        if len(parts) == 1 or "failure" in part:
+            return part
+    numbers = torch.cat([part["sample"] for part in parts])
+    order = numbers.argsort()
+    images = torch.cat([part["images"] for part in parts if part["images"] is not None])
+    joined = {name: [entry for part in parts for entry in part[name]] for name in ("skipped", "lengths")}
+    return {"images": images[order], "sample": numbers[order], **joined}
 
 
 def _kill(workers: list[multiprocessing.Process]) -> None:

@@ -87,13 +87,13 @@ def failure(error: Exception) -> dict:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> a batch, or the first failure among them."""
+    """Samples -> a batch, its images uint8, or the first failure among them."""
     for sample in samples:
         if "failure" in sample:
             return sample
     return {
-        "images": _stacked([sample["image"] for sample in samples]),
-        "sample": torch.tensor([sample["sample"] for sample in samples]),
+        "images": _stacked([sample["image"] for sample in samples]) if samples else None,
+        "sample": torch.tensor([sample["sample"] for sample in samples], dtype=torch.int64),
         "skipped": [image for sample in samples for image in sample["skipped"]],
     }
 

@@ -8,21 +8,23 @@ little less, see `StreamedImages`.
 
 import hashlib
 import logging
+import os
+from itertools import islice
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kl_autoencoder.data.image_dataset import Photographs
-from kl_autoencoder.data.sources import Keys, image_keys, open_source
+from kl_autoencoder.data.locating import locate
+from kl_autoencoder.data.sources import Keys, Rows, image_keys, open_source, open_stream
 
 from .config import DataConfig
 from .loader import TrainLoader, start_worker
 from .random_access import SampleOrder, TrainImages
 from .samples import SkippedImages, check_images, collate, permutation
-from .streams import StreamedImages
+from .streams import Reader, StreamedImages, readers_of_a_file
 
 LOOKED_AT = 32  # images whose headers are read before any work starts
 TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
@@ -31,7 +33,7 @@ DRAWN = 0  # key of the permutation that draws validation images from a larger s
 log = logging.getLogger(__name__)
 
 
-def split_rows(config: DataConfig, images: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(config: DataConfig, images: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training source to train on, and those held out: the same for every seed and run.
 
     Held out are the images with the smallest hashes of their names (of their contents, where they have no names).
@@ -59,13 +61,11 @@ class TrainingData:
 
     def __init__(self, config: DataConfig, seed: int):
         self.config, self.seed = config, seed
-        self.images = open_source(config.train, TRAIN, config.image_column, config.split, config.streaming)
-        self.streamed = isinstance(self.images, datasets.IterableDataset)
-        if config.streaming and not self.streamed:
-            raise ValueError(
-                f"data.streaming: true, but {config.train} is read in place in any case; allowed: false"
-            )
-        if not self.streamed:
+        self.lengths: dict[str, int] = {}  # of the shards of a stream that were read to the end
+        if config.streaming:
+            self.stream = open_stream(config.train, TRAIN, config.image_column, config.split)
+        else:
+            self.images = open_source(config.train, TRAIN, config.image_column, config.split)
             self.rows, self.held_out_rows = split_rows(config, self.images)
         check_images(config.train, config.crops, self._dataset().look_at(LOOKED_AT))
 
@@ -82,8 +82,11 @@ class TrainingData:
         Do not pass it to accelerate's `prepare`, which would deal the batches out to the ranks a second time.
         """
         config, dataset = self.config, self._dataset(start_sample, rank, world_size)
-        if self.streamed:
-            order = {"batch_size": config.batch_size}
+        parts = max(config.num_workers, 1) if config.streaming else 1
+        if config.streaming:
+            order = {"batch_size": None}  # its batches come in parts
+            order |= {"prefetch_factor": 2 * parts} if config.num_workers else {}
+            self._warn_of_shared_files(rank, world_size, parts)
         else:
             sampler = SampleOrder(len(dataset), self.seed, config.batch_size, start_sample, rank, world_size)
             order = {"batch_sampler": sampler}
@@ -91,22 +94,30 @@ class TrainingData:
             dataset,
             **order,
             num_workers=config.num_workers,
-            collate_fn=collate,
+            collate_fn=_as_it_is if config.streaming else collate,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each new iterator advances torch's global generator
         )
-        return TrainLoader(loader, device)
+        return TrainLoader(loader, device, parts, self.lengths)
+
+    def _warn_of_shared_files(self, rank: int, ranks: int, workers: int) -> None:
+        times = readers_of_a_file(self.stream.num_shards, ranks, workers)
+        if rank == 0 and times > 1:
+            log.warning(
+                "data.num_workers: %d workers of each of %d ranks read %d files, each %.3g times; more files or "
+                "fewer workers read less", workers, ranks, self.stream.num_shards, times,
+            )  # fmt: skip
 
     def _dataset(
         self, start_sample: int = 0, rank: int = 0, world_size: int = 1
     ) -> TrainImages | StreamedImages:
         config = self.config
-        if not self.streamed:
+        if not config.streaming:
             return TrainImages(config, self.seed, self.images, self.rows)
         return StreamedImages(
-            self.images, config.image_column, config.crops, seed=self.seed, batch_size=config.batch_size,
-            shuffle_buffer=config.shuffle_buffer, first=start_sample + rank, step=world_size,
+            self.stream, config.crops, self.seed, config.batch_size, config.shuffle_buffer, start_sample,
+            self.lengths, Reader(rank, world_size, workers=max(config.num_workers, 1)),
         )  # fmt: skip
 
     def held_out(self) -> Photographs:
@@ -120,15 +131,21 @@ class TrainingData:
         size = config.validation_resolution or config.resolution
         if config.validation is None:
             return Photographs(self.images, config.train, size, column, self.held_out_rows, smallest=1)
-        split, streaming = config.validation_split, config.streaming
-        images = open_source(config.validation, VALIDATION, column, split, streaming, samples="validation")
-        if isinstance(images, datasets.IterableDataset):
-            head = next(images.iter(wanted), {column: []})[column]
-            return Photographs(
-                [{column: record} for record in head], config.validation, size, column, smallest=1
-            )
+        if config.streaming and (head := self._head(wanted)) is not None:
+            return Photographs(head, config.validation, size, column, smallest=1)
+        split = config.validation_split
+        images = open_source(config.validation, VALIDATION, column, split, samples="validation")
         rows = np.sort(permutation(len(images), DRAWN)[:wanted])
         return Photographs(images, config.validation, size, column, rows, smallest=1)
+
+    def _head(self, wanted: int) -> list[dict] | None:
+        """The first rows of a validation source that can be streamed, None of one that is read in place."""
+        config = self.config
+        if locate(config.validation, VALIDATION.source, "validation").kind in ("images", "saved"):
+            return None
+        stream = open_stream(config.validation, VALIDATION, config.image_column, config.validation_split)
+        records = (record for shard in range(stream.num_shards) for record in stream.read(shard))
+        return [{config.image_column: record} for record in islice(records, wanted)]
 
     def validation_images(self) -> Tensor:
         """The held-out images that can be read: (N, 3, R, R), float32 in [-1, 1]; the others are warned of.
@@ -146,10 +163,22 @@ class TrainingData:
     def fingerprint(self) -> dict[str, int | str]:
         """What the training source is told from another by: {"images": their number, "sha256": of their names}.
 
-        Of contents (of 64 images, spread over the source) where images have no names. A folder that was moved or
-        copied is the same source. For a run folder that is used again.
+        Of contents (of 64 images, spread over the source) where images have no names. Of a stream {"files": their
+        number, "sha256": of their names and sizes}. A folder that was moved or copied is the same source. For a run
+        folder that is used again.
         """
+        if self.config.streaming:
+            files = range(self.stream.num_shards)
+            keys = [f"{os.path.basename(self.stream.name(n))} {self.stream.size(n)}".encode() for n in files]
+        else:
+            keys = image_keys(self.images, self.config.image_column, self.config.train, most_read=64)
         digest = hashlib.sha256()
-        for key in image_keys(self.images, self.config.image_column, self.config.train, most_read=64):
+        for key in keys:
             digest.update(len(key).to_bytes(8, "big") + key)
+        if self.config.streaming:
+            return {"files": len(keys), "sha256": digest.hexdigest()}
         return {"images": len(self.images), "sha256": digest.hexdigest()}
+
+
+def _as_it_is(part: dict) -> dict:
+    return part

@@ -78,8 +78,8 @@ class Trainer:
         perceptual, self.lpips = self._load_perceptual()
         self.engine = Engine(config, self.accelerator, self.schedules, perceptual)
         self._check_resolutions()
-        self._resume()
         self.data = TrainingData(config.data, config.seed)
+        self._resume()
         self.loader = self._loader(self.samples)
         size.check_step(config, self.engine.vae.config, memory)
         self.held_out = self.data.validation_images()
@@ -118,7 +118,7 @@ class Trainer:
                     )
                     self.journal.close()
                     return None
-        self._gather_skipped()
+        self._gather_notes()
         self.say(self.skipped.summary())
         return self.finish(before)
 
@@ -248,7 +248,7 @@ class Trainer:
         run raises OSError, on all ranks. Those before it are whole in any case.
         """
         self._report_bad_steps()  # the steps before this one will not be taken again
-        self._gather_skipped()
+        self._gather_notes()
         problem = self._on_main(self._write_checkpoint)
         if problem is None:
             self.saved_step = self.step
@@ -265,6 +265,7 @@ class Trainer:
             "bad_total": self.bad_steps.total,
             "bad_in_a_row": self.bad_steps.in_a_row,
             "skipped": self.skipped.state(),
+            "shard_lengths": self.data.lengths,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state)
@@ -281,10 +282,11 @@ class Trainer:
         [problem] = broadcast_object_list([problem])
         return problem
 
-    def _gather_skipped(self) -> None:
-        """The images that each rank has met and could not use, to all of them."""
-        for state in gather_object([self.skipped.state()]):
-            self.skipped.merge(state)
+    def _gather_notes(self) -> None:
+        """What each rank has found out of the data, to all: images that cannot be used, lengths of shards."""
+        for skipped, lengths in gather_object([(self.skipped.state(), self.data.lengths)]):
+            self.skipped.merge(skipped)
+            self.data.lengths.update(lengths)
 
     def _resume(self) -> None:
         path = checkpoint.newest(self.folder / "checkpoints", self.say) if self.is_main else None
@@ -306,6 +308,7 @@ class Trainer:
         self.saved_step = self.step
         self.bad_steps.total, self.bad_steps.in_a_row = state["bad_total"], state["bad_in_a_row"]
         self.skipped.merge(state["skipped"])
+        self.data.lengths.update(state["shard_lengths"])
         self.journal.forget_after(self.step)
         self.say(f"continuing from {path} ({self.samples:,} samples)")
         if changed:

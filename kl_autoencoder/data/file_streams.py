@@ -1,0 +1,79 @@
+"""Sources that are read in sequence: a number of files (shards), each a sequence of records."""
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Protocol
+
+import datasets
+
+from .parquet_files import as_record, read_parquet, rows_in
+from .remote import is_url, persistently, size_of
+from .tar_files import read_tar
+
+BATCH = 16  # records of a hub data set that are read at a time
+
+
+class Stream(Protocol):
+    """What `open_source` gives with `streaming`."""
+
+    num_shards: int
+
+    def name(self, shard: int) -> str:
+        """What tells a shard from the others, in this run and the next."""
+
+    def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
+        """The records {"bytes", "path"} of a shard from number `start` on."""
+
+    def length(self, shard: int) -> int | None:
+        """How many records a shard has, where that is known without reading it."""
+
+    def size(self, shard: int) -> int | None:
+        """Bytes of a shard, where that is known without reading it."""
+
+
+class FileStream:
+    """Tar or parquet files, local or remote. A remote one that fails is tried again from where it failed."""
+
+    def __init__(self, kind: str, paths: Sequence[str], column: str):
+        self.kind, self.paths, self.column = kind, list(paths), column
+        self.num_shards = len(self.paths)
+
+    def name(self, shard: int) -> str:
+        return self.paths[shard]
+
+    def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
+        path = self.paths[shard]
+        return persistently(lambda n: self._read(path, n), path, start, lambda k: time.sleep(0.5 * 2**k))
+
+    def _read(self, path: str, start: int) -> Iterator[dict | None]:
+        return (read_tar if self.kind == "webdataset" else read_parquet)(path, self.column, start)
+
+    def length(self, shard: int) -> int | None:
+        path = self.paths[shard]
+        return rows_in(path) if self.kind == "parquet" and not is_url(path) else None
+
+    def size(self, shard: int) -> int | None:
+        return size_of(self.paths[shard])
+
+
+class HubStream:
+    """A data set of the hub, as `datasets` streams it."""
+
+    def __init__(self, images: datasets.IterableDataset, column: str):
+        self.images, self.column, self.num_shards = images, column, images.num_shards
+
+    def name(self, shard: int) -> str:
+        return str(shard)
+
+    def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
+        # iter(), because a plain loop would deal the shard's records out to the loader's workers
+        batches = self.images.shard(num_shards=self.num_shards, index=shard).iter(BATCH)
+        records = (as_record(value) for batch in batches for value in batch[self.column])
+        return islice(records, start, None)
+
+    def length(self, shard: int) -> int | None:
+        return None
+
+    def size(self, shard: int) -> int | None:
+        return None

@@ -1,0 +1,131 @@
+"""Parquet files: rows in sequence, or, when local, by number through memory-mapped row groups, without a copy."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .remote import is_url, open_file
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    """A local file memory-mapped, a URL through fsspec."""
+    return pq.ParquetFile(path, memory_map=True) if not is_url(path) else pq.ParquetFile(open_file(path))
+
+
+def schema_of(path: str) -> datasets.Features:
+    with open_parquet(path) as file:
+        return datasets.Features.from_arrow_schema(file.schema_arrow)
+
+
+def read_parquet(path: str, column: str, start: int = 0) -> Iterator[dict | None]:
+    """The records {"bytes", "path"} of a column from row `start` on; row groups before it are not read."""
+    with open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if start < rows:
+                values = _read_group(file, group, [column]).column(column)
+                yield from (as_record(values[row].as_py()) for row in range(start, rows))
+            start = max(start - rows, 0)
+
+
+def rows_in(path: str) -> int:
+    with open_parquet(path) as file:
+        return file.metadata.num_rows
+
+
+def bytes_of_groups(paths: Sequence[str], column: str) -> float:
+    """Mean size in memory of the column in a row group: what reading a single row costs."""
+    sizes = []
+    for path in paths:
+        with open_parquet(path) as file:
+            for group in range(file.num_row_groups):
+                chunks = file.metadata.row_group(group)
+                sizes.append(
+                    sum(
+                        chunks.column(i).total_uncompressed_size
+                        for i in range(chunks.num_columns)
+                        if chunks.column(i).path_in_schema.split(".")[0] == column
+                    )
+                )
+    return sum(sizes) / max(len(sizes), 1)
+
+
+def as_record(value: Any) -> dict | None:
+    """A value of an image column (a struct of bytes and path, encoded bytes, or a path) -> {"bytes", "path"}."""
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    return {"bytes": None, "path": value} if isinstance(value, str) else value
+
+
+class ParquetRows:
+    """The rows of local parquet files by number: `rows[n]` -> {name: value}, without a copy.
+
+    `column` comes as a record {"bytes", "path"}.
+    The row group of the last row stays in memory, so that rows in sequence read each group once.
+    """
+
+    def __init__(self, paths: Sequence[str], column: str, keep: Sequence[str] = ()):
+        self.paths, self.fields, self.groups = list(paths), [column, *keep], []
+        for number, path in enumerate(self.paths):
+            with open_parquet(path) as file:
+                metadata = file.metadata
+            self.groups += [
+                (number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)
+            ]
+        self.starts = np.cumsum([0, *(rows for _, _, rows in self.groups)])
+        self._last: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        table = self._group(group)
+        values = {name: table.column(name)[row - int(self.starts[group])].as_py() for name in self.fields}
+        column = self.fields[0]
+        return values | {column: as_record(values[column])}
+
+    def _group(self, group: int) -> pa.Table:
+        if self._last is None or self._last[0] != group:
+            number, inside, _ = self.groups[group]
+            with open_parquet(self.paths[number]) as file:
+                self._last = group, _read_group(file, inside, self.fields)
+        return self._last[1]
+
+    def image_names(self) -> list[str | None]:
+        """The path of each row's image, None where it has none; contents are not read for it."""
+        column, names = self.fields[0], []
+        for path in self.paths:
+            with open_parquet(path) as file:
+                kind = file.schema_arrow.field(column).type
+                if pa.types.is_struct(kind):
+                    paths = (
+                        file.read(columns=[f"{column}.path"], use_threads=False)
+                        .column(column)
+                        .combine_chunks()
+                    )
+                    names += pa.array(paths).field("path").to_pylist() if len(paths) else []
+                elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                    names += file.read(columns=[column], use_threads=False).column(column).to_pylist()
+                else:
+                    names += [None] * file.metadata.num_rows
+        return names
+
+    @property
+    def features(self) -> datasets.Features:
+        features = schema_of(self.paths[0])
+        column, *keep = self.fields
+        return datasets.Features(
+            {column: datasets.Image(decode=False), **{name: features[name] for name in keep}}
+        )
+
+
+def _read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+    # In a forked worker pyarrow's pool of threads is gone: reading with it would wait for ever.
+    return file.read_row_group(group, columns=list(columns), use_threads=False)

@@ -1,0 +1,110 @@
+"""Webdataset shards: tar files whose neighbours of one name are a sample; in sequence or, when local, by offset."""
+
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+from .remote import open_file
+
+NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")  # the sample, and from the first dot on the field
+LOOKED_AT = 5  # samples of the first file whose fields are all the fields there are
+
+
+def members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Sample, field and member of each file in an archive; contents can be read until the next is asked for."""
+    for member in archive:
+        archive.members = []  # else tarfile keeps every header that it has read
+        match = NAME.fullmatch(member.name) if member.isfile() else None
+        if match is not None:
+            yield match[1], match[2], member
+
+
+def fields_of(path: str) -> list[str]:
+    """The fields of the first samples, in their order."""
+    with open_file(path) as file, tarfile.open(fileobj=file, mode=_mode(file)) as archive:
+        first = islice(groupby(members(archive), itemgetter(0)), LOOKED_AT)
+        return list(dict.fromkeys(field for _, sample in first for _, field, _ in sample))
+
+
+def read_tar(path: str, field: str, start: int = 0) -> Iterator[dict | None]:
+    """The records {"bytes", "path"} of a field from sample `start` on, None for a sample without it.
+
+    Of what comes before only the headers are read, if the file can be read at any offset.
+    """
+    with open_file(path) as file, tarfile.open(fileobj=file, mode=_mode(file)) as archive:
+        for n, (_, sample) in enumerate(groupby(members(archive), itemgetter(0))):
+            if n >= start:
+                record = None
+                for _, name, member in sample:
+                    if name == field:
+                        record = {"bytes": archive.extractfile(member).read(), "path": member.name}
+                yield record
+
+
+def _mode(file) -> str:
+    return "r:" if file.seekable() else "r|"
+
+
+class TarRows:
+    """The samples of local tar files by number, without a copy: an index of offsets is made when it is opened.
+
+    `rows[n]` -> {field: value}: `column` as a record {"bytes", "path"}, the fields `keep` decoded as `datasets`
+    does (text, numbers, JSON, arrays). The index holds 16 bytes a field, and the names.
+    """
+
+    def __init__(self, paths: Sequence[str], column: str, keep: Sequence[str] = ()):
+        self.paths, self.fields = list(paths), (column, *keep)
+        files, places, names = array("i"), array("q"), []
+        for number, path in enumerate(self.paths):
+            with tarfile.open(path, mode="r:") as archive:
+                for _, sample in groupby(members(archive), itemgetter(0)):
+                    found = {field: member for _, field, member in sample}
+                    for name in self.fields:
+                        member = found.get(name)
+                        places.extend((member.offset_data, member.size) if member else (-1, 0))
+                    names.append(found[column].name if column in found else None)
+                    files.append(number)
+        self.files = np.frombuffer(files, np.int32) if files else np.zeros(0, np.int32)
+        self.places = np.array(places, np.int64).reshape(len(files), len(self.fields), 2)
+        self.names = pa.array(names, pa.string())  # one buffer, which forked workers share
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        values = {}
+        with open(self.paths[self.files[row]], "rb") as file:
+            for name, (offset, size) in zip(self.fields, self.places[row].tolist(), strict=True):
+                file.seek(max(offset, 0))
+                values[name] = file.read(size) if offset >= 0 else None
+        column, *keep = self.fields
+        if values[column] is not None:
+            values[column] = {"bytes": values[column], "path": self.names[row].as_py()}
+        for name in keep:
+            decode = WebDataset.DECODERS.get(name.rsplit(".", 1)[-1].lower())
+            if decode and values[name] is not None:
+                values[name] = decode(values[name])
+        return values
+
+    def image_names(self) -> list[str | None]:
+        """The name of each row's image, None where a sample has none."""
+        return self.names.to_pylist()
+
+    @property
+    def features(self) -> datasets.Features:
+        """Types of the columns; of those to keep, as the first samples have them."""
+        column, *keep = self.fields
+        first = [self[row] for row in range(min(len(self), LOOKED_AT))]
+        types = pa.schema([(name, pa.array([row[name] for row in first]).type) for name in keep])
+        return datasets.Features(
+            {column: datasets.Image(decode=False), **datasets.Features.from_arrow_schema(types)}
+        )

@@ -4,7 +4,8 @@
     python tests/benchmarks/inference.py --quick
     python tests/benchmarks/inference.py --device cuda --dtypes bfloat16 --cases 1x1024 1x2048 8x1024
 
-Stable Diffusion's network with random weights, the same for everybody. In one process, in turn (A B C A B C ...):
+Stable Diffusion's network with random weights, the same for everybody, or the model in the package. In one process,
+in turn (A B C A B C ...):
 
 - diffusers: its AutoencoderKL as users get it, and one moved to channels_last;
 - ours: KLAutoencoder, without and with enable_tiling(), and if asked for (--contenders) compile_for_inference();
@@ -45,7 +46,11 @@ WITH_MEMORY = ("diffusers", "channels_last", "ours", "tiled")
 
 def reference(device: str, dtype: torch.dtype, model: str = "sd") -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = AutoencoderKL(**PUBLISHED["sd"]) if model == "sd" else AutoencoderKL.from_pretrained(COMPACT)
+    vae = (
+        AutoencoderKL(**PUBLISHED["sd"])
+        if model == "sd"
+        else AutoencoderKL.from_pretrained(COMPACT, torch_dtype=dtype)
+    )
     return vae.eval().to(device=device, dtype=dtype)
 
 
@@ -135,7 +140,7 @@ def measure_speed(options, direction: str, batch: int, size: int, dtype: torch.d
     small = example(direction, 1, 64, options.device, dtype)
     runs, outputs = {}, {}
     for name in options.contenders:
-        vae = build(name, options.device, dtype)
+        vae = build(name, options.device, dtype, options.model)
         if name == "floor":
             runs[name] = Floor(vae, direction, x)
             continue
@@ -169,16 +174,17 @@ def accuracy(options, direction: str, x: torch.Tensor | None, outputs: dict) -> 
         if name in outputs
     }
     if x is not None and x.dtype != torch.float32:
-        truth = call(reference(options.device, torch.float32), direction, x.float())
+        truth = call(reference(options.device, torch.float32, options.model), direction, x.float())
         for name, output in outputs.items():
             found[f"{name} rms"] = (output.float() - truth).square().mean().sqrt().item() / spread
     return found
 
 
 @torch.inference_mode()
-def measure_memory(name: str, device: str, direction: str, batch: int, size: int, dtype: torch.dtype) -> dict:
+def measure_memory(options, name: str, direction: str, batch: int, size: int, dtype: torch.dtype) -> dict:
     """Runs in a process of its own."""
-    vae = build(name, device, dtype)
+    device = options.device
+    vae = build(name, device, dtype, options.model)
     x = example(direction, batch, size, device, dtype)
     call(vae, direction, example(direction, 1, 64, device, dtype))
     if device == "cuda":
@@ -200,7 +206,8 @@ def resident(field: str) -> int:
 
 def memory_of(name: str, options, direction: str, batch: int, size: int, dtype: str) -> dict:
     arguments = [name, direction, str(batch), str(size), dtype]
-    command = [sys.executable, __file__, "--device", options.device, "--memory-of", *arguments]
+    setting = ["--device", options.device, "--model", options.model]
+    command = [sys.executable, __file__, *setting, "--memory-of", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         killed = "ran out of memory" if done.returncode < 0 or "memory" in done.stderr else done.stderr[-300:]
@@ -302,6 +309,7 @@ def parsed_arguments():
     parser.add_argument("--memory-cases", nargs="*", default=["1x2048"], help="too large to be timed in turn")
     parser.add_argument("--directions", nargs="+", default=["decode", "encode"], choices=["decode", "encode"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--model", default="sd", choices=["sd", "compact"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     usual = [name for name in CONTENDERS if name != "compiled"]  # which takes minutes on a CPU
     parser.add_argument("--contenders", nargs="+", default=usual, choices=CONTENDERS)
@@ -319,7 +327,7 @@ def main() -> None:
     options = parsed_arguments()
     if options.memory_of:
         name, direction, batch, size, dtype = options.memory_of
-        found = measure_memory(name, options.device, direction, int(batch), int(size), getattr(torch, dtype))
+        found = measure_memory(options, name, direction, int(batch), int(size), getattr(torch, dtype))
         print(json.dumps(found))
         return
     results = {"about": about(options), "cases": []}

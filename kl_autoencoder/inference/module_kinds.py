@@ -64,7 +64,8 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    return bool({"forward", "_conv_forward"} & module.__dict__.keys()) and not offloading_hook(module)
+    replaced = bool({"forward", "_conv_forward"} & module.__dict__.keys()) and not offloading_hook(module)
+    return replaced or not getattr(module, "is_own", True)  # an attention with another processor
 
 
 def _is_cast(module: nn.Module) -> bool:

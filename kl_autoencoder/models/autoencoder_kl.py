@@ -4,13 +4,14 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 
 from ..files import settle
 from ..inference.dispatch import infer
+from ..networks.attention import AttentionBlock
 from ..networks.convolutional import Decoder, Encoder
 from ..networks.distributions import DiagonalGaussian
 from . import scaling, single_file
 from .compact import COMPACT
+from .compatibility import SAME_ATTENTION, EqualsAutoencoderKL, OwnAttention
 from .config import RULES, check_config
 from .folder import CONFIG, read_headers, read_json
 
+HUB_ARGUMENTS = {"token", "cache_dir", "revision", "proxies", "force_download", "local_files_only"}
 Method = TypeVar("Method")
 # diffusers' decorator says nothing of types, which would make the whole class Any to a type checker
 _registers_config = cast(Callable[[Method], Method], register_to_config)
@@ -40,7 +44,7 @@ class KLAutoencoderOutput(BaseOutput):
     latent_dist: DiagonalGaussian
 
 
-class KLAutoencoder(AutoencoderKL):
+class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
     """A KL-regularised autoencoder with diffusers' configuration, parameter names and calling conventions.
 
     In evaluation mode, as `from_pretrained` gives it, encode and decode keep nothing for a backward pass, which
@@ -60,6 +64,11 @@ class KLAutoencoder(AutoencoderKL):
 
     Raises ValueError for a configuration that no network can have, naming the key.
     """
+
+    _no_split_modules: ClassVar = [
+        "ResnetBlock",
+        "AttentionBlock",
+    ]  # device maps keep the inside of one together
 
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
     encoder: Encoder  # type: ignore[assignment]  # in place of diffusers'
@@ -106,7 +115,19 @@ class KLAutoencoder(AutoencoderKL):
         side = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
         self.tile_sample_min_size, self.tile_latent_min_size = side, side // self.downsampling
         self.tile_overlap_factor = 0.25
+        self.set_default_attn_processor()
         self.__module__ = AutoencoderKL.__module__  # see the end of this file
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Name a derived class as diffusers', so that what it saves loads everywhere too, as an AutoencoderKL.
+
+        (Pipelines cannot load a component of a class that is not diffusers' or transformers'.)
+        """
+        super().__init_subclass__(**arguments)
+        cls.__name__ = AutoencoderKL.__name__
+
+    def _get_name(self) -> str:
+        return type(self).__qualname__.rpartition(".")[2]  # which repr() says
 
     @property
     def downsampling(self) -> int:
@@ -122,8 +143,7 @@ class KLAutoencoder(AutoencoderKL):
         Raises ValueError if H or W is not a multiple of f (diffusers drops the remaining pixels in silence).
         """
         self._check_images(x)
-        slices = x.split(1) if self.use_slicing else (x,)
-        posterior = DiagonalGaussian(torch.cat([self._encode(s) for s in slices]))
+        posterior = self._encode(x, self.use_tiling)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -134,11 +154,7 @@ class KLAutoencoder(AutoencoderKL):
 
         `generator` is accepted as pipelines pass it; decoding draws nothing.
         """
-        channels = self.config.latent_channels
-        if z.ndim != 4 or z.shape[1] != channels:
-            raise ValueError(f"z: shape {tuple(z.shape)}; allowed: (B, {channels}, h, w)")
-        slices = z.split(1) if self.use_slicing else (z,)
-        images = torch.cat([self._decode(s) for s in slices])
+        images = self._decode(z, self.use_tiling)
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(
@@ -147,8 +163,10 @@ class KLAutoencoder(AutoencoderKL):
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
-    ) -> KLAutoencoderOutput | tuple[Tensor, DiagonalGaussian]:
+    ) -> KLAutoencoderOutput | tuple[Tensor]:
         """Images -> reconstruction and posterior, so that a loss needs nothing but this call.
+
+        With `return_dict=False` the reconstruction alone, in a tuple, as diffusers has it.
 
         Args:
             sample: images (B, in_channels, H, W) in [-1, 1].
@@ -157,7 +175,7 @@ class KLAutoencoder(AutoencoderKL):
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         images = self.decode(z).sample
-        return KLAutoencoderOutput(images, posterior) if return_dict else (images, posterior)
+        return KLAutoencoderOutput(images, posterior) if return_dict else (images,)
 
     def scale(self, z: Tensor) -> Tensor:
         """Raw latents -> the latents that a diffusion model works on (about zero mean, unit variance)."""
@@ -167,13 +185,19 @@ class KLAutoencoder(AutoencoderKL):
         """The inverse of `scale`."""
         return scaling.unscale(z, self.config)
 
-    def _encode(self, x: Tensor) -> Tensor:
-        moments = infer(self.encoder, x, self.use_tiling, self.use_offload)
-        return moments if self.quant_conv is None else self.quant_conv(moments)
+    def _encode(self, x: Tensor, tiling: bool = False) -> DiagonalGaussian:
+        self._check_images(x)
+        slices = x.split(1) if self.use_slicing else (x,)
+        moments = torch.cat([infer(self.encoder, s, tiling, self.use_offload) for s in slices])
+        return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments))
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor, tiling: bool = False) -> Tensor:
+        channels = self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels:
+            raise ValueError(f"z: shape {tuple(z.shape)}; allowed: (B, {channels}, h, w)")
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        return infer(self.decoder, z, self.use_tiling, self.use_offload)
+        slices = z.split(1) if self.use_slicing else (z,)
+        return torch.cat([infer(self.decoder, s, tiling, self.use_offload) for s in slices])
 
     def _check_images(self, x: Tensor) -> None:
         channels, f = self.config.in_channels, self.downsampling
@@ -230,25 +254,43 @@ class KLAutoencoder(AutoencoderKL):
         for network in (self.encoder, self.decoder):
             network.compile(**{"fullgraph": True, **mode, **options})
 
+    @apply_forward_hook
     def tiled_encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """`encode` as it is after `enable_tiling`."""
-        with self._tiling():
-            return self.encode(x, return_dict)
+        posterior = self._encode(x, tiling=True)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """`decode` as it is after `enable_tiling`."""
-        with self._tiling():
-            return self.decode(z, return_dict)
+        images = self._decode(z, tiling=True)
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
-    @contextmanager
-    def _tiling(self) -> Iterator[None]:
-        before, self.use_tiling = self.use_tiling, True
-        try:
-            yield
-        finally:
-            self.use_tiling = before
+    # ---------------------------------------------------------------- attention processors
+
+    def set_default_attn_processor(self) -> None:
+        """Compute attention as this network does by itself, by torch's fused kernels, whole or in pieces."""
+        self.set_attn_processor(OwnAttention())
+
+    def fuse_qkv_projections(self) -> None:
+        """Let diffusers compute attention with query, key and value as one projection, `to_qkv`.
+
+        There for programs that call it: the network's own attention is as fast.
+        """
+        for block in self._attentions():
+            block.fuse_projections()
+        self.set_attn_processor(FusedAttnProcessor2_0())
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`."""
+        for block in self._attentions():
+            block.fuse_projections(False)
+        self.set_default_attn_processor()
+
+    def _attentions(self) -> Iterator[AttentionBlock]:
+        return (module for module in self.modules() if isinstance(module, AttentionBlock))
 
     # ---------------------------------------------------------------- reading and writing
 
@@ -319,12 +361,22 @@ class KLAutoencoder(AutoencoderKL):
 
     @classmethod
     def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> "KLAutoencoder":
-        """The same model around our network: shares every tensor with `autoencoder_kl`, copies nothing."""
+        """The same model around our network: shares every tensor with `autoencoder_kl`, copies nothing.
+
+        Tiling, slicing and attention processors of one's own are taken over; fused projections are not needed.
+        """
         with torch.device("meta"):
             model: Any = cls.from_config(dict(autoencoder_kl.config))
-        for name, tensor in [*autoencoder_kl.named_parameters(), *autoencoder_kl.named_buffers()]:
+        tensors = dict([*autoencoder_kl.named_parameters(), *autoencoder_kl.named_buffers()])
+        for name in model.state_dict():
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, tensor)
+            setattr(model.get_submodule(owner), leaf, tensors[name])
+        processors = autoencoder_kl.attn_processors
+        if not all(type(processor) in SAME_ATTENTION for processor in processors.values()):
+            model.set_attn_processor(processors)
+        for name in ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size"):
+            setattr(model, name, getattr(autoencoder_kl, name))
+        model.tile_overlap_factor = autoencoder_kl.tile_overlap_factor
         return model.train(autoencoder_kl.training)
 
     @classmethod
@@ -337,8 +389,17 @@ class KLAutoencoder(AutoencoderKL):
         """An LDM-layout .safetensors or .ckpt, the VAE alone or inside a full checkpoint -> the model.
 
         The configuration comes from the file's metadata or its tensors' shapes; what neither tells can be
-        given by name (`scaling_factor=0.13025`). No hub is asked. Raises ValueError naming the file.
+        given by name (`scaling_factor=0.13025`). No hub is asked, so that diffusers' arguments about it (`token`,
+        `cache_dir` ...) change nothing. Raises ValueError naming the file, or an argument that is not known.
         """
+        unknown = [name for name in config if name not in RULES.keys() | HUB_ARGUMENTS]
+        if unknown:
+            near = get_close_matches(unknown[0], RULES, 1)
+            hint = f"; perhaps {near[0]}" if near else ""
+            raise ValueError(
+                f"{unknown[0]}: no such argument; allowed: {', '.join(list(RULES)[:4])} ...{hint}"
+            )
+        config = {name: value for name, value in config.items() if name in RULES}
         path = os.fspath(pretrained_model_link_or_path)
         found, tensors = single_file.load_single_file(path, **config)
         model: Any = cls._on_meta(found, tensors, path)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-NORM_EPS = 1e-6
+from .attention import NORM_EPS, AttentionBlock
 
 # Recomputes up to the last tensor that the backward pass needs: the input of a final convolution, not its output.
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -61,26 +61,6 @@ class ResnetBlock(nn.Module):
         h = self.norm_silu_conv(self.norm1, self.conv1, x)
         h = self.norm_silu_conv(self.norm2, self.conv2, h)
         return self.conv_shortcut(x) + h
-
-
-class AttentionBlock(nn.Module):
-    """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W), plus the input."""
-
-    _from_deprecated_attn_block = True  # diffusers then renames query/key/value/proj_attn of old folders
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.group_norm = group_norm(groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(b, 1, h * w, c)  # one head
-        mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + self.to_out[0](mixed).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -229,6 +209,9 @@ class Decoder(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """What `conv_out` reads: (B, first width, f*h, f*w)."""
         x = self.mid_block(self.conv_in(x))
+        # pipelines may keep all up to here in float16 and the rest in float32 (`upcast_vae`)
+        dtype = self.up_blocks[0].resnets[0].norm1.weight.dtype
+        x = x if self.conv_in.weight.dtype == dtype else x.to(dtype)
         for block in self.up_blocks:
             x = block(x)
         return F.silu(self.conv_norm_out(x))

@@ -1,0 +1,88 @@
+"""Single-head self-attention over an image, and what others need in order to compute it in their way."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+Processor = Callable[["AttentionBlock", Tensor], Tensor]
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W), plus the input.
+
+    `processor` may be one of diffusers' attention processors: it then computes the block, from its layers and what
+    is below under "what processors ask for". Without one, or with one that says `own_attention`, the block
+    computes `attend`, whole or (see `inference`) in pieces.
+    """
+
+    _from_deprecated_attn_block = True  # diffusers then renames query/key/value/proj_attn of old folders
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList(
+            [nn.Linear(channels, channels), nn.Identity()]
+        )  # where others have dropout
+        self.scale = channels**-0.5
+        self.processor: Processor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x) if self.processor is None or self.is_own else self.processor(self, x)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether `attend` is what the block computes."""
+        return self.processor is None or getattr(self.processor, "own_attention", False)
+
+    def attend(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(b, 1, h * w, c)  # one head
+        mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](mixed).view(b, h, w, c).permute(0, 3, 1, 2)
+
+    # ---------------------------------------------------------------- what processors ask for
+
+    heads = 1
+    spatial_norm = norm_q = norm_k = norm_cross = None
+    is_cross_attention = upcast_attention = upcast_softmax = fused_projections = False
+    residual_connection, rescale_output_factor = True, 1.0
+
+    def get_processor(self) -> Processor | None:
+        return self.processor
+
+    def set_processor(self, processor: Processor | None) -> None:
+        self._modules.pop("processor", None)  # the one before, if it had weights
+        self.processor = processor
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        """Put the three projections side by side in `to_qkv`, as a fused processor reads them, or remove it."""
+        self.fused_projections = fuse
+        if not fuse:
+            self._modules.pop("to_qkv", None)
+            return
+        parts = (self.to_q, self.to_k, self.to_v)
+        fused = nn.Linear(1, 1, device="meta")
+        fused.in_features, fused.out_features = self.to_q.in_features, 3 * self.to_q.out_features
+        for kind in ("weight", "bias"):
+            joined = torch.cat([getattr(part, kind).detach() for part in parts])
+            setattr(fused, kind, nn.Parameter(joined, getattr(self.to_q, kind).requires_grad))
+        self.to_qkv = fused
+
+    def prepare_attention_mask(self, mask: Tensor | None, *_, **__) -> Tensor | None:
+        return mask
+
+    def head_to_batch_dim(self, tokens: Tensor, *_, **__) -> Tensor:
+        return tokens  # (B, H*W, C): there is one head
+
+    batch_to_head_dim = head_to_batch_dim
+
+    def get_attention_scores(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, C), (B, M, C) -> the weights (B, N, M) of M values, which sum to one."""
+        scores = self.scale * (query @ key.mT)
+        return (scores if mask is None else scores + mask).softmax(dim=-1)

@@ -134,6 +134,10 @@ def set_scaling(arguments: argparse.Namespace) -> None:
             f"{arguments.model}: not a model folder of yours, whose config could be changed; "
             f"kl-autoencoder export {arguments.model} -o FOLDER makes one"
         )
+    if arguments.per_channel and arguments.pipeline not in (None, "sdxl"):
+        raise ValueError(
+            f"--per-channel: {arguments.pipeline} pipelines read no means of channels; allowed: --for sdxl"
+        )
     model_folder(source)
     if not Path(arguments.latents).is_dir():
         raise FileNotFoundError(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,9 +15,12 @@ from ..files import replacing
 from ..latents.encode_dataset import binding, encode, scaling_of, weights_hash
 from ..latents.shard_encoder import EncodeSettings
 from ..latents.shards import ShardFolder, read_manifest
-from ..models.scaling import SCALING_KEYS
+from ..models import scaling
+from ..models.folder import CONFIG, read_json
 from .loading import load_model, move_model
 from .paths import model_folder
+
+NOTABLE_MEAN = 0.1  # of scaled latents, in deviations
 
 
 def encode_dataset(arguments: argparse.Namespace) -> None:
@@ -44,22 +48,38 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
 
 def set_scaling(arguments: argparse.Namespace) -> None:
     """The statistics of a data set of latents -> the scaling in the config of the model that made it."""
-    config = model_folder(Path(arguments.model)) / "config.json"
+    config = model_folder(Path(arguments.model)) / CONFIG
     manifest = read_manifest(arguments.latents)
-    if weights_hash(load_model(arguments.model, "cpu", None)) != manifest["model"]["weights_sha256"]:
+    vae = load_model(arguments.model, "cpu", None)
+    if weights_hash(vae) != manifest["model"]["weights_sha256"]:
         raise ValueError(
             f"{arguments.latents}: was made by a model with other weights than {arguments.model}"
         )
-    found, scaling = manifest["statistics"], dict.fromkeys(SCALING_KEYS)
-    if arguments.per_channel:
-        scaling |= {"scaling_factor": 1.0, "latents_mean": found["mean"], "latents_std": found["std"]}
-    else:
-        scaling |= {key: found[key] for key in ("scaling_factor", "shift_factor")}
-    content = json.loads(config.read_text()) | scaling
+    set_to = scaling.from_statistics(manifest["statistics"], arguments.pipeline, arguments.per_channel)
+    content = read_json(config) | set_to
     with replacing(config) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    set_to = [f"{key} {_short(value)}" for key, value in scaling.items() if value is not None]
-    print(f"{config}: {', '.join(set_to)}")
+    print(f"{config}: {scaling.described(set_to)}")
+    _warn_of_scaling(arguments.pipeline, set_to, manifest["statistics"], vae.config.latent_channels)
+
+
+def _warn_of_scaling(pipeline: str | None, set_to: dict, found: dict, channels: int) -> None:
+    """Tell whose latents would be decoded wrongly."""
+    reads = scaling.pipelines_of(set_to)
+    if pipeline is None:
+        others = [kind for kind in scaling.READ_BY if kind not in reads]
+        warnings.warn(
+            f"{' and '.join(reads)} pipelines read this, {' and '.join(others)} pipelines do not and would "
+            "decode such latents wrongly; --for sets what one of them reads"
+        )
+        return
+    published, mean = scaling.READ_BY[pipeline][1], found["shift_factor"] * found["scaling_factor"]
+    if channels != published:
+        warnings.warn(f"latents of {channels} channels; published {pipeline} models have {published}")
+    if set_to["shift_factor"] is None and set_to["latents_mean"] is None and abs(mean) > NOTABLE_MEAN:
+        warnings.warn(
+            f"{pipeline} pipelines read no shift_factor: the scaled latents keep a mean of {mean:.2g} deviations"
+        )
 
 
 def _print(output: str, manifest: dict) -> None:
@@ -69,8 +89,4 @@ def _print(output: str, manifest: dict) -> None:
     listed = " (skipped.csv)" if any(skipped.values()) else ""
     print(f"{'skipped':16}{skipped['too small']} too small, {skipped['unreadable']} unreadable{listed}")
     for key, value in found.items():
-        print(f"{key:16}{_short(value)}")
-
-
-def _short(value: float | list[float]) -> str:
-    return " ".join(_short(one) for one in value) if isinstance(value, list) else f"{value:.5g}"
+        print(f"{key:16}{scaling.rounded(value)}")

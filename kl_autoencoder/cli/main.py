@@ -38,6 +38,7 @@ IMAGES = (
     "of an animation or several pages the first is taken; integers of 32 bits are refused, for nothing says which "
     "is white."
 )
+PIPELINES = ["sd", "sdxl", "sd3", "flux"]
 DTYPES = ["float32", "bfloat16", "float16"]
 HOME = {  # of the commands that are not in model_commands.py
     "evaluate": "evaluate_command",
@@ -332,6 +333,13 @@ def _dataset_commands(commands) -> None:
         "model", metavar="MODEL", help="the folder of the model that encoded, or its training run"
     )
     sub.add_argument("--from", dest="latents", required=True, metavar="OUT", help="what encode-dataset wrote")
+    sub.add_argument(
+        "--for",
+        dest="pipeline",
+        choices=PIPELINES,
+        help="write what this kind of pipeline reads: the scaling factor (sd), also means of channels with "
+        "--per-channel (sdxl), the scaling factor and the shift (sd3, flux)",
+    )
     sub.add_argument(
         "--per-channel", action="store_true", help="a mean and a std for each channel, instead of one for all"
     )

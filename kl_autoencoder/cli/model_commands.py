@@ -20,7 +20,7 @@ from ..data.image_io import (
 )
 from ..files import temporary_beside
 from ..latents.latent_files import load_latents, save_latents
-from ..models import float16, float16_check
+from ..models import float16, float16_check, scaling
 from ..models.autoencoder_kl import KLAutoencoder
 from ..models.single_file import family_of
 from ..progress import tracked, write
@@ -106,7 +106,7 @@ def info(arguments: argparse.Namespace) -> None:
     side = c.sample_size if isinstance(c.sample_size, int) else c.sample_size[0]
     fewer = c.in_channels * f**2 / c.latent_channels
     convs = [name for name in ("quant_conv", "post_quant_conv") if getattr(c, f"use_{name}")]
-    scaling = {key: c[key] for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
+    readers = scaling.pipelines_of(c)
     types = sorted({str(p.dtype).removeprefix("torch.") for p in vae.parameters()})
     megabytes = sum(p.nbytes for p in vae.parameters()) / 1e6
     rows = {
@@ -120,7 +120,8 @@ def info(arguments: argparse.Namespace) -> None:
         f"{' and '.join(convs) or 'no quant_conv'}",
         "parameters": f"{_size(vae):,} (encoder {_size(vae.encoder):,}, decoder {_size(vae.decoder):,})",
         "tensors": f"{' and '.join(types)}, {megabytes:.1f} MB",
-        "scaling": ", ".join(f"{key} {value}" for key, value in scaling.items() if value is not None),
+        "scaling": scaling.described(c),
+        "read by": f"{' and '.join(readers) or 'none of the'} pipelines of diffusers",
         "force_upcast": "yes, pipelines decode in float32" if c.force_upcast else "no, made for float16 too",
     }
     for key, value in rows.items():

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import replacing
+from .dataset_card import dataset_card
 
 ABOUT = b"kl_autoencoder.shard"  # in the metadata of a shard
-MANIFEST, SKIPPED = "manifest.json", "skipped.csv"
+MANIFEST, SKIPPED, CARD = "manifest.json", "skipped.csv", "README.md"
 ROWS_AT_ONCE = 64  # in a row group: what is read at least
 
 
@@ -105,13 +106,18 @@ class ShardFolder:
             )
 
     def finish(self, result: dict, skipped: Sequence[Sequence]) -> dict:
-        """Add `result` to the manifest, list what was `skipped` (row, source_id, reason); returns the manifest."""
+        """Add `result` to the manifest, list what was `skipped` (row, source_id, reason), write the card.
+
+        Returns the manifest.
+        """
         with self._held(self.count):
             for left_by_the_killed in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):
                 left_by_the_killed.unlink(missing_ok=True)
             with replacing(self.folder / SKIPPED) as temporary, temporary.open("w", newline="") as file:
                 csv.writer(file).writerows([("row", "source_id", "reason"), *skipped])
             manifest = {**json.loads((self.folder / MANIFEST).read_text()), **result}
+            with replacing(self.folder / CARD) as temporary:
+                temporary.write_text(dataset_card(manifest), encoding="utf-8")
             _write_json(self.folder / MANIFEST, manifest)
         return manifest
 

@@ -1,12 +1,19 @@
 """The scaling of latents that diffusion models expect, as the configs of diffusers write it down."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+READ_BY = {  # what diffusers' pipelines read of them, and the channels of their published latents
+    "sd": (("scaling_factor",), 4),
+    "sdxl": (("scaling_factor", "latents_mean", "latents_std"), 4),
+    "sd3": (("scaling_factor", "shift_factor"), 16),
+    "flux": (("scaling_factor", "shift_factor"), 16),
+}
+PER_CHANNEL = ("latents_mean", "latents_std")
 
 
 def scale(z: Tensor, config: Mapping[str, Any]) -> Tensor:
@@ -30,6 +37,47 @@ def unscale(z: Tensor, config: Mapping[str, Any]) -> Tensor:
         mean, std = _channel_values(config, z)
         return z * std / factor + mean
     return z / factor if shift is None else z / factor + shift
+
+
+def from_statistics(
+    found: Mapping[str, Any], pipeline: str | None = None, per_channel: bool = False
+) -> dict[str, Any]:
+    """The scaling, of all four keys, that gives latents of these statistics unit variance in a kind of pipeline.
+
+    Args:
+        found: scaling_factor, shift_factor, mean and std, as a data set's manifest has them.
+        pipeline: one of READ_BY, of which nothing is set that it does not read; None sets a shift all the same.
+        per_channel: a mean and a standard deviation for each channel. ValueError if the pipeline reads none.
+    """
+    keys = SCALING_KEYS if pipeline is None else READ_BY[pipeline][0]
+    if per_channel and "latents_mean" not in keys:
+        raise ValueError(f"{pipeline} pipelines read no latents_mean and latents_std; those of sdxl do")
+    if per_channel:
+        values = {"scaling_factor": 1.0, "latents_mean": found["mean"], "latents_std": found["std"]}
+    else:
+        values = {key: found[key] for key in ("scaling_factor", "shift_factor") if key in keys}
+    return {key: values.get(key) for key in SCALING_KEYS}
+
+
+def pipelines_of(config: Mapping[str, Any]) -> list[str]:
+    """The kinds of pipelines, of READ_BY, that scale latents as `scale` does with this config."""
+    is_set = {key for key in SCALING_KEYS if config.get(key) is not None}
+    is_set -= {"shift_factor"} if _per_channel(config) else set(PER_CHANNEL)  # what `scale` leaves aside
+    needed = {"sd3": "shift_factor", "flux": "shift_factor"}  # they add it, None or not
+    return [
+        kind
+        for kind, (keys, _) in READ_BY.items()
+        if is_set <= {*keys} and needed.get(kind, keys[0]) in is_set
+    ]
+
+
+def described(config: Mapping[str, Any]) -> str:
+    """The scaling that is set, with five digits: "scaling_factor 0.70067, shift_factor 0.30054"."""
+    return ", ".join(f"{key} {rounded(config[key])}" for key in SCALING_KEYS if config.get(key) is not None)
+
+
+def rounded(value: float | Sequence[float]) -> str:
+    return f"{value:.5g}" if isinstance(value, (int, float)) else " ".join(map(rounded, value))
 
 
 def _per_channel(config: Mapping[str, Any]) -> bool:

@@ -1,6 +1,9 @@
 """LatentDataset: draws from the moments that were stored, scaled; set-scaling: into the model's config and back."""
 
+import importlib
+import inspect
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.latents.latent_dataset import LatentDataset, SameShape, stored_latents
 from kl_autoencoder.latents.statistics import LatentStatistics
-from kl_autoencoder.models.scaling import SCALING_KEYS
+from kl_autoencoder.models.scaling import READ_BY, SCALING_KEYS, pipelines_of
 from kl_autoencoder.networks.distributions import DiagonalGaussian
 from tests.latents.test_encode_dataset import encode, tiny
 
@@ -94,6 +97,79 @@ def test_set_scaling_gives_unit_latents_in_diffusers_too(tmp_path, photographs, 
     assert (theirs.latents_std is not None) == per_channel != (theirs.shift_factor is not None)
     # the same weights: the data set goes on
     assert encode(tmp_path / "vae", photographs, tmp_path / "out", "--store", "float32") == 0
+
+
+@pytest.mark.parametrize("kind, module, cls", [
+    ("sd", "stable_diffusion", "StableDiffusionPipeline"),
+    ("sdxl", "stable_diffusion_xl", "StableDiffusionXLPipeline"),
+    ("sd3", "stable_diffusion_3", "StableDiffusion3Pipeline"), ("flux", "flux", "FluxPipeline"),
+])  # fmt: skip
+def test_what_pipelines_read(kind, module, cls):
+    """By the source of the installed pipelines themselves."""
+    source = inspect.getsource(getattr(importlib.import_module(f"diffusers.pipelines.{module}"), cls))
+    assert {key for key in SCALING_KEYS if f"vae.config.{key}" in source} == set(READ_BY[kind][0])
+
+
+SD, SHIFTED = {"scaling_factor": 0.18215}, {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+PER_CHANNEL = {"scaling_factor": 1.0, "latents_mean": [0.0, 1.0], "latents_std": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize("config, kinds", [
+    (SD, ["sd", "sdxl"]), (SHIFTED, ["sd3", "flux"]), (PER_CHANNEL, ["sdxl"]),
+    ({**SHIFTED, **PER_CHANNEL}, ["sdxl"]), ({**SD, "latents_mean": [0.0]}, ["sd", "sdxl"]),
+])  # fmt: skip
+def test_whose_latents_are_scaled_alike(config, kinds):
+    assert pipelines_of(config) == kinds
+
+
+@pytest.mark.parametrize("arguments, keys, told", [
+    ([], {"scaling_factor", "shift_factor"}, "sd3 and flux pipelines read this, sd and sdxl pipelines do not"),
+    (["--per-channel"], {"scaling_factor", "latents_mean", "latents_std"}, "sdxl pipelines read this, sd and sd3"),
+    (["--for", "sd"], {"scaling_factor"}, "latents of 3 channels; published sd models have 4"),
+    (["--for", "sdxl"], {"scaling_factor"}, "read no shift_factor: the scaled latents keep a mean of "),
+    (["--for", "sdxl", "--per-channel"], {"scaling_factor", "latents_mean", "latents_std"}, "3 channels"),
+    (["--for", "flux"], {"scaling_factor", "shift_factor"}, "latents of 3 channels; published flux models have 16"),
+])  # fmt: skip
+def test_set_scaling_for_a_kind_of_pipeline(tmp_path, undisturbed, capsys, arguments, keys, told):
+    tiny().save_pretrained(tmp_path / "vae")
+    assert main(["set-scaling", str(tmp_path / "vae"), "--from", str(undisturbed), *arguments]) == 0
+    printed = capsys.readouterr()
+    assert told in printed.err
+    config = KLAutoencoder.from_pretrained(tmp_path / "vae").config
+    assert {key for key in SCALING_KEYS if config[key] is not None} == keys
+    if "--for" in arguments:
+        assert arguments[1] in pipelines_of(config) and "wrongly" not in printed.err
+    assert main(["info", str(tmp_path / "vae")]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert all(len(number) < 12 for number in lines["scaling"].split()[1::2]) and "e+" not in lines["scaling"]
+    assert {*lines["scaling"].replace(",", "").split()} >= keys
+
+
+def test_means_of_channels_are_for_sdxl_alone(tmp_path, undisturbed, capsys):
+    tiny().save_pretrained(tmp_path / "vae")
+    command = [
+        "set-scaling",
+        str(tmp_path / "vae"),
+        "--from",
+        str(undisturbed),
+        "--per-channel",
+        "--for",
+        "sd3",
+    ]
+    assert main(command) == 2
+    assert "allowed: --for sdxl" in capsys.readouterr().err
+
+
+def test_the_card_decodes_what_it_describes(undisturbed):
+    card = (undisturbed / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {}
+    exec(code.replace("path/to/this/folder", str(undisturbed)), names)
+    expected = LatentDataset(undisturbed, SCALING)
+    assert torch.equal(names["moments"], stored_latents(expected.rows[0], "moments"))
+    manifest = expected.manifest
+    assert f"{manifest['rows']} images" in card and manifest["model"]["weights_sha256"][:16] in card
+    assert card.count("channel ") >= 3 and "{" not in card.replace(code, "")
 
 
 def test_set_scaling_of_another_model_is_refused(tmp_path, undisturbed, capsys):

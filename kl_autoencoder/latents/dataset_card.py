@@ -1,0 +1,64 @@
+"""The README.md of a data set of latents: what it holds, of which model, and the lines that read it."""
+
+from ..models.scaling import described, rounded
+
+CARD = """---
+tags: [latents, latent-diffusion]
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+
+# Latents of {rows:,} images
+
+Written by `kl-autoencoder encode-dataset`: {content} of `{source}`, {seen:,} photographs, of which {small:,} were
+too small and {unreadable:,} unreadable. Settings: crop {crop}, size {size}. Encoded by `{model}`, whose weights
+have a SHA-256 that begins with {hash}.
+
+`{content}` are the bytes of a tensor of the row's `shape`{halves}, in its `dtype`:
+
+```python
+import torch
+from datasets import load_dataset
+
+row = load_dataset("path/to/this/folder", split="train")[0]
+{content} = torch.frombuffer(bytearray(row["{content}"]), dtype=getattr(torch, row["dtype"])).view(row["shape"])
+```
+
+They are raw: not scaled. Scaled{drawn} they come of
+
+    kl_autoencoder.LatentDataset("path/to/this/folder", vae.config)
+
+| over all images | {channels} |
+|---|{lines}
+| mean | {mean} |
+| standard deviation | {std} |
+
+Over all channels together: {scaling}. The model's own config said: {before}.
+"""
+
+
+def dataset_card(manifest: dict) -> str:
+    """The card of a finished data set, a function of its manifest alone."""
+    settings, found, made_from = (manifest[key] for key in ("settings", "statistics", "made_from"))
+    channels, moments = len(found["mean"]), settings["content"] == "moments"
+    return CARD.format(
+        rows=manifest["rows"],
+        content=settings["content"],
+        source=made_from["source"],
+        seen=manifest["source"]["rows"],
+        small=manifest["skipped"]["too small"],
+        unreadable=manifest["skipped"]["unreadable"],
+        model=made_from["model"],
+        hash=manifest["model"]["weights_sha256"][:16],
+        crop=settings["crop"],
+        size=settings["size"],
+        halves=" (the mean, then the logarithm of the variance)" if moments else "",
+        drawn=", and drawn from the moments anew in each epoch," if moments else "",
+        channels=" | ".join(f"channel {i}" for i in range(channels)),
+        lines="---|" * channels,
+        mean=" | ".join(map(rounded, found["mean"])),
+        std=" | ".join(map(rounded, found["std"])),
+        scaling=described(found),
+        before=described(made_from["scaling"]),
+    )

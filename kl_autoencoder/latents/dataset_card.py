@@ -2,11 +2,9 @@
 
 from ..models.scaling import described, rounded
 
+# No `configs` in its head: with them `datasets` takes one folder for any other of the same name that it has cached.
 CARD = """---
 tags: [latents, latent-diffusion]
-configs:
-- config_name: default
-  data_files: data/*.parquet
 ---
 
 # Latents of {rows:,} images

@@ -4,8 +4,11 @@ import importlib
 import inspect
 import json
 import re
+import shutil
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -132,7 +135,10 @@ def test_whose_latents_are_scaled_alike(config, kinds):
 ])  # fmt: skip
 def test_set_scaling_for_a_kind_of_pipeline(tmp_path, undisturbed, capsys, arguments, keys, told):
     tiny().save_pretrained(tmp_path / "vae")
-    assert main(["set-scaling", str(tmp_path / "vae"), "--from", str(undisturbed), *arguments]) == 0
+    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    manifest["statistics"]["shift_factor"] = 3.0
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["set-scaling", str(tmp_path / "vae"), "--from", str(tmp_path), *arguments]) == 0
     printed = capsys.readouterr()
     assert told in printed.err
     config = KLAutoencoder.from_pretrained(tmp_path / "vae").config
@@ -170,6 +176,16 @@ def test_the_card_decodes_what_it_describes(undisturbed):
     manifest = expected.manifest
     assert f"{manifest['rows']} images" in card and manifest["model"]["weights_sha256"][:16] in card
     assert card.count("channel ") >= 3 and "{" not in card.replace(code, "")
+
+
+def test_data_sets_in_folders_of_one_name_are_told_apart(undisturbed, tmp_path):
+    """`datasets` may find either in its cache."""
+    for kept in (3, 5):
+        shutil.copytree(undisturbed, tmp_path / str(kept) / "whole")
+        path = sorted((tmp_path / str(kept) / "whole" / "data").iterdir())[0]
+        pq.write_table(pq.read_table(path).slice(0, kept), path)
+        rows = datasets.load_dataset(str(tmp_path / str(kept) / "whole"), split="train")
+        assert len(rows) == len(LatentDataset(tmp_path / str(kept) / "whole", SCALING))
 
 
 def test_set_scaling_of_another_model_is_refused(tmp_path, undisturbed, capsys):

@@ -122,7 +122,7 @@ def why_whole(network: nn.Module, x: Tensor) -> str | None:
     if has_global_hooks():
         return "there are global forward hooks"
     if changed:
-        return f"{changed[0]} has hooks or was replaced"
+        return f"{changed[0]} has hooks, another attention processor, or was replaced"
     if device.type not in ("cpu", "cuda") or not all(p.device in (device, META) for p in tensors[1:]):
         return f"not all weights are on the device {device}"
     if any(type(t) not in (Tensor, nn.Parameter) or t.dtype not in allowed for t in tensors):

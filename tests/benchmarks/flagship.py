@@ -1,0 +1,39 @@
+"""kl_f8.yaml shrunk in width, compiled by inductor, on two ranks, killed twice: is it the undisturbed run?
+
+    python -m tests.benchmarks.flagship
+
+Some 10 minutes on two cores, most of it inductor's. What it compiles is kept in a folder of this measurement's own: a
+process that was killed while it compiled may have left half of a library in the common one.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+from skimage import data
+
+from tests import processes
+from tests.train.test_flagship import SOURCES, compare
+
+
+def main() -> None:
+    processes.PATIENCE = 3600
+    for source in SOURCES:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/inductor"
+            photographs = Path(scratch) / "photographs"
+            photographs.mkdir()
+            for name in ("astronaut", "chelsea", "coffee"):
+                photo = getattr(data, name)()
+                for i in range(16):
+                    y, x = 64 * (i // 4) + 20, 64 * (i % 4) + 100
+                    Image.fromarray(photo[y : y + 64, x : x + 64]).save(photographs / f"{name}-{i:02}.png")
+            started = time.perf_counter()
+            compare(source, photographs, Path(scratch), "inductor", kills=(2, 6))
+            print(f"{source.__name__}: all weights equal, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""kl_f8.yaml shrunk, compiled, adversarial and adaptive, on two ranks: kills change nothing.
+
+The suite traces two levels as inductor does and lets torch's own kernels run what was traced (aot_eager), with one
+kill. All four levels by inductor, which compiles C++ for minutes on a CPU: `python -m tests.benchmarks.flagship`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.processes import finish, start_ranks, wait_until
+from tests.train.test_trainer import records
+from train.config import load_config
+from train.loop import trainer
+from train.smoke import shrink
+
+STEPS, DISC_START = 9, 5
+
+
+def fit(folder: Path, backend: str, data: dict) -> None:
+    """A rank of the run. `data`: keys of DataConfig. All of the network for inductor, two levels otherwise."""
+    torch.compile = partial(torch.compile, backend=backend)
+    small = shrink(load_config(ROOT / "configs" / "kl_f8.yaml"), folder)
+    adversarial = replace(small.loss.adversarial, disc_start=DISC_START)
+    model, perceptual = small.model, small.loss.perceptual
+    if backend != "inductor":
+        model = replace(model, block_out_channels=model.block_out_channels[:2], layers_per_block=1)
+        perceptual = replace(perceptual, weight=0.0)
+    small = replace(
+        small,
+        model=model,
+        data=replace(small.data, validation="sample-photographs", **data),
+        loss=replace(small.loss, adversarial=adversarial, perceptual=perceptual),
+        train=replace(small.train, steps=STEPS, compile=True),
+        validation=replace(small.validation, every=0),
+        checkpoint=replace(small.checkpoint, every=2),
+    )
+    trainer.Trainer(small, statistics_samples=4).fit()
+
+
+def last(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint."""
+    files = (folder / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors")
+    return {f"{file.stem} {key}": value for file in files for key, value in load_file(file).items()}
+
+
+@contextmanager
+def folder_of_photographs(photographs: Path, scratch: Path) -> Iterator[dict]:
+    yield {"train": str(photographs)}
+
+
+SOURCES = [folder_of_photographs]
+
+
+def compare(source: Callable, photographs: Path, scratch: Path, backend: str, kills: tuple[int, ...]) -> None:
+    """An undisturbed run, and one whose ranks are killed once they have saved each of these steps."""
+    log, whole, killed = scratch / "log.txt", scratch / "whole", scratch / "killed"
+    with source(photographs, scratch) as data:
+        assert finish(*start_ranks(2, log, fit, whole, backend, data)) == [0, 0], log.read_text()
+        for step in kills:
+            processes = start_ranks(2, log, fit, killed, backend, data)
+            saved = killed / "checkpoints" / f"step-{step:06d}"
+            assert wait_until(saved.is_dir, processes[0]), log.read_text()
+            for process in processes:
+                process.kill()
+            assert finish(*processes) == [-9, -9]
+        assert finish(*start_ranks(2, log, fit, killed, backend, data)) == [0, 0], log.read_text()
+    assert log.read_text().count("continuing from") == len(kills)
+    ours, theirs = last(killed), last(whole)
+    assert ours.keys() == theirs.keys() and any(key.startswith("discriminator ") for key in ours)
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    felt = records(whole, "train/adaptive_weight")
+    assert list(felt) == list(range(DISC_START + 1, STEPS + 1))
+    assert all(0 < weight <= 1e4 / (3 * 64 * 64) for weight in felt.values())
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
+def test_a_kill_changes_nothing(source, photographs, tmp_path):
+    compare(source, photographs, tmp_path, "aot_eager", kills=(6,))

@@ -14,6 +14,7 @@ from ..data.image_io import (
     DIFFERENCE_GAIN,
     difference_image,
     image_grid,
+    image_size,
     load_image,
     pad_to_multiple,
     save_image,
@@ -22,6 +23,7 @@ from ..files import temporary_beside
 from ..latents.latent_files import load_latents, save_latents
 from ..models import float16, float16_check, scaling
 from ..models.autoencoder_kl import KLAutoencoder
+from ..models.large_images import prepare_for
 from ..models.single_file import family_of
 from ..progress import tracked, write
 from .loading import load_model
@@ -35,7 +37,7 @@ def encode(arguments: argparse.Namespace) -> None:
     photographs, output = arguments.photographs, arguments.output
     vae = load_model(arguments.model, arguments.device, arguments.dtype)
     latents, names, sizes, unread = [], [], [], []
-    for i, images in _read(photographs, arguments.size, unread, "encoding"):
+    for i, images in _read(photographs, arguments.size, unread, "encoding", vae):
         with torch.inference_mode():
             posterior = vae.encode(_padded(images, vae)).latent_dist
             generator = torch.Generator(vae.device).manual_seed(arguments.seed + i)
@@ -67,6 +69,7 @@ def decode(arguments: argparse.Namespace) -> None:
             if z.shape[0] != vae.config.latent_channels:
                 channels = f"{z.shape[0]} channels, {name} takes {vae.config.latent_channels}"
                 raise ValueError(f"{source}: latents of {channels}")
+            _prepare(vae, f"{source}: {photograph}", tuple(vae.downsampling * side for side in z.shape[1:]))
             with torch.inference_mode():
                 images = vae.decode(z[None].to(vae.device, vae.dtype)).sample
             _write(images, next(todo), photograph, size)
@@ -76,7 +79,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     """Photographs -> what the model makes of them, of the same size."""
     photographs, targets, unread = arguments.photographs, arguments.targets, []
     vae = load_model(arguments.model, arguments.device, arguments.dtype)
-    for i, images in _read(photographs, arguments.size, unread, "reconstructing"):
+    for i, images in _read(photographs, arguments.size, unread, "reconstructing", vae):
         height, width = images.shape[2:]
         with torch.inference_mode():
             output = vae(_padded(images, vae)).sample[:, :, :height, :width].float().cpu()
@@ -214,11 +217,20 @@ def _export_folder(vae: KLAutoencoder, output: Path, model_card: Path | None) ->
 
 
 def _read(
-    photographs: Sequence[tuple[Path, str]], size: int | None, unread: list[Path], what: str
+    photographs: Sequence[tuple[Path, str]],
+    size: int | None,
+    unread: list[Path],
+    what: str,
+    vae: KLAutoencoder | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index, images (1, 3, H, W)); of several photographs, one that cannot be read is told and skipped."""
+    """(index, images (1, 3, H, W)); of several photographs, one that cannot be read is told and skipped.
+
+    One that does not fit into memory with `vae`, which is tiled where that helps, counts as one of these.
+    """
     for i, (path, _) in enumerate(tracked(photographs, what, "images")):
         try:
+            if vae is not None:
+                _prepare(vae, path, (size, size) if size else image_size(path))
             images = load_image(path, size, multiple_of=1)
         except (ValueError, OSError) as error:
             if len(photographs) == 1:
@@ -227,6 +239,13 @@ def _read(
             unread.append(path)
         else:
             yield i, images
+
+
+def _prepare(vae: KLAutoencoder, path: Path | str, size: tuple[int, int]) -> None:
+    try:
+        prepare_for(vae, *size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _refuse_unread(unread: Sequence[Path], photographs: Sequence) -> None:

@@ -101,7 +101,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def image_to_tensor(image: Image.Image) -> Tensor:
     """A PIL image of any mode -> (3, H, W), float32 in [-1, 1]; no resizing, no padding. See `to_rgb`."""
     pixels = torch.from_numpy(np.array(to_rgb(image)))
-    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    # in place: of large images each copy counts
+    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
 
 
 def tensor_to_images(images: Tensor) -> list[Image.Image]:
@@ -253,9 +254,23 @@ def _refuse_unsafe(image: Image.Image) -> None:
             f"refused as a decompression bomb: {image.width}x{image.height} pixels, "
             f"the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
         )
+    if image.format in ("JPEG", "MPO"):
+        _refuse_empty_jpeg(image)
     if image.mode == "I" and image.format not in SIXTEEN_BITS_IN_I:
         raise ValueError(
             "integers of 32 bits, and nothing says which is white; allowed: 8 or 16 bits, or floats from 0 to 1"
+        )
+
+
+def _refuse_empty_jpeg(image: Image.Image) -> None:
+    """Each block of 8x8 pixels takes a bit at the least, the code of its mean; decoders fill in what is missing."""
+    place = image.fp.tell()
+    size = image.fp.seek(0, os.SEEK_END)
+    image.fp.seek(place)
+    blocks = -(-image.width // 8) * -(-image.height // 8)
+    if 8 * size < blocks:
+        raise ValueError(
+            f"truncated, or no photograph: {size:,} bytes cannot hold {image.width}x{image.height} pixels"
         )
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.flagship
 
-Some 10 minutes on two cores, most of it inductor's. What it compiles is kept in a folder of this measurement's own: a
+Some 10 minutes on two cores, most of it inductor's. What it compiles is kept in a folder of its own: a
 process that was killed while it compiled may have left half of a library in the common one.
 """
 

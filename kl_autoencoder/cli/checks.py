@@ -22,6 +22,7 @@ from .paths import (
     model_folder,
     model_path,
     plan_targets,
+    readable_folder,
     refuse_existing,
 )
 
@@ -79,7 +80,7 @@ def export(arguments: argparse.Namespace) -> None:
     """`output` becomes a Path; adds `folder`, the model's, or None for a single file or a hub id."""
     check_model(arguments.model)
     source, output = model_path(arguments.model), Path(arguments.output)
-    arguments.output, arguments.folder = output, model_folder(source) if source.is_dir() else None
+    arguments.output, arguments.folder = output, readable_folder(source) if source.is_dir() else None
     if arguments.single_file:
         if output.suffix != ".safetensors":
             raise ValueError(f"{output}: a single file is written to a .safetensors file")
@@ -104,7 +105,7 @@ def fp16_check(arguments: argparse.Namespace) -> None:
     arguments.images = find_photographs([arguments.images] if arguments.images else [])
     check_model(arguments.model)
     source = model_path(arguments.model)
-    arguments.folder = model_folder(source) if source.is_dir() else None
+    arguments.folder = readable_folder(source) if source.is_dir() else None
     if arguments.fix:
         arguments.output = Path(arguments.output)
         _refuse_folder(arguments.output, arguments.folder, arguments.overwrite)

@@ -50,7 +50,7 @@ def set_scaling(arguments: argparse.Namespace) -> None:
     """The statistics of a data set of latents -> the scaling in the config of the model that made it."""
     config = model_folder(Path(arguments.model)) / CONFIG
     manifest = read_manifest(arguments.latents)
-    vae = load_model(arguments.model, "cpu", None)
+    vae = load_model(str(config.parent), "cpu", None)
     if weights_hash(vae) != manifest["model"]["weights_sha256"]:
         raise ValueError(
             f"{arguments.latents}: was made by a model with other weights than {arguments.model}"

@@ -1,5 +1,6 @@
 """Load what `--model` names: a folder, run, single file, hub id or "compact"."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,8 @@ import torch
 from diffusers.utils import logging
 
 from ..models.autoencoder_kl import KLAutoencoder
-from ..models.folder import WEIGHTS, read_headers
+from ..models.folder import CONFIG, WEIGHTS, read_headers, read_json
+from ..models.run_folder import described, newer_checkpoint, weights_in
 from ..progress import Progress
 from .paths import check_model, model_folder, model_path
 
@@ -16,6 +18,7 @@ from .paths import check_model, model_folder, model_path
 def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencoder:
     """A folder, run, single file, hub id or "compact" -> the model for inference on `device`.
 
+    Of a run whose export is missing or older, the newest checkpoint's weights, and a line on stderr that says so.
     `device` None is the best there is, `dtype` None the type that the tensors are stored in.
     """
     if device is None:
@@ -37,6 +40,8 @@ def _load(name: str) -> KLAutoencoder:
     check_model(name)
     path = model_path(name)
     if path.is_dir():
+        if checkpoint := newer_checkpoint(path):
+            return _load_checkpoint(path, checkpoint)
         folder = model_folder(path)
         return KLAutoencoder.from_pretrained(folder, torch_dtype=_stored_dtype(folder))
     if path.is_file():
@@ -49,6 +54,14 @@ def _load(name: str) -> KLAutoencoder:
         except OSError:
             message = "no such folder or file, and no model on the hub could be loaded under that name"
             raise FileNotFoundError(f"{name}: {message} ({error})") from error
+
+
+def _load_checkpoint(folder: Path, checkpoint: Path) -> KLAutoencoder:
+    """The weights that a run would export now; says on stderr which they are."""
+    config = {key: v for key, v in read_json(checkpoint / CONFIG).items() if not key.startswith("_")}
+    vae = KLAutoencoder.from_single_file(weights_in(checkpoint), **config)
+    print(described(folder, checkpoint), file=sys.stderr)
+    return vae
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -12,6 +12,7 @@ from ..data.formats import READABLE, WRITERS, check_writable
 from ..files import PICKLED, clipped, refuse_at_sight
 from ..models.compact import COMPACT
 from ..models.folder import CONFIG, read_json
+from ..models.run_folder import newer_checkpoint
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -23,7 +24,7 @@ def check_model(name: str) -> None:
     """
     path = model_path(name)
     if path.is_dir() and name:
-        model_folder(path)
+        readable_folder(path)
     elif path.is_file():
         refuse_at_sight(path)
     elif path.suffix in (".safetensors", *PICKLED):
@@ -50,7 +51,14 @@ def model_folder(path: Path) -> Path:
             if kind != "AutoencoderKL":
                 raise ValueError(f"{folder}: holds a {clipped(str(kind), 60)}, expected an AutoencoderKL")
             return folder
-    raise ValueError(f"{path}: no model in it (no config.json here, in vae/ or in export/)")
+    raise ValueError(
+        f"{path}: no model in it (no config.json here, in vae/ or in export/, no whole checkpoint in checkpoints/)"
+    )
+
+
+def readable_folder(path: Path) -> Path:
+    """The folder that a model is read from: a run's newest checkpoint where its export is missing or older."""
+    return newer_checkpoint(path) or model_folder(path)
 
 
 def find_photographs(inputs: Sequence[str]) -> list[tuple[Path, str]]:

@@ -28,6 +28,16 @@ def to_8_bits(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
+def from_8_bits(levels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], the inverse of `to_8_bits`."""
+    return levels.float() / 127.5 - 1
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> the same after writing and reading 8-bit images. NaN is black, as pipelines write it."""
+    return from_8_bits(to_8_bits(images.nan_to_num(-1.0, 1.0, -1.0)))
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB at 8 bits, an image: (B,), float64. Infinite for equal images."""
     error = (to_8_bits(a).double() - to_8_bits(b).double()).square().mean(dim=(1, 2, 3))
@@ -64,6 +74,24 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
     if min(a.shape[2:]) <= MS_SSIM_TOO_SMALL:
         raise ValueError(f"ms_ssim: images of {a.shape[2]}x{a.shape[3]}; allowed: 161x161 and larger")
     return pytorch_msssim.ms_ssim(to_8_bits(a).float(), to_8_bits(b).float(), size_average=False).double()
+
+
+def similarity(images: Tensor, references: Tensor, lpips: "LPIPS | None") -> dict[str, list[float]]:
+    """What each image is measured by, in training and in `evaluate`: `psnr`, `ssim`, and `lpips` where given.
+
+    Of the images as they would be saved, LPIPS too; `references` are 8-bit images already. PSNR ends at
+    `PSNR_OF_EQUALS`: one image that is reproduced exactly would make the mean over all infinite.
+    """
+    saved = as_saved(images)
+    values = {
+        "psnr": psnr(saved, references).clamp(max=PSNR_OF_EQUALS).tolist(),
+        "ssim": ssim(saved, references).tolist(),
+    }
+    if lpips is not None:
+        device = next(lpips.parameters()).device
+        with torch.no_grad():
+            values["lpips"] = lpips(saved.to(device), references.to(device)).double().tolist()
+    return values
 
 
 class LPIPS(nn.Module):

@@ -20,7 +20,7 @@ from . import frechet, latent_probes
 from .frechet import Features, FeatureSums
 from .latent_statistics import LatentSums, SpectrumSum
 from .methods import Candidate, Model, Reproduction
-from .metrics import LPIPS, MS_SSIM_TOO_SMALL, PSNR_OF_EQUALS, ms_ssim, psnr, ssim, to_8_bits
+from .metrics import LPIPS, MS_SSIM_TOO_SMALL, as_saved, ms_ssim, similarity
 
 FORMAT = 1  # of metrics.json: a number up where a key changes its meaning or goes
 STUDY_SIZE = 256  # of the images of the studies where the others are of any size
@@ -143,16 +143,9 @@ class Evaluation:
             yield from candidate.reproduce(images, [photograph.number for photograph in batch])
 
     def _similarity(self, rounded: Tensor, images: Tensor) -> dict[str, list[float]]:
-        measured = {
-            "psnr": psnr(rounded, images).clamp(max=PSNR_OF_EQUALS).tolist(),
-            "ssim": ssim(rounded, images).tolist(),
-        }
+        measured = similarity(rounded, images, self.tools.lpips)
         if min(images.shape[2:]) > MS_SSIM_TOO_SMALL:
             measured["ms_ssim"] = ms_ssim(rounded, images).tolist()
-        if self.tools.lpips is not None:
-            device = next(self.tools.lpips.parameters()).device
-            with torch.inference_mode():
-                measured["lpips"] = self.tools.lpips(rounded.to(device), images.to(device)).double().tolist()
         return measured
 
     @torch.inference_mode()
@@ -220,11 +213,6 @@ class Evaluation:
         # of one size, since there are paths between them; halved, still a multiple of the model's factor
         image = self.photographs.at(number, self.photographs.size or STUDY_SIZE).image
         return pad_to_multiple(image, 2 * model.vae.downsampling)
-
-
-def as_saved(images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> the same after writing and reading 8-bit images. NaN is black, as pipelines write it."""
-    return to_8_bits(images.nan_to_num(-1.0, 1.0, -1.0)).float() / 127.5 - 1
 
 
 def _save(folder: Path, batch: list[Photograph], images: Tensor) -> None:

@@ -1,6 +1,7 @@
 """A run that goes on says what has changed, and refuses what would make it another run."""
 
 import math
+import shutil
 
 import pytest
 import yaml
@@ -49,15 +50,21 @@ def test_what_has_changed_is_printed_by_key(run, tmp_path, capsys):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["steps"] == 8
 
 
+def copied(photographs, folder, images):
+    folder.mkdir()
+    for path in sorted(photographs.iterdir())[:images]:
+        shutil.copy(path, folder)
+    return folder
+
+
 @pytest.mark.parametrize("sections, key", [
     ({"seed": 4}, "seed: 4, but .*run was trained with 3"),
     ({"model": {"layers_per_block": 2}}, "model.layers_per_block: 2, but .* was trained with null"),
-    ({"data": {"train": "OTHER"}}, "data.train: .*other"),
+    ({"data": {"train": "OTHER"}}, "data.train: .*other, but .*run was trained with "),
     ({"data": {"validation_images": 5}}, "data.validation_images: 5"),  # one image more would be held out
 ])  # fmt: skip
 def test_another_run_is_refused_and_nothing_touched(run, photographs, tmp_path, sections, key):
-    (tmp_path / "other").symlink_to(photographs)
-    other = str(tmp_path / "other")
+    other = str(copied(photographs, tmp_path / "other", 47))
     config = run(train={"steps": 4}, **{k: {**v, "train": other} if v == {"train": "OTHER"} else v
                                         for k, v in sections.items() if k != "seed"})  # fmt: skip
     if "seed" in sections:
@@ -78,3 +85,24 @@ def test_a_source_of_its_own_for_validation_may_have_more_images(run, photograph
     with_own = {"data": {"validation": str(photographs)}}
     make(run(data=with_own["data"], resume={"force": True})).fit()
     assert make(run(data=with_own["data"] | {"validation_images": 5})).step == 2
+
+
+def test_a_folder_that_was_moved_is_the_same_data(run, photographs, tmp_path, capsys):
+    moved = copied(photographs, tmp_path / "moved", 48)
+    capsys.readouterr()
+    assert make(run(data={"train": str(moved)})).step == 2
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "data.train: " in line]
+    assert line.endswith(str(moved)[-40:]) and " -> " in line
+
+
+def test_a_folder_with_other_images_is_other_data(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    folder = copied(photographs, tmp_path / "growing", 40)
+    make(small_config(folder, tmp_path / "run", train={"steps": 1})).fit()
+    shutil.copy(sorted(photographs.iterdir())[-1], folder)
+    again = {"train": {"steps": 2}}
+    with pytest.raises(
+        ValueError, match="data.train: 41 images, names .*, but .* was trained with 40 images"
+    ):
+        make(small_config(folder, tmp_path / "run", **again))
+    assert make(small_config(folder, tmp_path / "run", **again, resume={"force": True})).step == 1

@@ -1,10 +1,12 @@
 """The finished model as a folder for diffusion pipelines, with a model card."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.models.run_folder import TRAINED
 
 from ..config import Config, to_yaml
 from .training_state import save_training_state
@@ -53,7 +55,7 @@ reconstruction must be exact (text, medical or legal evidence).
 def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict, training_state=None) -> None:
     """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
 
-    facts: samples, held_out (number of images), statistics (LatentStatistics), and the metrics
+    facts: step, samples, held_out (number of images), statistics (LatentStatistics), and the metrics
     `before` and `after`. training_state: the discriminator's tensors, where they are kept beside the model.
     """
     beside = folder.with_name(f".{folder.name}.writing")
@@ -61,6 +63,8 @@ def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict, traini
     try:
         vae.save_pretrained(beside)
         (beside / "README.md").write_text(model_card(folder, vae, config, facts), encoding="utf-8")
+        trained = {key: facts[key] for key in ("step", "samples")}
+        (beside / TRAINED).write_text(json.dumps(trained) + "\n")
         if training_state is not None:
             save_training_state(beside, training_state)
     except Exception as error:  # safetensors raises its own type for a full disk

@@ -65,9 +65,9 @@ def device_memory(device: torch.device) -> int:
 
 
 def check_held_out(images: int, side: int, memory: int) -> None:
-    """Refuse held-out images that exceed `memory` bytes once decoded."""
+    """Refuse a rank's held-out images that exceed `memory` bytes once decoded, at 8 bits a value."""
     what = f"data.validation_images: {images} of {side}x{side}"
-    _refuse_above(memory, images * 3 * side**2 * FLOAT, what, "in memory")
+    _refuse_above(memory, images * 3 * side**2, what, "a rank")
 
 
 def readable(size: int) -> str:

@@ -1,37 +1,55 @@
-"""Metrics and pictures on held-out images."""
+"""Metrics and pictures on held-out images, by the measure that `kl-autoencoder evaluate` takes."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.data.image_io import difference_image, image_grid, save_image
-from kl_autoencoder.evaluation.metrics import LPIPS, psnr, ssim
+from kl_autoencoder.data.image_dataset import Photographs
+from kl_autoencoder.data.image_io import DIFFERENCE_GAIN, difference_image, image_grid, save_image
+from kl_autoencoder.evaluation.metrics import LPIPS, from_8_bits, similarity, to_8_bits
+
+
+class HeldOut:
+    """One rank's share of the held-out images, every `ranks`-th batch from `rank` on: read once, kept as 8 bits."""
+
+    def __init__(self, photographs: Photographs, batch_size: int, rank: int = 0, ranks: int = 1):
+        batches = photographs.batches(batch_size, rank, ranks)
+        self.eight_bits = [to_8_bits(torch.cat([one.image for one in batch])) for batch in batches]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.eight_bits))
+
+    def batches(self) -> Iterator[Tensor]:
+        """(B, 3, R, R), float32 in [-1, 1]."""
+        return map(from_8_bits, self.eight_bits)
+
+    def first(self, images: int) -> Tensor:
+        """At most so many of them, float32 in [-1, 1]."""
+        return torch.stack(list(islice((image for batch in self.batches() for image in batch), images)))
 
 
 @torch.no_grad()
-def reconstruct(vae: KLAutoencoder, images: Tensor, batch_size: int) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1] -> their reconstructions from the posterior's mode, on the CPU, float32."""
-    batches = images.to(vae.dtype).split(batch_size)
-    return torch.cat([vae(batch.to(vae.device)).sample.float().cpu() for batch in batches])
+def reconstruct(vae: KLAutoencoder, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> their reconstructions from the posterior's mode, on the CPU, float32."""
+    return vae(images.to(vae.device, vae.dtype)).sample.float().cpu()
 
 
-@torch.no_grad()
-def measure(
-    reconstructions: Tensor, images: Tensor, lpips: LPIPS | None, batch_size: int
-) -> dict[str, Tensor]:
-    """PSNR (dB), SSIM and, where there is one, LPIPS of each image: name -> (N,), float64."""
-    values = {"psnr": psnr(reconstructions, images), "ssim": ssim(reconstructions, images)}
-    if lpips is not None:
-        device = next(lpips.parameters()).device
-        pairs = zip(reconstructions.clamp(-1, 1).split(batch_size), images.split(batch_size), strict=True)
-        values["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).double().cpu() for a, b in pairs])
+def measure(vae: KLAutoencoder, held_out: HeldOut, lpips: LPIPS | None) -> dict[str, list[float]]:
+    """PSNR (dB), SSIM and, where there is one, LPIPS of each image and its reconstruction: see `similarity`."""
+    values: dict[str, list[float]] = {}
+    for images in held_out.batches():
+        for name, of_batch in similarity(reconstruct(vae, images), images, lpips).items():
+            values.setdefault(name, []).extend(of_batch)
     return values
 
 
-def save_pictures(path: Path, images: Tensor, reconstructions: Tensor) -> None:
+def save_pictures(path: Path, vae: KLAutoencoder, images: Tensor) -> None:
     """A grid with a row an image: original, reconstruction, difference."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    reconstructions = torch.cat([reconstruct(vae, image) for image in images.split(1)])
     columns = [images, reconstructions, difference_image(images, reconstructions)]
-    save_image(image_grid(columns, ["original", "reconstruction", "difference"]), path)
+    save_image(image_grid(columns, ["original", "reconstruction", f"difference x{DIFFERENCE_GAIN:g}"]), path)

@@ -13,7 +13,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kl_autoencoder.data.image_dataset import Photographs
@@ -23,7 +22,7 @@ from kl_autoencoder.data.sources import Keys, Rows, image_keys, open_source, ope
 from .config import DataConfig
 from .loader import TrainLoader, start_worker
 from .random_access import SampleOrder, TrainImages
-from .samples import SkippedImages, check_images, collate, permutation
+from .samples import check_images, collate, permutation
 from .streams import Reader, StreamedImages, readers_of_a_file
 
 LOOKED_AT = 32  # images whose headers are read before any work starts
@@ -147,25 +146,11 @@ class TrainingData:
         records = (record for shard in range(stream.num_shards) for record in stream.read(shard))
         return [{config.image_column: record} for record in islice(records, wanted)]
 
-    def validation_images(self) -> Tensor:
-        """The held-out images that can be read: (N, 3, R, R), float32 in [-1, 1]; the others are warned of.
-
-        Raises ValueError if none is left.
-        """
-        photographs = self.held_out()
-        found = [one.image for batch in photographs.batches(1) for one in batch]
-        SkippedImages().add((f"held-out image {n}", why) for n, why in photographs.skipped.items())
-        if not found:
-            source = self.config.validation or self.config.train
-            raise ValueError(f"data.validation: no readable images in {source}")
-        return torch.cat(found)
-
     def fingerprint(self) -> dict[str, int | str]:
         """What the training source is told from another by: {"images": their number, "sha256": of their names}.
 
         Of contents (of 64 images, spread over the source) where images have no names. Of a stream {"files": their
-        number, "sha256": of their names and sizes}. A folder that was moved or copied is the same source. For a run
-        folder that is used again.
+        number, "sha256": of their names and sizes}. A folder that was moved or copied is the same source.
         """
         if self.config.streaming:
             files = range(self.stream.num_shards)

@@ -48,19 +48,30 @@ def makes_another_run(key: str, before: dict[str, Any]) -> bool:
     return key in ANOTHER_RUN or key.split(".")[0] in ANOTHER_RUN
 
 
-def refuse_another_run(before: dict[str, Any], config: Config, checkpoint: Path) -> list[str]:
-    """A line for each key that has changed. ValueError for one that makes it another run, unless that is forced."""
+def refuse_another_run(
+    before: dict[str, Any], config: Config, checkpoint: Path, sources: tuple[dict | None, dict | None]
+) -> list[str]:
+    """A line for each key that has changed. ValueError for one that makes it another run, unless that is forced.
+
+    sources: the fingerprints of the training images then and now, None where unknown. A folder that was moved is
+    the same source, and one that has got other images is another.
+    """
     changed = compare(before, config)
-    other = [key for key in changed if makes_another_run(key, before)]
+    other = [(key, *pair) for key, pair in changed.items() if makes_another_run(key, before)]
+    if None not in sources:
+        moved = sources[0] == sources[1]
+        other = [entry for entry in other if not (moved and entry[0] == "data.train")]
+        if not moved and "data.train" not in changed:
+            other.append(("data.train", *map(_images, sources)))
     if other and not config.resume.force:
-        key = other[0]
-        old, new = (_shown(value) for value in changed[key])
-        more = f" (and {', '.join(other[1:4])})" if other[1:] else ""
+        key, old, new = other[0]
+        more = f" (and {', '.join(key for key, *_ in other[1:4])})" if other[1:] else ""
         raise ValueError(
-            f"{key}: {new}, but {checkpoint.parent.parent} was trained with {old}{more}; allowed: another "
-            "output_dir, or resume.force=true to go on all the same"
+            f"{key}: {_shown(new)}, but {checkpoint.parent.parent} was trained with {_shown(old)}{more}; allowed: "
+            "another output_dir, or resume.force=true to go on all the same"
         )
-    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()]
+    pairs = changed | {key: (old, new) for key, old, new in other}
+    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in pairs.items()]
 
 
 def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> str | None:
@@ -83,6 +94,11 @@ def samples_per_step(config: Config, ranks: int) -> int:
     return config.data.batch_size * ranks * config.train.gradient_accumulation
 
 
+def _images(source: dict) -> str:
+    things = " and ".join(f"{n} {what}" for what, n in source.items() if what != "sha256")
+    return f"{things}, names {source['sha256'][:8]}"
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for key, value in values.items():
@@ -92,4 +108,4 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"...{text[-57:]}"  # of a path the end tells more

@@ -1,7 +1,8 @@
 """Training state on disk: written beside and renamed when complete, verified when read, rotated.
 
-A checkpoint is a folder `step-000200` of safetensors files, `state.json` (counters) and `manifest.json`, which
-holds the size and SHA-256 of every other file and is written last. No pickle is written or read.
+A checkpoint is a folder `step-000200` of safetensors files, `state.json` (counters), the model's `config.json` and
+`manifest.json`, which holds the size and SHA-256 of every other file and is written last. No pickle is written or
+read.
 """
 
 import hashlib
@@ -21,8 +22,12 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})")
 
 
-def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+def save_checkpoint(
+    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, config: str | None = None
+) -> Path:
     """Write `root/step-NNNNNN` with a `<name>.safetensors` for each entry of `tensors`; returns its path.
+
+    config: the model's config.json, so that commands can read the weights of a run that has not ended.
 
     Raises OSError naming the folder if it cannot be written (a full disk, say); earlier checkpoints are intact.
     """
@@ -35,6 +40,8 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
         for name, group in tensors.items():
             save_file({k: v.detach().contiguous() for k, v in group.items()}, beside / f"{name}.safetensors")
         (beside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        if config is not None:
+            (beside / "config.json").write_text(config, encoding="utf-8")
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in beside.iterdir()
         }

@@ -1,6 +1,7 @@
 """The training loop, and what happens around a step: logs, validation, checkpoints, export."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -32,6 +33,7 @@ from .launch import Agreement, StopRequest, hold, refuse_plugins, say_threads
 from .schedules import Schedules
 
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
+SKIPPED_SHOWN = 5  # held-out images that cannot be read and are named
 
 
 class TooManyBadSteps(RuntimeError):
@@ -79,10 +81,11 @@ class Trainer:
         self.engine = Engine(config, self.accelerator, self.schedules, perceptual)
         self._check_resolutions()
         self.data = TrainingData(config.data, config.seed)
+        self.source = self.data.fingerprint() if self.is_main else None
         self._resume()
         self.loader = self._loader(self.samples)
         size.check_step(config, self.engine.vae.config, memory)
-        self.held_out = self.data.validation_images()
+        self.held_out, self.held_out_images = self._read_held_out(memory)
         self.stop, self.agreement = StopRequest(self.accelerator), Agreement(self.accelerator)
         if self.is_main:  # now that it is known to work: an earlier run's stays where one does not
             with replacing(self.folder / "config.yaml") as beside:
@@ -214,22 +217,16 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Metrics of the held-out images for the weights that would be exported; writes the picture."""
-        images, batch = self.held_out, self.config.validation.batch_size
-        share = images[self.accelerator.process_index :: self.accelerator.num_processes]
-        names = ["psnr", "ssim"] + ["lpips"] * (self.lpips is not None)
-        totals = torch.zeros(len(names), device=self.device)
-        if len(share):
-            reconstructions = validation.reconstruct(self.engine.exported, share, batch)
-            values = validation.measure(reconstructions, share, self.lpips, batch)
-            totals += torch.stack([values[name].sum() for name in names]).to(totals)
-        means = (self.accelerator.reduce(totals, "sum") / len(images)).tolist()
-        metrics = dict(zip(names, means, strict=True))
+        values: dict[str, list[float]] = {}
+        for share in gather_object([validation.measure(self.engine.exported, self.held_out, self.lpips)]):
+            for name, of_share in share.items():
+                values.setdefault(name, []).extend(of_share)
+        metrics = {name: math.fsum(of_all) / len(of_all) for name, of_all in values.items()}
         self.journal.write(self.step, self.samples, {f"validation/{n}": v for n, v in metrics.items()})
-        if self.is_main:
-            shown = images[: self.config.validation.pictures]
-            reconstructions = validation.reconstruct(self.engine.exported, shown, batch)
+        if self.is_main and len(self.held_out):
+            shown = self.held_out.first(self.config.validation.pictures)
             try:
-                validation.save_pictures(self.picture, shown, reconstructions)
+                validation.save_pictures(self.picture, self.engine.exported, shown)
                 self.journal.show("validation/pictures", self.picture, self.step)
             except OSError as error:
                 self.say(f"WARNING: {self.picture}: cannot be written ({error.strerror}); training goes on")
@@ -267,8 +264,10 @@ class Trainer:
             "skipped": self.skipped.state(),
             "shard_lengths": self.data.lengths,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "source": self.source,
         }
-        checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state)
+        described = self.engine.exported.to_json_string()
+        checkpoint.save_checkpoint(root, self.step, self.engine.tensors(), state, described)
         checkpoint.rotate(root, config.keep_last, config.keep_every)
 
     def _on_main(self, work: Callable[[], None]) -> str | None:
@@ -296,8 +295,10 @@ class Trainer:
             return
         before = changes.recorded(self.folder / "config.yaml") if self.is_main else None
         [before] = broadcast_object_list([before])
-        changed = changes.refuse_another_run(before, self.config, path) if before else []
         tensors, state = checkpoint.load_checkpoint(path)
+        [source] = broadcast_object_list([self.source])
+        sources = (state.get("source"), source)
+        changed = changes.refuse_another_run(before, self.config, path, sources) if before else []
         try:
             self.engine.load(tensors)
         except (RuntimeError, KeyError) as error:
@@ -326,7 +327,8 @@ class Trainer:
     def finish(self, before: dict) -> dict:
         """Measure and export the final weights."""
         after = self.validate()
-        facts = {"before": before, "after": after, "samples": self.samples, "held_out": len(self.held_out)}
+        facts = {"before": before, "after": after, "step": self.step, "samples": self.samples}
+        facts["held_out"] = self.held_out_images
         facts["statistics"] = self.measure_latents()
         if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
             self.engine.exported.register_to_config(scaling_factor=facts["statistics"].scaling_factor)
@@ -406,6 +408,23 @@ class Trainer:
                 raise ValueError(
                     f"data.{key}: {size}; allowed: a multiple of the network's downsampling, {f}, from 16 on"
                 )
+
+    def _read_held_out(self, memory: int) -> tuple[validation.HeldOut, int]:
+        """This rank's share of the held-out images, and the number of them over all ranks."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        photographs = self.data.held_out()
+        size.check_held_out(-(-photographs.count // ranks), photographs.size, memory)
+        held_out = validation.HeldOut(photographs, self.config.validation.batch_size, rank, ranks)
+        shares = gather_object([(len(held_out), photographs.skipped)])
+        skipped = sorted(pair for _, share in shares for pair in share.items())
+        for number, why in skipped[:SKIPPED_SHOWN]:
+            self.say(f"skipped held-out image {number}: {why}")
+        if len(skipped) > SKIPPED_SHOWN:
+            self.say(f"skipped {len(skipped)} held-out images in all")
+        total = sum(count for count, _ in shares)
+        if not total:
+            raise ValueError(f"data.validation: no readable images in {photographs.source}")
+        return held_out, total
 
     def _profiler(self):
         """A torch profiler of five steps that writes a trace and a table; nothing unless train.profile is on."""

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...data.image_io import tensor_to_images
-from ..runner import Evaluation, as_saved
+from ..metrics import as_saved
+from ..runner import Evaluation
 from . import plots
 
 SHOWN = ("best", "median", "worst")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kl_autoencoder.cli.main import main
 from tests import processes
+from train.__main__ import main as train
 
 MEMORY = 2 << 30  # bytes that a command may ask for beyond what the process has
 SECONDS = 20
@@ -110,6 +111,8 @@ def run_all(
 ) -> list[Outcome]:
     """What became of each (name, command line) that `cases(folder, *arguments)` yields.
 
+    A command line that begins with "train" is one of the trainer.
+
     `cases`, of a module's top level, writes what a command reads right before it yields the command.
     """
     results, log = folder / "outcomes.jsonl", folder / "log"
@@ -135,7 +138,8 @@ def _outcome(name: str, argv: Sequence[str]) -> Outcome:
     signal.alarm(SECONDS + 1)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            code = main([str(argument) for argument in argv])
+            words = [str(argument) for argument in argv]
+            code = train(words[1:]) if words[0] == "train" else main(words)
     except BaseException as error:
         escaped = f"{type(error).__name__}: {error}"[:2000]
     finally:

@@ -121,7 +121,7 @@ def _read_file(path: Path, reading: tuple[Path, ...] = ()) -> dict[str, Any]:
     except GivenTwice as error:
         raise ValueError(f"{path}: {_shortened(error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that Python refuses, too
-        raise ValueError(f"{path}: not a YAML file ({_shortened(error)})") from None
+        raise ValueError(f"{path}: not a YAML file ({_yaml_problem(error)})") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; allowed: keys and values")
@@ -131,6 +131,14 @@ def _read_file(path: Path, reading: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ValueError(f"base: {base!r}; allowed: the path of a YAML file")
     return _merged(_read_file(path.parent / base, (*reading, path.resolve())), values)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Where it is and what is wrong there, without the lines around it that PyYAML shows."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return _shortened(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {_shortened(error.problem, 100)}"
 
 
 def _merged(below: dict, above: dict) -> dict:

@@ -100,6 +100,8 @@ def fp16_check(arguments: argparse.Namespace) -> None:
     """`images` become (path, name) pairs, none for the built-in ones; adds `folder`, the model's or None."""
     if arguments.fix != bool(arguments.output):
         raise ValueError("--fix and -o FOLDER belong together")
+    if arguments.fix and arguments.json:
+        raise ValueError("--json: prints what a check finds; allowed: without --fix")
     if not arguments.images:
         require("eval", "skimage")
     arguments.images = find_photographs([arguments.images] if arguments.images else [])

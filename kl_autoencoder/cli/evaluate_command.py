@@ -37,8 +37,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
             with Progress("writing the report"):
                 _write(unfinished, metrics, evaluation)
                 _move(unfinished, arguments.output)
-            print(html.plain_table(metrics))
-            print(f"{arguments.output / 'report.html'}: {len(evaluation.records)} images")
+            if arguments.json:
+                print(json.dumps(metrics, indent=1, allow_nan=False))
+            else:
+                print(html.plain_table(metrics))
+                print(f"{arguments.output / 'report.html'}: {len(evaluation.records)} images")
         place.destroy_process_group()
     finally:
         if place.is_main_process:

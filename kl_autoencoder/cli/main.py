@@ -240,6 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
     _dataset_commands(commands)
     _latent_commands(commands)
+    for name in ("info", "fp16-check", "evaluate"):
+        commands.choices[name].add_argument("--json", action="store_true", help="print what is found as JSON")
     for name in TAKING_IMAGES:
         commands.choices[name].epilog = IMAGES
     for sub in commands.choices.values():

@@ -1,6 +1,7 @@
 """What the commands of cli.py do, with arguments that checks.py has seen. ValueError or OSError."""
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -105,6 +106,9 @@ def export(arguments: argparse.Namespace) -> None:
 def info(arguments: argparse.Namespace) -> None:
     """What a model is: shapes, size, scaling, and what it is made for."""
     vae = load_model(arguments.model, "cpu", None)
+    if arguments.json:
+        print(json.dumps(_facts(arguments.model, vae), indent=1))
+        return
     c, f = vae.config, vae.downsampling
     side = c.sample_size if isinstance(c.sample_size, int) else c.sample_size[0]
     fewer = c.in_channels * f**2 / c.latent_channels
@@ -131,6 +135,38 @@ def info(arguments: argparse.Namespace) -> None:
         print(f"{key:14}{value}")
 
 
+def _facts(name: str, vae: KLAutoencoder) -> dict:
+    """What `info --json` prints: keys of the config under its names, counts as numbers."""
+    network = (
+        *(
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "block_out_channels",
+            "layers_per_block",
+        ),
+        *(
+            "norm_num_groups",
+            "mid_block_add_attention",
+            "use_quant_conv",
+            "use_post_quant_conv",
+            "force_upcast",
+        ),
+    )
+    return {
+        "model": name,
+        "family": family_of(vae.config),
+        "downsampling": vae.downsampling,
+        "parameters": {"all": _size(vae), "encoder": _size(vae.encoder), "decoder": _size(vae.decoder)},
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in vae.parameters()}),
+        "bytes": sum(p.nbytes for p in vae.parameters()),
+        "scaling": {key: vae.config.get(key) for key in scaling.SCALING_KEYS},
+        "pipelines": list(scaling.pipelines_of(vae.config)),
+        "config": {key: vae.config.get(key) for key in network},
+    }
+
+
 def fp16_check(arguments: argparse.Namespace) -> int:
     """Whether a model overflows in float16, by layer; with --fix the same model that does not. 1 if unsafe."""
     photographs, folder, output = arguments.images, arguments.folder, arguments.output
@@ -143,6 +179,10 @@ def fp16_check(arguments: argparse.Namespace) -> int:
         _export_folder(fixed, output, model_card=folder / "README.md" if folder else None)
         print(output)
         return 0
+    if arguments.json:
+        found = {"safe": not before.unsafe(), "limit": float16.LIMIT, "unsafe": before.unsafe()}
+        print(json.dumps({"model": arguments.model, **found, "largest": before.by_layer()}, indent=1))
+        return int(bool(before.unsafe()))
     print(float16_check.layers_table({"largest": before}))
     print(float16_check.verdict(before))
     if before.unsafe():

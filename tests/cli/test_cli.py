@@ -1,5 +1,6 @@
 """The command line: what it writes equals what the library computes, and what it refuses it refuses in one line."""
 
+import json
 import subprocess
 import sys
 
@@ -398,6 +399,25 @@ class TestInfo:
         for part in ("custom", "(B, 3, H, W)", "(B, 5, H/8, W/8), 38.4 times", "16, 16, 16, 16", "8 groups"):
             assert part in told
         assert "scaling_factor 1.5305, shift_factor 0.0609\n" in told and "1024x1024" in told
+
+    def test_as_json(self, folder, vae, capsys):
+        assert run("info", folder, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        size = sum(p.numel() for p in vae.parameters())
+        assert (
+            told["parameters"]["all"] == size and told["bytes"] == 4 * size and told["dtypes"] == ["float32"]
+        )
+        assert told["scaling"]["scaling_factor"] == 1.5305 and told["scaling"]["shift_factor"] == 0.0609
+        assert told["config"]["block_out_channels"] == [16, 16, 16, 16] and told["downsampling"] == 8
+
+    def test_a_check_as_json(self, folder, vae, capsys):
+        assert run("fp16-check", folder, "--size", 64, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["safe"] and told["unsafe"] == []
+        weights = {name.removesuffix(".weight") for name in vae.state_dict() if name.endswith(".weight")}
+        assert "decoder.conv_out" in told["largest"] and "decoder.conv_out" in weights
+        assert max(told["largest"].values()) < told["limit"]
+        assert "without --fix" in refused(capsys, "fp16-check", folder, "--json", "--fix", "-o", "x")
 
     def test_pipeline_folder_and_half(self, folder, vae, tmp_path, capsys):
         vae.half().save_pretrained(tmp_path / "pipeline" / "vae")

@@ -253,10 +253,11 @@ def test_a_killed_evaluation_leaves_nothing_in_the_way(two_models, five_photos, 
     assert len([*(tmp_path / "report" / "images" / "original").iterdir()]) == 5
 
 
-def test_an_existing_folder_keeps_what_is_not_replaced(two_models, five_photos, tmp_path):
+def test_an_existing_folder_keeps_what_is_not_replaced(two_models, five_photos, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep me")
-    assert evaluate(two_models, five_photos, tmp_path, "--limit", "1") == 0
+    assert evaluate(two_models, five_photos, tmp_path, "--limit", "1", "--json") == 0
     before = (tmp_path / "metrics.json").read_text()
+    assert capsys.readouterr().out == before
     assert evaluate(two_models, five_photos, tmp_path, "--limit", "3") == 2
     assert (tmp_path / "metrics.json").read_text() == before
     assert evaluate(two_models, five_photos, tmp_path, "--limit", "3", "--overwrite") == 0

@@ -137,22 +137,9 @@ def info(arguments: argparse.Namespace) -> None:
 
 def _facts(name: str, vae: KLAutoencoder) -> dict:
     """What `info --json` prints: keys of the config under its names, counts as numbers."""
-    network = (
-        *(
-            "sample_size",
-            "in_channels",
-            "out_channels",
-            "latent_channels",
-            "block_out_channels",
-            "layers_per_block",
-        ),
-        *(
-            "norm_num_groups",
-            "mid_block_add_attention",
-            "use_quant_conv",
-            "use_post_quant_conv",
-            "force_upcast",
-        ),
+    keys = (
+        "sample_size in_channels out_channels latent_channels block_out_channels layers_per_block norm_num_groups "
+        "mid_block_add_attention use_quant_conv use_post_quant_conv force_upcast"
     )
     return {
         "model": name,
@@ -163,7 +150,7 @@ def _facts(name: str, vae: KLAutoencoder) -> dict:
         "bytes": sum(p.nbytes for p in vae.parameters()),
         "scaling": {key: vae.config.get(key) for key in scaling.SCALING_KEYS},
         "pipelines": list(scaling.pipelines_of(vae.config)),
-        "config": {key: vae.config.get(key) for key in network},
+        "config": {key: vae.config.get(key) for key in keys.split()},
     }
 
 

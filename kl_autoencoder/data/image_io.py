@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont
 from torch import Tensor
 
 from ..files import replacing
@@ -245,7 +245,7 @@ def _opened(source: str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
             raise ValueError(f"{name}: {error}") from error
 
 
-def _refuse_unsafe(image: Image.Image) -> None:
+def _refuse_unsafe(image: ImageFile.ImageFile) -> None:
     if image.format in RUN_BY_GHOSTSCRIPT:
         raise ValueError(f"{image.format} is not a photograph's format")
     limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only from twice its limit on, and warns below
@@ -262,11 +262,13 @@ def _refuse_unsafe(image: Image.Image) -> None:
         )
 
 
-def _refuse_empty_jpeg(image: Image.Image) -> None:
+def _refuse_empty_jpeg(image: ImageFile.ImageFile) -> None:
     """Each block of 8x8 pixels takes a bit at the least, the code of its mean; decoders fill in what is missing."""
-    place = image.fp.tell()
-    size = image.fp.seek(0, os.SEEK_END)
-    image.fp.seek(place)
+    file = image.fp
+    assert file is not None  # it has just been opened
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
     blocks = -(-image.width // 8) * -(-image.height // 8)
     if 8 * size < blocks:
         raise ValueError(

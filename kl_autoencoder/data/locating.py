@@ -85,7 +85,7 @@ def _in_folder(path: str, key: str) -> Located:
     if tables:
         return _of_files(tables, path, key)
     if not images:
-        raise ValueError(f"{key}: no images in {path}; allowed: {KINDS}. Images end in {' '.join(READABLE)}")
+        raise ValueError(f"{key}: no images in {path}; allowed: {KINDS}")
     return Located("images", images)
 
 

@@ -138,7 +138,9 @@ def _yaml_problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return _shortened(error)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {_shortened(error.problem, 100)}"
+    return (
+        f"line {mark.line + 1}, column {mark.column + 1}: {_shortened(getattr(error, 'problem', error), 100)}"
+    )
 
 
 def _merged(below: dict, above: dict) -> dict:

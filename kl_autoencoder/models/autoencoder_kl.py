@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -65,10 +65,7 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
     Raises ValueError for a configuration that no network can have, naming the key.
     """
 
-    _no_split_modules: ClassVar = [
-        "ResnetBlock",
-        "AttentionBlock",
-    ]  # device maps keep the inside of one together
+    _no_split_modules = ["ResnetBlock", "AttentionBlock"]  # noqa: RUF012  (of device maps)
 
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
     encoder: Encoder  # type: ignore[assignment]  # in place of diffusers'

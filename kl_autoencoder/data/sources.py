@@ -22,9 +22,10 @@ from .download import local_copies
 from .file_streams import FileStream, HubStream, Stream
 from .locating import HUB_ID, KINDS, locate
 from .parquet_files import ParquetRows, bytes_of_groups, schema_of
+from .remote import is_url
 from .tar_files import TarRows, fields_of
 
-LARGE_GROUP = 4 * 2**20  # bytes of images in a parquet row group above which single rows are read from a copy
+LARGE_GROUP = 2**20  # bytes of images in a parquet row group above which single rows are read from a copy
 WORTH_SAYING = 2**30  # bytes of a source that are read or written before anything else can start
 
 Rows = datasets.Dataset | TarRows | ParquetRows
@@ -144,7 +145,8 @@ def encoded_file(record: dict | None, name: str) -> io.BytesIO:
     if data is None:
         if record.get("path") is None:
             raise ValueError(f"{name}: no image in this row")
-        with fsspec.open(record["path"], "rb") as file:
+        path = record["path"]
+        with fsspec.open(path, "rb") if is_url(path) else open(path, "rb") as file:
             data = file.read()
     file = io.BytesIO(data)
     file.name = name

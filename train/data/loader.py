@@ -61,7 +61,7 @@ class TrainLoader:
 
     def _floats(self, images: Tensor) -> Tensor:
         """uint8 from a worker -> float32 in [-1, 1] on the device, the same values as `image_to_tensor` gives."""
-        return images.to(self.device, non_blocking=True).float() / 127.5 - 1
+        return images.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
 
 
 def join_parts(parts: list[dict]) -> dict:

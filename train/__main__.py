@@ -6,6 +6,7 @@ import sys
 from kl_autoencoder.distributed import end_with_the_launcher, share_the_cores, start_all_cpu_processes
 from kl_autoencoder.extras import MissingExtra, require
 
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 
 
@@ -64,6 +65,16 @@ def smoke(config) -> int:
 
 def run(config, statistics_samples: int | None = None) -> int:
     """Train to the end, export and print the summary; the exit code. Errors are printed, one line each."""
+    try:
+        return _run(config, statistics_samples)
+    except (
+        KeyboardInterrupt
+    ):  # before the first step, or after the last; between them it is a request to stop
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(config, statistics_samples: int | None) -> int:
     try:
         from .data.loader import LoaderFailed
         from .loop.trainer import TooManyBadSteps, Trainer

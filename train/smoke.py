@@ -95,7 +95,7 @@ def _small_data(config: DataConfig) -> DataConfig:
         resolution=min(config.resolution, SIDE),
         batch_size=min(config.batch_size, 2),
         num_workers=min(config.num_workers, 1),
-        validation_images=min(config.validation_images, 2),
+        validation_images=min(config.validation_images or 2, 2),
         validation_resolution=config.validation_resolution and min(config.validation_resolution, SIDE),
         shuffle_buffer=min(config.shuffle_buffer, 8),
     )

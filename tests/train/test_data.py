@@ -499,7 +499,11 @@ def test_sample_photographs_are_there_and_no_scene_is_on_both_sides():
         ("damaged", {}, r"data\.train: .*damaged\.parquet cannot be read as parquet files"),
         ("splits", {}, r"data\.train: no split 'train' in .*; allowed: learn, test"),
         ("folder", {"streaming": True}, r"data\.streaming: true.*allowed: false"),
-        ("folder", {"validation": None}, r"data\.validation_images: 64.*the 3 images of"),
+        (
+            "folder",
+            {"validation": None, "validation_images": 64},
+            r"data\.validation_images: 64.*the 3 images of",
+        ),
         ("folder", {"resolution": 11}, r"data\.resolution: 11, larger than the 3 .*short sides, 10"),
     ],
 )
@@ -606,6 +610,17 @@ def test_added_images_do_not_make_trained_ones_held_out(kind, tmp_path):
         assert not now_held_out & trained
         assert len(held_out - now_held_out) <= len(added)
         assert other != fingerprint and other["images"] == 300 + len(added)
+
+
+@pytest.mark.parametrize("images, held_out", [(2, 1), (7, 1), (8, 1), (24, 3), (64, 8), (512, 64), (600, 64)])
+def test_by_default_an_eighth_of_a_small_source_is_held_out(tmp_path, images, held_out):
+    folder, pixels = tmp_path / "photos", png(Image.new("RGB", (8, 8)))
+    folder.mkdir()
+    for i in range(images):
+        (folder / f"{i}.png").write_bytes(pixels)
+    data = TrainingData(config(folder, validation=None, resolution=8), seed=0)
+    assert len(data.held_out_rows) == data.held_out().count == held_out
+    assert len(data.rows) == images - held_out
 
 
 def test_a_folder_that_is_moved_is_the_same_source(tmp_path):

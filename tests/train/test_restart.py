@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.processes import PATIENCE, finish, start, start_ranks, wait_until
 from tests.train.test_trainer import make, records, small_config, write_odd_images
-from train.__main__ import STOPPED, main
+from train.__main__ import INTERRUPTED, STOPPED, main
 from train.autoencoder import engine
 from train.config import to_yaml
 from train.loop import launch, trainer
@@ -199,12 +199,36 @@ def test_a_signal_finishes_the_step_and_saves(photographs, undisturbed, tmp_path
     assert finish(start(log, signalled, number, 1, 3, 0, arguments)) == [STOPPED]
     [events] = (tmp_path / "run" / "logs").rglob("events.out.tfevents*")
     assert events.read_bytes().count(b"train/loss") == 4  # TensorBoard keeps two minutes of them in memory
-    assert f"stopped by {number.name} at step 4" in log.read_text()
+    said = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
+    assert f"{said} at step 4; the same command continues from there" in log.read_text()
     assert list_checkpoints(tmp_path / "run") == ["step-000004"]
     assert set(records(tmp_path / "run", "train/loss")) == {1, 2, 3, 4}
     assert not (tmp_path / "run" / "export").exists()
     assert finish(start(log, train, arguments)) == [0], log.read_text()
     assert_same(final(tmp_path / "run"), final(undisturbed))
+
+
+def interrupted_outside_of_the_steps(method, arguments):
+    """`python -m train` with Ctrl-C as it opens the data, or as it measures the latents for the export."""
+    owner = trainer.TrainingData if method == "held_out" else trainer.Trainer
+    original = getattr(owner, method)
+
+    def wrapped(self, *more):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *more)
+
+    setattr(owner, method, wrapped)
+    return train(arguments)
+
+
+@pytest.mark.parametrize("method", ["held_out", "measure_latents"])
+def test_ctrl_c_before_the_first_step_and_after_the_last_is_one_line(photographs, tmp_path, method):
+    arguments = command(everything(photographs, tmp_path / "run", steps=4), tmp_path / "config.yaml")
+    log = tmp_path / "log.txt"
+    assert finish(start(log, interrupted_outside_of_the_steps, method, arguments)) == [INTERRUPTED]
+    assert "\ninterrupted; the same command continues" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert finish(start(log, train, arguments)) == [0], log.read_text()
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(photographs, tmp_path):

@@ -36,7 +36,12 @@ class DataConfig:
         "skip", "leave images out of the training whose short side is below `resolution`, or scale them up"
     )
     horizontal_flip: bool = key(True, "mirror every other crop, by chance")
-    validation_images: int = key(64, "at most so many held-out images are looked at", low=1, high=10**6)
+    validation_images: int | None = key(
+        None,
+        "at most so many held-out images are looked at; null: 64, and of data.train an eighth at most",
+        low=1,
+        high=10**6,
+    )
     validation_resolution: int | None = key(
         None, "side of the held-out images; null: resolution", low=1, high=8192
     )

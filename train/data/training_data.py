@@ -25,6 +25,7 @@ from .random_access import SampleOrder, TrainImages
 from .samples import check_images, collate, permutation
 from .streams import Reader, StreamedImages, readers_of_a_file
 
+HELD_OUT = 64  # images that are measured in training, unless data.validation_images says otherwise
 LOOKED_AT = 32  # images whose headers are read before any work starts
 TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
 DRAWN = 0  # key of the permutation that draws validation images from a larger source
@@ -41,15 +42,16 @@ def split_rows(config: DataConfig, images: Rows) -> tuple[np.ndarray, np.ndarray
     """
     if config.validation is not None:
         return np.arange(len(images)), np.arange(0)
-    if config.validation_images >= len(images):
+    held_out = config.validation_images or max(1, min(HELD_OUT, len(images) // 8))
+    if held_out >= len(images):
         raise ValueError(
-            f"data.validation_images: {config.validation_images}, to be held out of the {len(images)} images of "
+            f"data.validation_images: {held_out}, to be held out of the {len(images)} images of "
             f"{config.train}; allowed: fewer, or a source of their own as data.validation"
         )
     keys = image_keys(images, config.image_column, config.train)
     hashes = [hashlib.sha256(b"held out " + key).digest() for key in keys]
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
-    return np.sort(order[config.validation_images :]), np.sort(order[: config.validation_images])
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
 class TrainingData:
@@ -126,7 +128,7 @@ class TrainingData:
         out of the training source. Raises as the constructor.
         """
         config = self.config
-        column, wanted = config.image_column, config.validation_images
+        column, wanted = config.image_column, config.validation_images or HELD_OUT
         size = config.validation_resolution or config.resolution
         if config.validation is None:
             return Photographs(self.images, config.train, size, column, self.held_out_rows, smallest=1)

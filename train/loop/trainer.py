@@ -27,6 +27,7 @@ from ..data.loader import LoaderFailed, TrainLoader
 from ..data.samples import SkippedImages
 from ..data.training_data import TrainingData
 from . import changes, checkpoint
+from .announcement import first_lines
 from .bad_steps import BadSteps
 from .journal import Journal
 from .launch import Agreement, StopRequest, hold, refuse_plugins, say_threads
@@ -116,9 +117,8 @@ class Trainer:
                     if self.step % self.config.checkpoint.every == 0 or self.finished or stopping:
                         self.save(last=self.finished or bool(stopping))
                 if stopping and not self.finished:
-                    self.say(
-                        f"stopped by {stopping} at step {self.step}; the same command continues from there"
-                    )
+                    what = "interrupted" if stopping == "SIGINT" else f"stopped by {stopping}"
+                    self.say(f"{what} at step {self.step}; the same command continues from there")
                     self.journal.close()
                     return None
         self._gather_notes()
@@ -435,17 +435,8 @@ class Trainer:
         return profiler(self.folder / "profile", self.say)
 
     def _announce(self) -> None:
-        config, optimizer, accelerator = self.config, self.config.optimizer, self.accelerator
-        parameters, ranks = sum(p.numel() for p in self.engine.parameters), accelerator.num_processes
-        self.say(
-            f"{self.folder}: {parameters:,} trainable parameters on {ranks} x {self.device.type}, "
-            f"{config.train.mixed_precision} mixed precision\n"
-            f"batch {self.samples_per_step} = {config.data.batch_size} x {ranks} ranks x "
-            f"{config.train.gradient_accumulation} accumulated; {config.train.steps} steps = "
-            f"{config.train.steps * self.samples_per_step:,} samples\n"
-            f"learning rate {self.schedules.peak_learning_rate():.3g} ({optimizer.learning_rate:.3g} for a batch "
-            f"of {optimizer.reference_batch}, rule: {optimizer.scale_rule})"
-        )
+        parameters, ranks = sum(p.numel() for p in self.engine.parameters), self.accelerator.num_processes
+        self.say(first_lines(self.config, self.schedules, parameters, ranks, self.device.type))
         if self.device.type == "cpu":
             load, *_ = psutil.getloadavg()  # over the minute in which this started
             self.say(say_threads(torch.get_num_threads(), ranks, os.cpu_count(), load))

@@ -1,0 +1,53 @@
+"""The first lines of a run: what trains, on how many samples a step, and at which learning rate."""
+
+from ..config import Config
+from .schedules import Schedules
+
+
+def first_lines(config: Config, schedules: Schedules, parameters: int, ranks: int, device: str) -> str:
+    """Everything effective, not as written: the batch over all ranks, the rate for that batch."""
+    train, batch = config.train, schedules.samples_per_step
+    ranks_word = "rank" if ranks == 1 else "ranks"
+    lines = [
+        f"{config.output_dir}: {parameters:,} trainable parameters on {ranks} x {device}, "
+        f"{train.mixed_precision} mixed precision",
+        f"batch {batch} = {config.data.batch_size} x {ranks} {ranks_word} x {train.gradient_accumulation} "
+        f"accumulated; {train.steps:,} steps = {train.steps * batch:,} samples",
+        _rate(config, schedules),
+    ]
+    if config.optimizer.scale_rule != "none" and batch != config.optimizer.reference_batch:
+        same = ", ".join(f"{key}={value:.5g}" for key, value in for_the_same_samples(config, batch).items())
+        lines.append(
+            f"{batch / config.optimizer.reference_batch:.3g} times the reference batch; other keys are as written, "
+            f"and for the same samples would be {same}"
+        )
+    return "\n".join(lines)
+
+
+def for_the_same_samples(config: Config, batch: int) -> dict[str, float]:
+    """What counts steps, for a batch of k times the reference: steps / k, and an average over as many samples.
+
+    Steps and delays with it keep their place among the samples. The decay becomes decay^k, which forgets a sample
+    after as many others (Busbridge et al. 2023, "How to Scale Your EMA", eq. 4).
+    """
+    k = batch / config.optimizer.reference_batch
+    keys: dict[str, float] = {"train.steps": max(1, round(config.train.steps / k))}
+    if config.loss.adversarial.weight:
+        keys["loss.adversarial.disc_start"] = round(config.loss.adversarial.disc_start / k)
+    if config.ema.enabled:
+        keys["ema.decay"] = config.ema.decay**k
+    return keys
+
+
+def _rate(config: Config, schedules: Schedules) -> str:
+    optimizer = config.optimizer
+    text = f"learning rate {schedules.peak_learning_rate():.3g}"
+    if optimizer.scale_rule == "none":
+        text += " for this batch (optimizer.scale_rule: none)"
+    else:
+        ratio = f"{schedules.samples_per_step} / {optimizer.reference_batch}"
+        factor = f"sqrt({ratio})" if optimizer.scale_rule == "sqrt" else f"({ratio})"
+        text += f" = {optimizer.learning_rate:.3g} x {factor}"
+    if optimizer.warmup_steps:
+        text += f", after {optimizer.warmup_steps:,} steps of warm-up"
+    return text if optimizer.schedule == "constant" else f"{text}, then falling to 0 ({optimizer.schedule})"

@@ -152,7 +152,8 @@ class TrainingData:
         """What the training source is told from another by: {"images": their number, "sha256": of their names}.
 
         Of contents (of 64 images, spread over the source) where images have no names. Of a stream {"files": their
-        number, "sha256": of their names and, if local, sizes}. A folder that was moved or copied is the same source.
+        number, "sha256": of their names and, if local, sizes}. A folder that was moved or copied is the same
+        source.
         """
         if self.config.streaming:
             files = range(self.stream.num_shards)

@@ -20,19 +20,25 @@ from tests.train.test_flagship import SOURCES, compare
 
 def main() -> None:
     processes.PATIENCE = 3600
-    for source in SOURCES:
-        with tempfile.TemporaryDirectory() as scratch:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/inductor"
-            photographs = Path(scratch) / "photographs"
-            photographs.mkdir()
-            for name in ("astronaut", "chelsea", "coffee"):
-                photo = getattr(data, name)()
-                for i in range(16):
-                    y, x = 64 * (i // 4) + 20, 64 * (i % 4) + 100
-                    Image.fromarray(photo[y : y + 64, x : x + 64]).save(photographs / f"{name}-{i:02}.png")
-            started = time.perf_counter()
-            compare(source, photographs, Path(scratch), "inductor", kills=(2, 6))
+    with tempfile.TemporaryDirectory() as kept:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{kept}/inductor"
+        photographs = write_photographs(Path(kept) / "photographs")
+        for source in SOURCES:
+            scratch, started = Path(kept) / source.__name__, time.perf_counter()
+            scratch.mkdir()
+            compare(source, photographs, scratch, "inductor", kills=(2, 6))
             print(f"{source.__name__}: all weights equal, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def write_photographs(folder: Path) -> Path:
+    """48 PNG of 64x64, from three photographs inside scikit-image."""
+    folder.mkdir()
+    for name in ("astronaut", "chelsea", "coffee"):
+        photo = getattr(data, name)()
+        for i in range(16):
+            y, x = 64 * (i // 4) + 20, 64 * (i % 4) + 100
+            Image.fromarray(photo[y : y + 64, x : x + 64]).save(folder / f"{name}-{i:02}.png")
+    return folder
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_held_out_images_are_counted():
 
 
 @pytest.mark.parametrize("override, message", [
-    ("model.block_out_channels=[16, 65536, 64, 96]", "would need 4.64 TB to train; allowed: at most"),
+    ("model.block_out_channels=[16, 65536, 64, 96]", "2.3e+11 parameters; allowed: up to 1e+10"),
     ("model.latent_channels=9223372036854775807", "9223372036854775807; allowed: at least 1 and at"),
     ("model.layers_per_block=4611686018427387904", "and at most 32"),
     ("data.validation_resolution=65536", "65536; allowed: at least 1 and at most 8,192"),

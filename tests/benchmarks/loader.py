@@ -4,7 +4,7 @@
 
 A source is read by one worker process of one thread, as each rank has several, beside a trainer that does nothing;
 the CPU seconds of both are counted. Parquet and tar files are read as a stream too. The last lines simulate who
-reads which file under streaming, without processes and networks: 1024 files of 100 records, read by 1, 8 and 64 GPUs.
+reads which file under streaming, without processes and networks: 1024 files of 100 records, 1, 8 and 64 GPUs.
 """
 
 import argparse

@@ -6,6 +6,7 @@ goes to a file.
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def _run(log: str, environment: dict[str, str], function: Callable, arguments: t
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
+    # as at a terminal: where the tests run in the background, a shell has had SIGINT ignored for all that they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(
         "fork", force=True
     )  # its workers, as those of a program that was not forked

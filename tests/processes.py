@@ -48,7 +48,7 @@ def _run(log: str, environment: dict[str, str], function: Callable, arguments: t
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
-    # as at a terminal: where the tests run in the background, a shell has had SIGINT ignored for all that they start
+    # as at a terminal: of what runs in the background a shell has SIGINT ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(
         "fork", force=True

@@ -172,6 +172,11 @@ def shown(value: object) -> str:
     return clipped(repr(value), MOST_SHOWN)
 
 
+def one_line(said: object) -> str:
+    """What an error or message says, its lines and runs of spaces made single spaces."""
+    return " ".join(str(said).split())
+
+
 def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 

@@ -32,17 +32,10 @@ def lpips_net(request):
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """A folder of 48 PNG of 64x64: tiles of the colour photographs in scikit-image, quick to read."""
-    from PIL import Image
-    from skimage import data
+    """A folder of 48 PNG of 64x64, see `write_photographs`."""
+    from tests.photograph_tiles import write_photographs
 
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in ("astronaut", "chelsea", "coffee"):
-        photo = getattr(data, name)()
-        for i in range(16):
-            y, x = 64 * (i // 4) + 20, 64 * (i % 4) + 100
-            Image.fromarray(photo[y : y + 64, x : x + 64]).save(folder / f"{name}-{i:02}.png")
-    return folder
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import sys
 
 from kl_autoencoder.distributed import end_with_the_launcher, share_the_cores, start_all_cpu_processes
 from kl_autoencoder.extras import MissingExtra, require
+from kl_autoencoder.files import one_line
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
@@ -100,7 +101,7 @@ def _run(config, statistics_samples: int | None) -> int:
 
 
 def print_error(error: Exception) -> None:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)  # on one line, whoever raised it
+    print("error:", one_line(error), file=sys.stderr)  # on one line, whoever raised it
 
 
 def print_summary(summary: dict) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from ..extras import MissingExtra
+from ..files import one_line
 from ..progress import Progress, write
 from . import checks
 
@@ -121,7 +122,7 @@ def _check_device(name: str | None) -> None:
 
 def say(kind: str, message: object) -> None:
     """One line on stderr, whatever the message."""
-    write(f"{PROGRAM}: {kind}: {' '.join(str(message).split())}", sys.stderr)
+    write(f"{PROGRAM}: {kind}: {one_line(message)}", sys.stderr)
 
 
 @contextmanager
@@ -183,6 +184,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     parser.commands = commands.choices
 
+    _image_commands(commands)
+    _evaluate(commands)
+    _model_commands(commands)
+    _dataset_commands(commands)
+    _latent_commands(commands)
+    for name in ("info", "fp16-check", "evaluate"):
+        commands.choices[name].add_argument("--json", action="store_true", help="print what is found as JSON")
+    for name in TAKING_IMAGES:
+        commands.choices[name].epilog = IMAGES
+    for sub in commands.choices.values():
+        sub.add_argument(
+            "--traceback", action="store_true", help="show where in the program an error is from"
+        )
+    return parser
+
+
+def _image_commands(commands) -> None:
     sub = commands.add_parser("encode", help="photographs to latents")
     _photographs(sub)
     _model(sub)
@@ -211,8 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _output(sub, "OUT", "a picture, or a folder for several")
 
-    _evaluate(commands)
 
+def _model_commands(commands) -> None:
     sub = commands.add_parser("export", help="write a trained model for use elsewhere")
     sub.add_argument("model", metavar="RUN", help=MODEL)
     sub.add_argument("--single-file", action="store_true", help="one .safetensors in LDM layout")
@@ -238,17 +256,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fix", action="store_true", help="write the same model, rescaled to be safe, to -o")
     _device(sub)
     _output(sub, "FOLDER", "with --fix: a folder for diffusers", required=False)
-    _dataset_commands(commands)
-    _latent_commands(commands)
-    for name in ("info", "fp16-check", "evaluate"):
-        commands.choices[name].add_argument("--json", action="store_true", help="print what is found as JSON")
-    for name in TAKING_IMAGES:
-        commands.choices[name].epilog = IMAGES
-    for sub in commands.choices.values():
-        sub.add_argument(
-            "--traceback", action="store_true", help="show where in the program an error is from"
-        )
-    return parser
 
 
 def _evaluate(commands) -> None:

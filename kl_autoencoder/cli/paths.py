@@ -4,17 +4,14 @@ All of it is found out by names and small files, so that a mistake is told befor
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.formats import READABLE, WRITERS, check_writable
 from ..files import PICKLED, clipped, refuse_at_sight
 from ..models.compact import COMPACT
-from ..models.folder import CONFIG, read_json
+from ..models.folder import CONFIG, HUB_ID, read_json
 from ..models.run_folder import newer_checkpoint
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def check_model(name: str) -> None:

@@ -11,7 +11,7 @@ import fsspec
 from filelock import FileLock
 from tqdm import tqdm
 
-from ..files import replacing
+from ..files import one_line, replacing
 from .remote import is_url, size_of
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def local_copies(files: Sequence[str], key: str) -> list[str]:
         except FileNotFoundError:
             raise FileNotFoundError(f"{key}: {file}: no such file") from None
         except Exception as error:  # of each protocol its own
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise ValueError(f"{key}: {file} cannot be downloaded ({reason})") from None
     return [str(targets.get(file, file)) for file in files]
 

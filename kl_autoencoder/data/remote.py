@@ -9,6 +9,8 @@ from typing import BinaryIO, TypeVar
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from ..files import one_line
+
 Record = TypeVar("Record")
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -70,7 +72,7 @@ def file_system(url: str, key: str) -> fsspec.AbstractFileSystem:
     try:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{key}: {url}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{key}: {url}: {one_line(error)}") from None
 
 
 def open_file(path: str) -> BinaryIO:
@@ -108,6 +110,6 @@ def persistently(
         except Exception as error:  # tarfile's, pyarrow's, aiohttp's and botocore's have no common base
             attempt += 1
             if not is_url(path) or isinstance(error, FileNotFoundError) or attempt == ATTEMPTS:
-                reason = " ".join(str(error).split()) or "no message"
+                reason = one_line(error) or "no message"
                 raise OSError(f"{path}: {type(error).__name__} after record {position} ({reason})") from None
             wait(attempt)

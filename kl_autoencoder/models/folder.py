@@ -1,6 +1,7 @@
 """A model's folder as it lies on the disk: its config and the headers of its weights, neither of them trusted."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:  # the commands look at a config before they import torch
     from torch import Tensor
 
 CONFIG = "config.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for them
 LARGEST_JSON = 1 << 20  # bytes; published configs have less than 1000
 

@@ -11,10 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image
-from skimage import data
-
 from tests import processes
+from tests.photograph_tiles import write_photographs
 from tests.train.test_flagship import SOURCES, compare
 
 
@@ -28,17 +26,6 @@ def main() -> None:
             scratch.mkdir()
             compare(source, photographs, scratch, "inductor", kills=(2, 6))
             print(f"{source.__name__}: all weights equal, {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def write_photographs(folder: Path) -> Path:
-    """48 PNG of 64x64, from three photographs inside scikit-image."""
-    folder.mkdir()
-    for name in ("astronaut", "chelsea", "coffee"):
-        photo = getattr(data, name)()
-        for i in range(16):
-            y, x = 64 * (i // 4) + 20, 64 * (i % 4) + 100
-            Image.fromarray(photo[y : y + 64, x : x + 64]).save(folder / f"{name}-{i:02}.png")
-    return folder
 
 
 if __name__ == "__main__":

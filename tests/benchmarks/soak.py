@@ -25,9 +25,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from PIL import Image
-from skimage import data
 
+from tests.photograph_tiles import write_photographs
 from tests.processes import start_ranks
 from tests.train.test_restart import EVERYTHING, assert_same, command, final, records, train
 from tests.train.test_trainer import small_config
@@ -71,7 +70,7 @@ class Soak:
     def arguments(self, name: str) -> list[str]:
         pictures = self.folder / "photographs"
         if not pictures.exists():
-            _write_photographs(pictures)
+            write_photographs(pictures)
         config = small_config(
             pictures,
             self.disk / name,
@@ -247,15 +246,6 @@ def _half_written(run: Path) -> bool:
 def _signal(rank, number: int) -> None:
     if rank.is_alive():
         os.kill(rank.pid, number)
-
-
-def _write_photographs(folder: Path) -> None:
-    folder.mkdir()
-    for name in ("astronaut", "chelsea", "coffee"):
-        photo = getattr(data, name)()
-        for i in range(16):
-            y, x = 64 * (i // 4) + 20, 64 * (i % 4) + 100
-            Image.fromarray(photo[y : y + 64, x : x + 64]).save(folder / f"{name}-{i:02}.png")
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """What is trained: the autoencoder with the scale of its likelihood, and the average of its weights."""
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.inference.winograd_autograd import FewerProducts
 from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.folder import HUB_ID
 from kl_autoencoder.networks.bottlenecks import Code
 from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
 
@@ -31,11 +31,7 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
             vae = damp_residual_branches(KLAutoencoder(**config.network()))
         elif Path(source).is_file():
             vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
-        elif (
-            Path(source).is_dir()
-            or source == COMPACT.name
-            or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
-        ):
+        elif Path(source).is_dir() or source == COMPACT.name or HUB_ID.fullmatch(source):
             vae = KLAutoencoder.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
         else:
             raise ValueError("no such folder or file, and no hub id (owner/name)")

@@ -6,6 +6,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kl_autoencoder.files import one_line
+
 FOLDER = "training_state"  # inside the exported one
 FILES = ("discriminator", "discriminator_optimizer", "lecam")
 
@@ -24,7 +26,7 @@ def load_training_state(pretrained: str) -> dict[str, dict[str, Tensor]]:
     try:
         return {name: load_file(folder / f"{name}.safetensors") for name in FILES}
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)[:120]
         raise ValueError(
             f"loss.adversarial.pretrained: no discriminator in {folder} ({reason}); allowed: a "
             "model.pretrained that a run with export.training_state=true exported, or false"

@@ -6,17 +6,11 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..parts.registry import BOTTLENECKS, TERMS, VIEWS, Parts
+from ..parts.registry import SORTS, Parts
 from .errors import bounds_of, dotted, kinds
 from .schema import Config
 
-NAMES = {
-    Any: "a part, see train/parts",
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-    str: "text",
-}
+NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 WIDTH = 100
 
 
@@ -38,7 +32,7 @@ def keys(cls: type = Config, path: tuple[str, ...] = ()) -> Iterator[Key]:
         if inner is not None:
             yield from keys(inner, here)
             continue
-        parts = next((p for p in (BOTTLENECKS, VIEWS, TERMS) if p.key == ".".join(here)), None)
+        parts = SORTS.get(".".join(here))
         if parts is not None:
             yield from _kinds_of(parts, field)
             continue

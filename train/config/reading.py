@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ..parts.registry import BOTTLENECKS, TERMS, VIEWS, Parts
+from kl_autoencoder.files import clipped, one_line
+
+from ..parts.registry import SORTS, Parts
 from ..settings import Section
 from .errors import first_error
 from .schema import Config
@@ -51,13 +53,13 @@ def _validated(cls: type[Section], values: Any, prefix: str = "") -> Section:
 def _with_parts(values: dict) -> dict:
     """The same values, in which each part that `kind:` chooses is a checked section already."""
     values = dict(values)
-    for parts in (BOTTLENECKS, VIEWS, TERMS):
+    for parts in SORTS.values():
         room, name = parts.key.split(".")
         held = values.get(room)
         if not isinstance(held, dict) or held.get(name) is None:
             continue
         given = held[name]
-        if parts is TERMS:
+        if parts.several:
             if not isinstance(given, tuple):
                 raise ValueError(f"{parts.key}: {_shortened(repr(given), 60)}; allowed: a list")
             built = tuple(_part(parts, entry, f"{parts.key}[{i}]") for i, entry in enumerate(given))
@@ -193,5 +195,4 @@ def _lists(value: Any) -> Any:
 
 
 def _shortened(said: object, most: int = 200) -> str:
-    text = " ".join(str(said).split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return clipped(one_line(said), most)

@@ -14,6 +14,7 @@ from torch import Tensor
 from kl_autoencoder.data.crops import Crop, TooSmall, read_square
 from kl_autoencoder.data.image_io import image_size
 from kl_autoencoder.data.sources import encoded_file
+from kl_autoencoder.files import one_line
 
 ATTEMPTS = 1000  # unreadable images in a row after which a source counts as unreadable
 WARNED = 5  # skipped images that are named in the log at once
@@ -82,7 +83,7 @@ def failure(error: Exception) -> dict:
     """
     if not isinstance(error, (ValueError, OSError)):
         traceback.print_exc()
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(error) or type(error).__name__
     return {"failure": message if message.startswith("data.") else f"data.train: {message}"}
 
 

@@ -8,7 +8,6 @@ read.
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -17,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kl_autoencoder.files import flush_folder, settle
-
-MANIFEST = "manifest.json"
-NAME = re.compile(r"step-(\d{6,})")
+from kl_autoencoder.models.run_folder import MANIFEST, NAME
 
 
 def save_checkpoint(

@@ -8,11 +8,11 @@ from typing import Any
 class Parts:
     """The parts of one sort by their kind: the section that configures each, and what builds it.
 
-    `key` is where the configuration names them, such as loss.view.
+    `key` is where the configuration names one, such as loss.view, or with `several` a list of them.
     """
 
-    def __init__(self, key: str):
-        self.key = key
+    def __init__(self, key: str, several: bool = False):
+        self.key, self.several = key, several
         self.kinds: dict[str, tuple[type, Callable]] = {}
 
     def register(self, section: type) -> Callable[[Callable], Callable]:
@@ -50,4 +50,5 @@ class Parts:
 
 BOTTLENECKS = Parts("model.bottleneck")
 VIEWS = Parts("loss.view")
-TERMS = Parts("loss.terms")
+TERMS = Parts("loss.terms", several=True)
+SORTS = {parts.key: parts for parts in (BOTTLENECKS, VIEWS, TERMS)}

@@ -9,7 +9,7 @@ import torch
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.files import read_tensors, replacing, save_tensors
-from train.loop.checkpoint import save_checkpoint
+from train.loop.checkpoints.files import save_checkpoint
 
 
 @pytest.fixture

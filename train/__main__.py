@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 
 from kl_autoencoder.distributed import end_with_the_launcher, share_the_cores, start_all_cpu_processes
 from kl_autoencoder.extras import MissingExtra, require
@@ -77,10 +78,11 @@ def run(config, statistics_samples: int | None = None) -> int:
 
 def _run(config, statistics_samples: int | None) -> int:
     try:
+        from .autoencoder.task import AutoencoderTask
         from .data.loader import LoaderFailed
         from .loop.trainer import TooManyBadSteps, Trainer
 
-        trainer = Trainer(config, statistics_samples)
+        trainer = Trainer(config, partial(AutoencoderTask, statistics_samples=statistics_samples))
     except (ValueError, OSError) as error:
         print_error(error)
         return 2

@@ -29,6 +29,7 @@ import lpips  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from train.autoencoder.task import AutoencoderTask  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.data.training_data import TrainingData  # noqa: E402
 from train.loop.trainer import Trainer  # noqa: E402
@@ -104,11 +105,11 @@ def timed(device: str, step) -> float:
 
 def measure_speed(options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config_for(options, folder))
+        trainer = Trainer(config_for(options, folder), AutoencoderTask)
         batch, noise = a_batch(trainer.config)
-        trainer.engine.noise = lambda _: noise.to(trainer.device)  # the same for both
+        trainer.task.noise = lambda _: noise.to(trainer.device)  # the same for both
         reference = Reference(trainer.config, options.device, options.precision)
-        reference.vae.load_state_dict(trainer.engine.vae.state_dict())
+        reference.vae.load_state_dict(trainer.task.vae.state_dict())
         batches = iter(trainer.loader)
         first = reference.step(batch["images"], noise)
         trainer.train_step([batch])
@@ -157,7 +158,7 @@ def measure_memory(options, which: str) -> int:
             reference = Reference(config, options.device, options.precision)
             step = lambda: reference.step(batch["images"], noise)  # noqa: E731
         else:
-            trainer = Trainer(config)
+            trainer = Trainer(config, AutoencoderTask)
             step = lambda: trainer.train_step([batch])  # noqa: E731
         step()
         if options.device == "cuda":

@@ -1,11 +1,13 @@
 """In each of several ranks: the gradients of one step, written by the main process."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from tests.train.test_trainer import small_config
+from train.autoencoder.task import AutoencoderTask
 from train.loop.trainer import Trainer
 
 
@@ -31,12 +33,13 @@ def write_gradients(
             },
         },
     )
-    trainer = Trainer(config)
+    trainer = Trainer(config, AutoencoderTask)
     # the gradients are to stay
-    trainer.engine._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
-    trainer.train_step([next(iter(trainer._loader(0)))])
+    for player in trainer.task.players:
+        player.update = partial(dict, {player.gradient_norm: torch.ones(())})
+    trainer.train_step([next(iter(trainer.loader))])
     if trainer.is_main:
-        networks = {"autoencoder": trainer.engine.unwrapped, "discriminator": trainer.engine.discriminator}
+        networks = {"autoencoder": trainer.task.model, "discriminator": trainer.task.adversary.player.network}
         gradients = {
             f"{name}.{key.removeprefix('module.')}": parameter.grad.contiguous()
             for name, network in networks.items()

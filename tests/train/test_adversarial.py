@@ -10,9 +10,9 @@ from torch import nn
 from tests.conftest import backbone_missing
 from tests.processes import finish, start_ranks
 from tests.train.test_trainer import make, records, small_config, weights
-from train.autoencoder import losses
+from train.autoencoder import adversarial_losses as losses
+from train.autoencoder import task
 from train.autoencoder.discriminator import PatchDiscriminator
-from train.loop import trainer
 
 
 def logits(seed=0):
@@ -130,7 +130,7 @@ def test_the_adaptive_weight_is_clamped_and_finite():
 
 @pytest.fixture
 def small(photographs, monkeypatch):
-    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     return partial(small_config, photographs)
 
 
@@ -144,15 +144,24 @@ def loss_section(net=None, **values):
             "adversarial": adversarial(**values)}  # fmt: skip
 
 
+def all_parameters(run):
+    return [p for player in run.task.players for p in player.parameters]
+
+
 def keep_gradients(run):
     """Leave the gradients of a step where they are, for a test to look at."""
-    run.engine._update = lambda optimizer, parameters, terms, name: terms.update({name: torch.ones(())})
+
+    def norm_alone(player):
+        return {player.gradient_norm: torch.ones(())} if run.accelerator.sync_gradients else {}
+
+    for player in run.task.players:
+        player.update = partial(norm_alone, player)
     return run
 
 
 def inputs(run, batch):
     images = batch["images"].to(memory_format=torch.channels_last)
-    return images, run.engine.noise(batch["sample"])
+    return images, run.task.noise(batch["sample"])
 
 
 ANCHORS = [0.3, -0.2]
@@ -161,21 +170,21 @@ ANCHORS = [0.3, -0.2]
 def lively(run):
     """Larger weights in the discriminator, so that its terms are not lost beside the others."""
     torch.manual_seed(7)
-    for p in run.engine.disc_parameters:
+    for p in run.task.adversary.player.parameters:
         p.data.normal_(0, 0.15)
-    run.engine.lecam_anchors = torch.tensor(ANCHORS)
+    run.task.adversary.lecam_anchors = torch.tensor(ANCHORS)
     return run
 
 
 def whole_graph(run, images, noise):
     """The objective written down once more, all terms in one graph; returns it and the adaptive weight."""
-    config, vae, network = run.config.loss, run.engine.vae, run.engine.discriminator
+    config, vae, network = run.config.loss, run.task.vae, run.task.adversary.player.network
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.mean + posterior.std * noise).sample
-    scale = run.engine.unwrapped.log_scale
+    scale = run.task.model.log_scale
     nll = ((images - output).abs() / scale.exp() + scale + math.log(2)).mean()
-    if run.engine.perceptual is not None:
-        nll = nll + config.perceptual.weight * run.engine.perceptual(output, images).mean()
+    if run.task.objective.perceptual is not None:
+        nll = nll + config.perceptual.weight * run.task.objective.perceptual(output, images).mean()
     variance = posterior.logvar.exp()
     kl = 0.5 * (posterior.mean**2 + variance - 1 - posterior.logvar).sum() / images.numel()
     fooled = -network(output).mean()
@@ -195,17 +204,17 @@ def test_the_autoencoders_gradients_are_those_of_one_whole_graph(small, tmp_path
     loss = loss_section(net, adaptive=adaptive != "fixed")
     run = lively(keep_gradients(make(small(tmp_path, loss=loss))))
     if adaptive == "clamped":
-        run.engine.disc_parameters[-2].data.mul_(0.01)  # the weight of the logits
+        run.task.adversary.player.parameters[-2].data.mul_(0.01)  # the weight of the logits
     images, noise = inputs(run, next(iter(run.loader)))
     total, weight, _ = whole_graph(run, images, noise)
-    expected = torch.autograd.grad(total, run.engine.parameters)
-    with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-        terms, *_ = run.engine.autoencoder_step(images, noise)
+    expected = torch.autograd.grad(total, run.task.autoencoder.parameters)
+    with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
+        terms, *_ = run.task.autoencoder_step(run.step, images, noise)
     assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert terms.get("adaptive_weight", torch.tensor(1.0)).item() == pytest.approx(weight, rel=1e-4)
     assert (weight == 1e4 / (3 * 32 * 32)) == (adaptive == "clamped") and weight > 0.05
-    names = [name for name, _ in run.engine.unwrapped.named_parameters()]
-    ours = dict(zip(names, (p.grad for p in run.engine.parameters), strict=True))
+    names = [name for name, _ in run.task.model.named_parameters()]
+    ours = dict(zip(names, (p.grad for p in run.task.autoencoder.parameters), strict=True))
     assert_near(ours, dict(zip(names, expected, strict=True)), 1e-4)
 
 
@@ -215,9 +224,9 @@ def test_the_adversarial_term_is_felt(small, tmp_path):
     for value in (0.5, 1.0):
         config = small(tmp_path / str(value), loss=loss_section(weight=value))
         run = lively(keep_gradients(make(config)))
-        with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-            run.engine.autoencoder_step(*inputs(run, next(iter(run.loader))))
-        gradients.append(run.engine.vae.decoder.conv_in.weight.grad)
+        with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
+            run.task.autoencoder_step(run.step, *inputs(run, next(iter(run.loader))))
+        gradients.append(run.task.vae.decoder.conv_in.weight.grad)
     assert (gradients[1] - gradients[0]).norm() > 0.1 * gradients[0].norm()
 
 
@@ -226,8 +235,8 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
     run = lively(keep_gradients(make(small(tmp_path, loss=loss_section(loss=kind)))))
     images, noise = inputs(run, next(iter(run.loader)))
     _, _, output = whole_graph(run, images, noise)
-    x, (real_anchor, fake_anchor) = images.clone().requires_grad_(), run.engine.lecam_anchors
-    real, fake = run.engine.discriminator(x), run.engine.discriminator(output.detach())
+    x, (real_anchor, fake_anchor) = images.clone().requires_grad_(), run.task.adversary.lecam_anchors
+    real, fake = run.task.adversary.player.network(x), run.task.adversary.player.network(output.detach())
     each = {"hinge": torch.relu, "logistic": nn.functional.softplus}[kind]
     margin = 1 if kind == "hinge" else 0
     expected = 0.5 * (each(margin - real).mean() + each(margin + fake).mean())
@@ -236,15 +245,15 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
     expected = expected + 0.1 * 16 * 0.5 * slope.square().sum() / len(
         x
     )  # R1 every 16th step, 16 times as strong
-    gradients = torch.autograd.grad(expected, run.engine.disc_parameters)
-    with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-        _, reconstruction, _ = run.engine.autoencoder_step(images, noise)
-        terms = run.engine.discriminator_step(images, reconstruction)
+    gradients = torch.autograd.grad(expected, run.task.adversary.player.parameters)
+    with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
+        _, reconstruction, _ = run.task.autoencoder_step(run.step, images, noise)
+        terms = run.task.adversary.micro_batch(run.step, images, reconstruction)
     assert terms["discriminator/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    for p, wanted in zip(run.engine.disc_parameters, gradients, strict=True):
+    for p, wanted in zip(run.task.adversary.player.parameters, gradients, strict=True):
         torch.testing.assert_close(p.grad, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
     torch.testing.assert_close(
-        run.engine.lecam_anchors,
+        run.task.adversary.lecam_anchors,
         0.99 * torch.tensor([real_anchor, fake_anchor]) + 0.01 * torch.stack([real.mean(), fake.mean()]),
     )
     assert not images.requires_grad
@@ -257,22 +266,25 @@ def test_no_gradient_crosses(small, tmp_path, options):
     run = lively(keep_gradients(make(small(tmp_path, loss=loss_section(), train=options))))
     images, noise = inputs(run, next(iter(run.loader)))
     for left in (None, 3.0):
-        for p in [*run.engine.parameters, *run.engine.disc_parameters]:
+        for p in all_parameters(run):
             p.grad = left and torch.full_like(p, left)
-        before = [left and p.grad.clone() for p in run.engine.disc_parameters]
-        with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-            _, reconstruction, _ = run.engine.autoencoder_step(images, noise)
-        assert untouched(run.engine.disc_parameters, before)
+        before = [left and p.grad.clone() for p in run.task.adversary.player.parameters]
+        with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
+            _, reconstruction, _ = run.task.autoencoder_step(run.step, images, noise)
+        assert untouched(run.task.adversary.player.parameters, before)
         assert not reconstruction.requires_grad
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in run.engine.parameters)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in run.task.autoencoder.parameters)
         assert all(
-            (p.grad != (left or 0)).any() for p in (run.engine.parameters[0], run.engine.parameters[-1])
+            (p.grad != (left or 0)).any()
+            for p in (run.task.autoencoder.parameters[0], run.task.autoencoder.parameters[-1])
         )
-        before = [p.grad.clone() for p in run.engine.parameters]
-        with run.accelerator.accumulate(run.engine.model, run.engine.discriminator):
-            run.engine.discriminator_step(images, reconstruction)
-        assert untouched(run.engine.parameters, before)
-        assert all(p.grad is not None and (p.grad != (left or 0)).any() for p in run.engine.disc_parameters)
+        before = [p.grad.clone() for p in run.task.autoencoder.parameters]
+        with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
+            run.task.adversary.micro_batch(run.step, images, reconstruction)
+        assert untouched(run.task.autoencoder.parameters, before)
+        assert all(
+            p.grad is not None and (p.grad != (left or 0)).any() for p in run.task.adversary.player.parameters
+        )
 
 
 def untouched(parameters, before):
@@ -285,7 +297,7 @@ def untouched(parameters, before):
 
 def count_calls(run):
     calls = []
-    run.engine.discriminator.register_forward_hook(lambda *_: calls.append(run.step))
+    run.task.adversary.player.network.register_forward_hook(lambda *_: calls.append(run.step))
     return calls
 
 
@@ -293,26 +305,28 @@ def test_before_its_start_the_discriminator_costs_nothing(small, tmp_path):
     """It is not called, nothing of it moves, and the autoencoder's weights are those of a run without one."""
     train = {"steps": 4, "gradient_accumulation": 2}
     run = make(small(tmp_path / "with", loss=loss_section(disc_start=3), train=train))
-    first, calls = [p.clone() for p in run.engine.disc_parameters], count_calls(run)
+    first, calls = [p.clone() for p in run.task.adversary.player.parameters], count_calls(run)
     for micro_batches in run.batches():
         if run.step == 3:
             break
         run.train_step(micro_batches)
-        assert not calls and not run.engine.disc_optimizer.state
-    assert all(torch.equal(p, was) for p, was in zip(run.engine.disc_parameters, first, strict=True))
+        assert not calls and not run.task.adversary.player.optimizer.state
+    assert all(
+        torch.equal(p, was) for p, was in zip(run.task.adversary.player.parameters, first, strict=True)
+    )
     without = make(small(tmp_path / "without", loss=loss_section(weight=0.0), train=train))
-    assert without.engine.discriminator is None
+    assert without.task.adversary is None
     for micro_batches in without.batches():
         if without.step == 3:
             break
         without.train_step(micro_batches)
     for ours, theirs in (
-        (run.engine.unwrapped, without.engine.unwrapped),
-        (run.engine.ema.vae, without.engine.ema.vae),
+        (run.task.model, without.task.model),
+        (run.task.ema.network, without.task.ema.network),
     ):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     run.train_step(next(run.batches()))
-    assert set(calls) == {3} and run.engine.disc_optimizer.state
+    assert set(calls) == {3} and run.task.adversary.player.optimizer.state
 
 
 def test_the_discriminator_trains_alone_before_the_autoencoder_feels_it(small, tmp_path):
@@ -323,14 +337,17 @@ def test_the_discriminator_trains_alone_before_the_autoencoder_feels_it(small, t
     plain = make(small(tmp_path / "plain", loss=loss_section(weight=0.0), train=train))
     felt, moved, factors = [], [], []
     for ours, theirs in zip(run.batches(), plain.batches(), strict=True):
-        before = [p.clone() for p in run.engine.disc_parameters]
-        factors.append(run.schedules.adversarial_weight(run.step))
+        before = [p.clone() for p in run.task.adversary.player.parameters]
+        factors.append(run.task.adversary.weight(run.step))
         run.train_step(ours)
         plain.train_step(theirs)
-        pairs = zip(run.engine.unwrapped.parameters(), plain.engine.unwrapped.parameters(), strict=True)
+        pairs = zip(run.task.model.parameters(), plain.task.model.parameters(), strict=True)
         felt.append(any(not torch.equal(a, b) for a, b in pairs))
         moved.append(
-            any(not torch.equal(a, b) for a, b in zip(run.engine.disc_parameters, before, strict=True))
+            any(
+                not torch.equal(a, b)
+                for a, b in zip(run.task.adversary.player.parameters, before, strict=True)
+            )
         )
     assert moved == [False] + [True] * 7
     assert felt == [False] * 3 + [True] * 5
@@ -343,19 +360,22 @@ def test_the_ramp_multiplies_what_the_autoencoder_feels(small, tmp_path):
     shares = []
     for step in (0, 1, 2, 50):
         run = lively(keep_gradients(make(config)))
-        run.engine.step, terms = step, {"loss": torch.zeros(())}
         images, noise = inputs(run, next(iter(run.loader)))
-        output = run.engine.model(images, noise)
+        output = run.task.autoencoder.network(images, noise)
         reconstruction = output.images.detach().requires_grad_()
-        gradient = run.engine._adversarial_gradient(reconstruction, output.features, None, terms)
+        gradient, *_ = run.task.adversary.gradient(step, reconstruction, output.features, None)
         shares.append(gradient.norm().item())
     assert shares == pytest.approx([shares[3] / 3, shares[3] * 2 / 3, shares[3], shares[3]], rel=1e-5)
 
 
 def test_a_learning_rate_of_its_own(small, tmp_path):
     run = make(small(tmp_path, loss=loss_section(learning_rate=5e-4)))
-    run.engine._set_learning_rates()
-    ratio = run.engine.disc_optimizer.param_groups[0]["lr"] / run.engine.optimizer.param_groups[0]["lr"]
+    for player in run.task.players:
+        player.begin(run.step)
+    ratio = (
+        run.task.adversary.player.optimizer.param_groups[0]["lr"]
+        / run.task.autoencoder.optimizer.param_groups[0]["lr"]
+    )
     assert ratio == pytest.approx(5e-4 / 2e-3)
 
 
@@ -366,8 +386,8 @@ def both_gradients(run, batches):
     """Of a step over these micro-batches."""
     keep_gradients(lively(run)).train_step(batches)
     networks = {
-        "autoencoder": run.engine.unwrapped,
-        "discriminator": run.accelerator.unwrap_model(run.engine.discriminator),
+        "autoencoder": run.task.model,
+        "discriminator": run.accelerator.unwrap_model(run.task.adversary.player.network),
     }
     return {f"{n}.{k}": p.grad.clone() for n, net in networks.items() for k, p in net.named_parameters()}
 
@@ -391,11 +411,11 @@ def test_micro_batches_are_one_large_batch(small, tmp_path):
     one = make(small(tmp_path / "one", loss=loss))
     batch = next(iter(one.loader))
     expected = both_gradients(one, [batch])
-    assert not torch.equal(one.engine.lecam_anchors, torch.tensor(ANCHORS))
+    assert not torch.equal(one.task.adversary.lecam_anchors, torch.tensor(ANCHORS))
     train = {"steps": 6, "gradient_accumulation": 4}
     four = make(small(tmp_path / "four", loss=loss, train=train, data={"batch_size": 1}))
     assert_near(both_gradients(four, split(batch, 4)), expected, 1e-4)
-    torch.testing.assert_close(four.engine.lecam_anchors, one.engine.lecam_anchors)
+    torch.testing.assert_close(four.task.adversary.lecam_anchors, one.task.adversary.lecam_anchors)
 
 
 @pytest.mark.parametrize("options, tolerance", [
@@ -423,14 +443,14 @@ def whole(gradients, network):
 def test_r1_is_float32_under_autocast(small, tmp_path):
     run = lively(make(small(tmp_path, loss=loss_section(), train={"steps": 6, "mixed_precision": "bf16"})))
     kinds = []
-    for module in run.engine.discriminator.modules():
+    for module in run.task.adversary.player.network.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda module, given, out: kinds.append(out.dtype))
     images, _ = inputs(run, next(iter(run.loader)))
-    run.engine.discriminator(images)
+    run.task.adversary.player.network(images)
     assert set(kinds) == {torch.bfloat16}
     kinds.clear()
-    run.engine._r1(images)
+    run.task.adversary.r1(images)
     assert set(kinds) == {torch.float32}
 
 
@@ -438,14 +458,14 @@ def test_the_adaptive_weight_survives_half_precision(small, tmp_path):
     """The gradient of a mean over a real batch, some 1e-7, is nothing in float16."""
     run = make(small(tmp_path, loss=loss_section()))
     images, noise = inputs(run, next(iter(run.loader)))
-    output = run.engine.model(images, noise)
+    output = run.task.autoencoder.network(images, noise)
     generator = torch.Generator().manual_seed(0)
     pair = [torch.randn(output.images.shape, generator=generator) * size for size in (3e-9, 1e-9)]
     large = [1e6 * g for g in pair]  # enough for the 1e-4 not to matter
-    exact = run.engine._adaptive_weight(output.features, *large)
-    half = run.engine._adaptive_weight(output.features.half(), *large)
-    small_ones = run.engine._adaptive_weight(output.features.half(), *pair)
-    last = run.engine.vae.decoder.conv_out.weight
+    exact = run.task.adversary.adaptive_weight(output.features, *large)
+    half = run.task.adversary.adaptive_weight(output.features.half(), *large)
+    small_ones = run.task.adversary.adaptive_weight(output.features.half(), *pair)
+    last = run.task.vae.decoder.conv_out.weight
     norms = [torch.autograd.grad(output.images, last, g, retain_graph=True)[0].norm() for g in pair]
     assert half.item() == pytest.approx(exact.item(), rel=1e-2)
     assert small_ones.item() == pytest.approx((norms[0] / (norms[1] + 1e-4)).item(), rel=1e-2)
@@ -461,7 +481,7 @@ def test_a_gradient_scaler_and_accumulation_go_together(small, tmp_path):
         taken = run.batches()
         for _ in range(2):
             run.train_step(next(taken))
-        ends.append([p.detach().clone() for p in [*run.engine.parameters, *run.engine.disc_parameters]])
+        ends.append([p.detach().clone() for p in all_parameters(run)])
     for plain, scaled in zip(*ends, strict=True):
         torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=2e-4)
     assert scaler.get_scale() == 2.0**12

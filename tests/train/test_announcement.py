@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 from train.config import Config, build, load_config
 from train.loop.announcement import first_lines, for_the_same_samples
-from train.loop.schedules import Schedules
+from train.loop.schedules import LearningRate
 
 KL_F8 = ROOT / "configs" / "kl_f8.yaml"
 
@@ -16,7 +16,8 @@ KL_F8 = ROOT / "configs" / "kl_f8.yaml"
 def lines(batch, **sections):
     values = {"output_dir": "runs/a", "data": {"train": "photos", "batch_size": 4}} | sections
     config = build(Config, values)
-    return first_lines(config, Schedules(config, batch), 1234567, batch // 4, "cuda").splitlines()
+    ranks = batch // 4
+    return first_lines(config, LearningRate(config, ranks), 1234567, ranks, "cuda", counted={}).splitlines()
 
 
 def test_without_a_rule_the_rate_is_that_of_this_batch():
@@ -49,11 +50,16 @@ def test_an_average_over_as_many_samples():
     """After n samples the first has the same weight: decay^(n / b), with the reference batch b and with k b."""
     config = build(Config, {"output_dir": "a", "data": {"train": "p"}, "ema": {"decay": 0.999},
                             "optimizer": {"reference_batch": 8}})  # fmt: skip
-    decay = for_the_same_samples(config, 8 * 16)["ema.decay"]
+    decay = for_the_same_samples(config, 8 * 16, counted={})["ema.decay"]
     assert decay ** (4096 / 128) == pytest.approx(0.999 ** (4096 / 8), rel=1e-9)
 
 
 # ------------------------------------------------------------------ one truth for 1, 8 and 64 GPUs
+
+
+def start_of_the_discriminator(config):
+    """What the task counts in steps."""
+    return {"loss.adversarial.disc_start": config.loss.adversarial.disc_start}
 
 
 def table():
@@ -66,9 +72,9 @@ def test_the_readmes_table_is_what_kl_f8_does():
     config, rows = load_config(KL_F8), table()
     for column, gpus in enumerate((1, 8, 64)):
         batch = config.data.batch_size * gpus
-        same = for_the_same_samples(config, batch)
+        same = for_the_same_samples(config, batch, start_of_the_discriminator(config))
         assert rows["batch at 12 a device"][column] == f"{batch}"
-        rate = Schedules(config, batch).peak_learning_rate()
+        rate = LearningRate(config, gpus).peak()
         assert float(rows["learning rate (`sqrt`)"][column]) == pytest.approx(rate, rel=0.01)
         for name, key in (("train.steps", "train.steps"), ("disc_start", "loss.adversarial.disc_start")):
             cell = rows[f"`{name}` for the same samples"][column]
@@ -85,11 +91,13 @@ def test_the_command_in_slurm_sh_is_that_of_64_gpus():
     recipe, *overrides = shlex.split(command)
     config = load_config(ROOT / recipe, overrides)
     assert nodes * gpus == 64 and config.optimizer.scale_rule == "sqrt"
-    same = for_the_same_samples(load_config(KL_F8), 64 * config.data.batch_size)
+    reference = load_config(KL_F8)
+    counted = start_of_the_discriminator(reference)
+    same = for_the_same_samples(reference, 64 * config.data.batch_size, counted)
     assert config.train.steps == same["train.steps"]
     assert config.loss.adversarial.disc_start == same["loss.adversarial.disc_start"]
     assert config.ema.decay == pytest.approx(same["ema.decay"], abs=5e-5)
-    assert Schedules(config, 768).peak_learning_rate() == pytest.approx(4.32e-4, rel=1e-3)
+    assert LearningRate(config, 64).peak() == pytest.approx(4.32e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)

@@ -7,15 +7,15 @@ import pytest
 import yaml
 
 from tests.train.test_trainer import make, small_config, weights
+from train.autoencoder import task
 from train.config import to_yaml
-from train.loop import trainer
-from train.loop.changes import compare
+from train.loop.checkpoints.changes import compare
 
 
 @pytest.fixture
 def run(photographs, tmp_path, monkeypatch):
     """A run of two steps, and how to start it again with other sections."""
-    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
 
     def again(**sections):
         sections = {"train": {"steps": 2}, "optimizer": {"schedule": "cosine", "warmup_steps": 0}} | sections
@@ -46,7 +46,7 @@ def test_what_has_changed_is_printed_by_key(run, tmp_path, capsys):
         "  train.steps: 2 -> 8",
         f"  the learning rate jumps from 0 to {rate:.3g} at step 2 (the run had ended at step 2)",
     ]
-    assert changed.schedules.learning_rate(2) == pytest.approx(rate)
+    assert changed.run.learning_rate(2) == pytest.approx(rate)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["steps"] == 8
 
 
@@ -96,7 +96,7 @@ def test_a_folder_that_was_moved_is_the_same_data(run, photographs, tmp_path, ca
 
 
 def test_a_folder_with_other_images_is_other_data(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     folder = copied(photographs, tmp_path / "growing", 40)
     make(small_config(folder, tmp_path / "run", train={"steps": 1})).fit()
     shutil.copy(sorted(photographs.iterdir())[-1], folder)

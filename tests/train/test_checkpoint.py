@@ -11,8 +11,8 @@ import torch
 
 from tests.processes import finish, start
 from tests.train.test_trainer import make, small_config
-from train.loop import trainer
-from train.loop.checkpoint import (
+from train.autoencoder import task
+from train.loop.checkpoints.files import (
     checkpoints,
     damage,
     load_checkpoint,
@@ -267,7 +267,7 @@ def test_the_state_of_other_parameters_is_refused():
 def test_a_checkpoint_of_another_configuration_is_refused_and_kept(
     photographs, tmp_path, monkeypatch, section, values, message
 ):
-    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     first = {
         "loss": {
             "perceptual": {"weight": 0.0},

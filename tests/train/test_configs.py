@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.processes import finish, start
+from train.autoencoder.task import AutoencoderTask
 from train.config import load_config
 from train.loop import trainer
 from train.smoke import STATISTICS_SAMPLES, STEPS, shrink
@@ -26,10 +27,11 @@ def fit(path, folder):
     small = shrink(recipe, folder / "whole")
     small = replace(small, train=replace(small.train, compile=recipe.train.compile))
     torch.compile = partial(torch.compile, backend="aot_eager")
-    trainer.Trainer(small, STATISTICS_SAMPLES).fit()
+    make_task = partial(AutoencoderTask, statistics_samples=STATISTICS_SAMPLES)
+    trainer.Trainer(small, make_task).fit()
     name = f"checkpoints/step-{STEPS // 2:06d}"
     shutil.copytree(folder / "whole" / name, folder / "resumed" / name)
-    trainer.Trainer(replace(small, output_dir=str(folder / "resumed")), STATISTICS_SAMPLES).fit()
+    trainer.Trainer(replace(small, output_dir=str(folder / "resumed")), make_task).fit()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

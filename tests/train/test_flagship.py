@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.file_server import FileServer, write_tar
 from tests.processes import finish, start_ranks, wait_until
 from tests.train.test_trainer import records
+from train.autoencoder.task import AutoencoderTask
 from train.config import load_config
 from train.loop import trainer
 from train.smoke import shrink
@@ -42,7 +43,7 @@ def fit(folder: Path, backend: str, data: dict) -> None:
         validation=replace(small.validation, every=0),
         checkpoint=replace(small.checkpoint, every=2),
     )
-    trainer.Trainer(small, statistics_samples=4).fit()
+    trainer.Trainer(small, partial(AutoencoderTask, statistics_samples=4)).fit()
 
 
 def last(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from tests.processes import finish, start, start_ranks
 from tests.train.test_checkpoint import names, refuse_large_files
 from tests.train.test_restart import assert_same, command, everything, final, list_checkpoints, train
 from train.loop import trainer
-from train.loop.checkpoint import damage
+from train.loop.checkpoints.files import damage
 from train.loop.journal import Journal
 
 STEPS = 6

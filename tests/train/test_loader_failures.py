@@ -12,22 +12,22 @@ import pytest
 from tests.processes import finish, start, start_ranks, wait_until
 from tests.train.test_restart import assert_same, command, everything, final, list_checkpoints, train
 from tests.train.test_trainer import records
-from train.autoencoder import engine
+from train.autoencoder.task import AutoencoderTask
 
 STEPS = 12
 
 
 def disturbed(kind, folder, rank, step, arguments):
     """`python -m train` in which, on a rank and in the middle of a step, something befalls its data or workers."""
-    original, moments = engine.Engine.autoencoder_step, [step]
+    original, moments = AutoencoderTask.micro_batch, [step]
 
-    def autoencoder_step(self, *batch):
-        if self.step in moments and self.accelerator.process_index == rank:
+    def micro_batch(self, step, batch):
+        if step in moments and self.run.rank == rank:
             moments.pop()
             FAULTS[kind](folder)
-        return original(self, *batch)
+        return original(self, step, batch)
 
-    engine.Engine.autoencoder_step = autoencoder_step
+    AutoencoderTask.micro_batch = micro_batch
     return train(arguments)
 
 

@@ -8,7 +8,7 @@ from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal
 
 from kl_autoencoder import DiagonalGaussian
 from kl_autoencoder.networks.bottlenecks import kl_per_dimension
-from train.autoencoder.losses import reconstruction_nll
+from train.autoencoder.likelihoods import reconstruction_nll
 from train.loop.schedules import ramp
 
 

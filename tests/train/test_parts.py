@@ -3,11 +3,13 @@
 import json
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
+from train.autoencoder.task import AutoencoderTask
 from train.config import load_config, to_yaml
 from train.loop.trainer import Trainer
 from train.parts import VIEWS, Draws
@@ -86,7 +88,7 @@ def toy(tmp_path, monkeypatch):
         again = tmp_path / "again.yaml"
         again.write_text(to_yaml(config))
         assert load_config(again) == config
-        trainer = Trainer(config, statistics_samples=2)
+        trainer = Trainer(config, partial(AutoencoderTask, statistics_samples=2))
         trainer.fit()
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return trainer, [line for line in lines if "train/loss" in line][-1]
@@ -96,7 +98,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.engine.vae.parameters()])
+    return torch.cat([p.detach().flatten() for p in trainer.task.vae.parameters()])
 
 
 @pytest.mark.parametrize("at", ["pixels", "latents"])
@@ -111,7 +113,7 @@ def test_a_term_from_elsewhere_joins_the_objective(toy, at):
 def test_a_bottleneck_from_elsewhere_is_trained(toy):
     trainer, line = toy("run", model=", bottleneck: {kind: plain, weight: 0.25}")
     assert line["train/square"] > 0 and "train/kl" not in line
-    assert line["train/latents/gain"] == pytest.approx(trainer.engine.unwrapped.bottleneck.gain.item())
+    assert line["train/latents/gain"] == pytest.approx(trainer.task.model.bottleneck.gain.item())
     assert line["train/latents/gain"] != 1
     assert line["train/loss"] == pytest.approx(line["train/reconstruction"] + line["train/square"], rel=1e-6)
 
@@ -120,9 +122,9 @@ def test_a_view_from_elsewhere_turns_latents_and_targets(toy):
     trainer, _ = toy("run", loss=", view: {kind: flip}")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     noise = torch.zeros(2, 4, 16, 16)
-    turned = trainer.engine.unwrapped(images, noise)
-    trainer.engine.unwrapped.view = lambda z, images, draws: (z, images)
-    plain = trainer.engine.unwrapped(images, noise)
+    turned = trainer.task.model(images, noise)
+    trainer.task.model.view = lambda z, images, draws: (z, images)
+    plain = trainer.task.model(images, noise)
     assert torch.equal(turned.targets, images.flip(2)) and torch.equal(plain.targets, images)
     assert not torch.equal(turned.images, plain.images)
 
@@ -165,8 +167,8 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     path = tmp_path / "a.yaml"
     path.write_text(RUN.format(folder=tmp_path / "run", model="", loss=", terms: [{kind: brightness, weight: 0.1}]")
                     .replace("toy_parts", "brightness"))  # fmt: skip
-    trainer = Trainer(load_config(path), statistics_samples=2)
-    [term] = trainer.engine.terms
+    trainer = Trainer(load_config(path), partial(AutoencoderTask, statistics_samples=2))
+    [term] = trainer.task.objective.terms
     assert term.compute(torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)) == 1 and term.weight(7) == 0.1
     trainer.accelerator.end_training()
     sys.modules.pop("brightness", None)

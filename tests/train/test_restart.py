@@ -22,7 +22,8 @@ from tests.conftest import ROOT
 from tests.processes import PATIENCE, finish, start, start_ranks, wait_until
 from tests.train.test_trainer import make, records, small_config, write_odd_images
 from train.__main__ import INTERRUPTED, STOPPED, main
-from train.autoencoder import engine
+from train.autoencoder import task
+from train.autoencoder.task import AutoencoderTask
 from train.config import to_yaml
 from train.loop import launch, trainer
 from train.loop.launch import hold
@@ -63,7 +64,7 @@ def command(config, path):
 
 def train(arguments):
     """`python -m train`, but with a few crops to measure the scaling factor from."""
-    trainer.STATISTICS_SAMPLES = 4
+    task.STATISTICS_SAMPLES = 4
     return main(arguments)
 
 
@@ -178,16 +179,16 @@ def half_written(folder):
 
 def signalled(number, times, step, rank, arguments):
     """`python -m train` in which a rank receives a signal in the middle of a step."""
-    original, moments = engine.Engine.autoencoder_step, [step] * times
+    original, moments = AutoencoderTask.micro_batch, [step] * times
     launch.ASK_EVERY = 0.0  # after each step
 
-    def autoencoder_step(self, *batch):
-        if self.step in moments and self.accelerator.process_index == rank:
+    def micro_batch(self, step, batch):
+        if step in moments and self.run.rank == rank:
             moments.pop()
             os.kill(os.getpid(), number)
-        return original(self, *batch)
+        return original(self, step, batch)
 
-    engine.Engine.autoencoder_step = autoencoder_step
+    AutoencoderTask.micro_batch = micro_batch
     return train(arguments)
 
 
@@ -210,7 +211,7 @@ def test_a_signal_finishes_the_step_and_saves(photographs, undisturbed, tmp_path
 
 def interrupted_outside_of_the_steps(method, arguments):
     """`python -m train` with Ctrl-C as it opens the data, or as it measures the latents for the export."""
-    owner = trainer.TrainingData if method == "held_out" else trainer.Trainer
+    owner = task.TrainingData if method == "held_out" else AutoencoderTask
     original = getattr(owner, method)
 
     def wrapped(self, *more):
@@ -394,7 +395,7 @@ def test_images_skipped_on_other_ranks_and_before_a_restart_are_in_the_summary(t
 
 
 def test_a_run_that_has_lost_its_metrics_ends_all_the_same(photographs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     path = tmp_path / "config.yaml"
     assert main(command(small_config(photographs, tmp_path / "run", train={"steps": 1}), path)) == 0
     (tmp_path / "run" / "metrics.jsonl").unlink()

@@ -11,16 +11,18 @@ from kl_autoencoder import DiagonalGaussian
 from kl_autoencoder.networks import bottlenecks
 from kl_autoencoder.networks.bottlenecks import posterior_summary
 from tests.processes import finish, start_ranks
+from tests.train.test_adversarial import all_parameters
 from tests.train.test_restart import command, everything, train
 from tests.train.test_trainer import make, records, small_config, weights
 from train.__main__ import main
+from train.autoencoder import task
 from train.loop import trainer
 from train.loop.trainer import TooManyBadSteps
 
 
 @pytest.fixture
 def small(photographs, monkeypatch):
-    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     return partial(small_config, photographs)
 
 
@@ -41,15 +43,15 @@ def state(run):
     """Copies of all that a step may move."""
     moments = [
         value
-        for optimizer in (run.engine.optimizer, run.engine.disc_optimizer)
+        for optimizer in (run.task.autoencoder.optimizer, run.task.adversary.player.optimizer)
         for entry in optimizer.state.values()
         for value in entry.values()
     ]
     everything = [
-        *run.engine.parameters,
-        *run.engine.disc_parameters,
-        *run.engine.ema.vae.parameters(),
-        run.engine.lecam_anchors,
+        *run.task.autoencoder.parameters,
+        *run.task.adversary.player.parameters,
+        *run.task.ema.network.parameters(),
+        run.task.adversary.lecam_anchors,
         *moments,
     ]
     return [tensor.detach().clone() for tensor in everything]
@@ -64,12 +66,12 @@ def test_a_bad_step_moves_nothing(small, tmp_path, value, place):
     run.loader = poisoned(run.loader, {9 if place == "first" else 14}, value)  # both of step 1
     steps = run.batches()
     run.train_step(next(steps))
-    run.engine.ema.vae.load_state_dict(
-        run.engine.vae.state_dict()
+    run.task.ema.network.load_state_dict(
+        run.task.vae.state_dict()
     )  # an average of what does not move does not move
     before = state(run)
     assert len(before) > 3 * (
-        len(run.engine.parameters) + len(run.engine.disc_parameters)
+        len(run.task.autoencoder.parameters) + len(run.task.adversary.player.parameters)
     )  # the moments are there
     run.train_step(next(steps))
     after = state(run)
@@ -86,13 +88,13 @@ def test_a_loss_that_is_not_finite_with_a_gradient_that_is(small, tmp_path):
     kl = bottlenecks.kl_per_dimension
     steps = run.batches()
     run.train_step(next(steps))
-    before = [p.detach().clone() for p in run.engine.parameters]
+    before = [p.detach().clone() for p in run.task.autoencoder.parameters]
     bottlenecks.kl_per_dimension = lambda *given: kl(*given).detach() + math.inf
     try:
         run.train_step(next(steps))
     finally:
         bottlenecks.kl_per_dimension = kl
-    assert all(torch.equal(p, was) for p, was in zip(run.engine.parameters, before, strict=True))
+    assert all(torch.equal(p, was) for p, was in zip(run.task.autoencoder.parameters, before, strict=True))
     assert run.bad_steps.noted[-1][2]
 
 
@@ -168,7 +170,7 @@ def poison_one_rank(arguments, folder):
         before = state(self)[0]
         original(self, micro_batches)
         moved = not torch.equal(before, state(self)[0])
-        total = sum(p.double().sum().item() for p in [*self.engine.parameters, *self.engine.disc_parameters])
+        total = sum(p.double().sum().item() for p in all_parameters(self))
         rank = self.accelerator.process_index
         with (folder / f"rank-{rank}.jsonl").open("a") as file:
             file.write(json.dumps([self.step, rank, moved, total]) + "\n")

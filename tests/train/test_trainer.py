@@ -20,6 +20,7 @@ from kl_autoencoder import KLAutoencoder
 from tests.conftest import ROOT, backbone_missing
 from tests.processes import finish, start_ranks
 from train.__main__ import main, print_error
+from train.autoencoder.task import AutoencoderTask
 from train.config import Config, build, to_yaml
 from train.loop import journal, launch
 from train.loop.trainer import Trainer
@@ -30,7 +31,7 @@ RECORDED = Path(__file__).parent / "recorded_losses.json"
 def make(config):
     """A Trainer as in a new process: accelerate keeps its settings for the life of one."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Trainer(config)
+    return Trainer(config, AutoencoderTask)
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_a_run_leaves_what_it_promises(small, photographs, tmp_path):
 def test_the_scaling_factor_gives_the_latents_unit_deviation(small, tmp_path):
     trainer = make(small(tmp_path))
     vae = KLAutoencoder.from_pretrained(trainer.fit()["export"])
-    loader = iter(trainer._loader(start_sample=0))
+    loader = iter(trainer.task.data.loader(0))
     with torch.no_grad():
         posteriors = [vae.encode(next(loader)["images"]).latent_dist for _ in range(64)]
     z = torch.cat([p.sample(torch.Generator().manual_seed(i)) for i, p in enumerate(posteriors)])
@@ -108,11 +109,11 @@ def test_one_batch_is_learned(small, tmp_path, kind):
         tmp_path, loss={"reconstruction": kind, "kl": {"weight": 1e-6}}, optimizer={"learning_rate": 1e-2}
     )
     trainer = make(config)
-    batch = next(iter(trainer._loader(0)))
+    batch = next(iter(trainer.task.data.loader(0)))
 
     def error():
         with torch.no_grad():
-            return (trainer.engine.vae(batch["images"]).sample - batch["images"]).square().mean().item()
+            return (trainer.task.vae(batch["images"]).sample - batch["images"]).square().mean().item()
 
     before = error()
     for _ in range(60):

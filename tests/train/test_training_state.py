@@ -8,14 +8,14 @@ from safetensors.torch import load_file
 
 from tests.train.test_adversarial import loss_section
 from tests.train.test_trainer import equal, make, small_config, weights
+from train.autoencoder import task
 from train.config import Config, ModelConfig, build
-from train.loop import trainer
 from train.loop.launch import PLUGINS
 
 
 @pytest.fixture
 def small(photographs, monkeypatch):
-    monkeypatch.setattr(trainer, "STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     return partial(small_config, photographs)
 
 
@@ -35,10 +35,10 @@ def test_another_run_goes_on_with_the_discriminator_and_its_optimizer(small, tmp
     loss["adversarial"].pop("pretrained")
     config = going_on(small(tmp_path / "second", loss=loss), tmp_path / "first")
     object.__setattr__(config.loss.adversarial, "pretrained", True)
-    engine = make(config).engine
-    for name, tensors in engine.discriminator_tensors().items():
+    adversary = make(config).task.adversary
+    for name, tensors in adversary.tensors().items():
         assert equal(dict(tensors), weights(tmp_path / "first", 3, name)), name
-    assert {int(value) for key, value in engine.discriminator_tensors()["discriminator_optimizer"].items()
+    assert {int(value) for key, value in adversary.tensors()["discriminator_optimizer"].items()
             if key.endswith(".step")} == {3}  # fmt: skip
     object.__setattr__(config.loss.adversarial, "channels", 8)
     with pytest.raises(ValueError, match="of another shape than channels=8, layers=3"):
@@ -71,7 +71,7 @@ def test_a_moving_average_can_be_switched_off_and_on_between_restarts(small, tmp
     for steps, on in ((1, True), (2, False), (3, True), (4, True)):
         run = make(small(tmp_path / "run", ema={"enabled": on}, train={"steps": steps}))
         if steps == 3:
-            assert equal(dict(run.engine.ema.vae.state_dict()), dict(run.engine.vae.state_dict()))
+            assert equal(dict(run.task.ema.network.state_dict()), dict(run.task.vae.state_dict()))
         run.fit()
         assert (tmp_path / f"run/checkpoints/step-{steps:06d}/ema.safetensors").exists() == on
     assert equal(weights(tmp_path / "run", 4), weights(tmp_path / "whole", 4))

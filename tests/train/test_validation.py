@@ -135,7 +135,7 @@ def test_no_readable_held_out_image_is_an_error(photographs, tmp_path):
 def test_held_out_images_that_no_memory_holds_are_refused(photographs, tmp_path, monkeypatch):
     config = small_config(photographs, tmp_path / "run", data={"validation_images": 9})
     monkeypatch.setattr("train.autoencoder.size.device_memory", lambda device: 10**9)
-    assert make(config).held_out_images == 9
+    assert make(config).task.held_out_images == 9
     monkeypatch.setattr("train.autoencoder.size.check_weights", lambda *_: None)
     monkeypatch.setattr("train.autoencoder.size.check_step", lambda *_: None)
     monkeypatch.setattr("train.autoencoder.size.device_memory", lambda device: 9 * 3 * 32**2 - 1)

@@ -1,6 +1,5 @@
-"""What is trained: the autoencoder with the scale of its likelihood, and the average of its weights."""
+"""What is trained: the autoencoder with its bottleneck, its view and the scale of its likelihood."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,17 +115,3 @@ class TrainedModel(nn.Module):
             features = features.to(torch.get_autocast_dtype(features.device.type))
         reconstruction = vae.decoder.conv_out(features)
         return Reconstruction(reconstruction, targets, code, self.log_scale, features.detach())
-
-
-class MovingAverage:
-    """Exponential moving average of an autoencoder's weights, in float32: `vae` is the averaged model."""
-
-    def __init__(self, vae: KLAutoencoder, decay: float):
-        self.decay = decay
-        self.vae = copy.deepcopy(vae).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, vae: KLAutoencoder, step: int) -> None:
-        """`step` counts from 1; the decay rises with it, so that the first weights are soon forgotten."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.vae.parameters()), list(vae.parameters()), 1 - decay)

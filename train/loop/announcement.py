@@ -1,22 +1,29 @@
 """The first lines of a run: what trains, on how many samples a step, and at which learning rate."""
 
 from ..config import Config
-from .schedules import Schedules
+from .schedules import LearningRate
 
 
-def first_lines(config: Config, schedules: Schedules, parameters: int, ranks: int, device: str) -> str:
-    """Everything effective, not as written: the batch over all ranks, the rate for that batch."""
-    train, batch = config.train, schedules.samples_per_step
+def first_lines(
+    config: Config, rate: LearningRate, parameters: int, ranks: int, device: str, counted: dict[str, int]
+) -> str:
+    """Everything effective, not as written: the batch over all ranks, the rate for that batch.
+
+    counted: the task's keys that count steps, and their values.
+    """
+    train, batch = config.train, rate.samples_per_step
     ranks_word = "rank" if ranks == 1 else "ranks"
     lines = [
         f"{config.output_dir}: {parameters:,} trainable parameters on {ranks} x {device}, "
         f"{train.mixed_precision} mixed precision",
         f"batch {batch} = {config.data.batch_size} x {ranks} {ranks_word} x {train.gradient_accumulation} "
         f"accumulated; {train.steps:,} steps = {train.steps * batch:,} samples",
-        _rate(config, schedules),
+        _rate(config, rate),
     ]
     if config.optimizer.scale_rule != "none" and batch != config.optimizer.reference_batch:
-        same = ", ".join(f"{key}={value:.5g}" for key, value in for_the_same_samples(config, batch).items())
+        same = ", ".join(
+            f"{key}={value:.5g}" for key, value in for_the_same_samples(config, batch, counted).items()
+        )
         lines.append(
             f"{batch / config.optimizer.reference_batch:.3g} times the reference batch; other keys are as written, "
             f"and for the same samples would be {same}"
@@ -24,7 +31,7 @@ def first_lines(config: Config, schedules: Schedules, parameters: int, ranks: in
     return "\n".join(lines)
 
 
-def for_the_same_samples(config: Config, batch: int) -> dict[str, float]:
+def for_the_same_samples(config: Config, batch: int, counted: dict[str, int]) -> dict[str, float]:
     """What counts steps, for a batch of k times the reference: steps / k, and an average over as many samples.
 
     Steps and delays with it keep their place among the samples. The decay becomes decay^k, which forgets a sample
@@ -32,20 +39,19 @@ def for_the_same_samples(config: Config, batch: int) -> dict[str, float]:
     """
     k = batch / config.optimizer.reference_batch
     keys: dict[str, float] = {"train.steps": max(1, round(config.train.steps / k))}
-    if config.loss.adversarial.weight:
-        keys["loss.adversarial.disc_start"] = round(config.loss.adversarial.disc_start / k)
+    keys |= {key: round(steps / k) for key, steps in counted.items()}
     if config.ema.enabled:
         keys["ema.decay"] = config.ema.decay**k
     return keys
 
 
-def _rate(config: Config, schedules: Schedules) -> str:
+def _rate(config: Config, rate: LearningRate) -> str:
     optimizer = config.optimizer
-    text = f"learning rate {schedules.peak_learning_rate():.3g}"
+    text = f"learning rate {rate.peak():.3g}"
     if optimizer.scale_rule == "none":
         text += " for this batch (optimizer.scale_rule: none)"
     else:
-        ratio = f"{schedules.samples_per_step} / {optimizer.reference_batch}"
+        ratio = f"{rate.samples_per_step} / {optimizer.reference_batch}"
         factor = f"sqrt({ratio})" if optimizer.scale_rule == "sqrt" else f"({ratio})"
         text += f" = {optimizer.learning_rate:.3g} x {factor}"
     if optimizer.warmup_steps:

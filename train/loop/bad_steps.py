@@ -16,8 +16,8 @@ class BadSteps:
         self.total = self.in_a_row = 0
         self.noted: list[tuple[int, int, Tensor]] = []  # step, samples after it, whether it was skipped
 
-    def note(self, step: int, samples: int, terms: dict[str, Tensor]) -> None:
-        norms = [terms[n] for n in ("gradient_norm", "discriminator/gradient_norm") if n in terms]
+    def note(self, step: int, samples: int, norms: list[Tensor]) -> None:
+        """norms: of the gradients of the networks that moved in the step. samples: consumed after it."""
         self.noted.append((step, samples, ~torch.stack(norms).isfinite().all()))
 
     def report(self) -> int:
@@ -37,3 +37,11 @@ class BadSteps:
                 self.journal.write(step, end, {"skipped_samples": samples, "train/skipped_steps": self.total})
         self.noted.clear()
         return most
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"bad_total": self.total, "bad_in_a_row": self.in_a_row}
+
+    def load(self, state: dict[str, int]) -> None:
+        """The inverse of `state`."""
+        self.total, self.in_a_row = state["bad_total"], state["bad_in_a_row"]

@@ -127,6 +127,14 @@ class Journal:
         beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         beside.replace(self.path)
 
+    def recorded_start(self, prefix: str) -> dict[str, float]:
+        """What an earlier start of this run wrote down at step 0, of the names that begin with `prefix`."""
+        for line in self.lines():
+            found = {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
+            if line["step"] == 0 and found:
+                return found
+        return {}
+
     def lines(self) -> list[dict]:
         found = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:

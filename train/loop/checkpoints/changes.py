@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from ..config import Config, build, to_yaml
-from .schedules import Schedules
+from ...config import Config, build, to_yaml
+from ..schedules import LearningRate
 
 UNCOMPARED = ("output_dir", "resume")  # where a run lies may change, and how to go on is no property of it
 # with which samples there are, and in which order; crops may grow on the way, as in the recipes in parts
@@ -80,7 +80,7 @@ def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> 
         old = build(Config, before)
     except ValueError:  # of another version of this program
         return None
-    rates = [Schedules(c, samples_per_step(c, ranks)).learning_rate(step) for c in (old, config)]
+    rates = [LearningRate(c, ranks)(step) for c in (old, config)]
     if abs(rates[1] - rates[0]) <= NOTABLE * max(rates):
         return None
     if step >= old.train.steps:
@@ -88,10 +88,6 @@ def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> 
     else:
         why = "by train.steps and the keys of optimizer and batch"
     return f"the learning rate jumps from {rates[0]:.3g} to {rates[1]:.3g} at step {step} ({why})"
-
-
-def samples_per_step(config: Config, ranks: int) -> int:
-    return config.data.batch_size * ranks * config.train.gradient_accumulation
 
 
 def _images(source: dict) -> str:

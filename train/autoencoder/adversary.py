@@ -1,0 +1,155 @@
+"""The discriminator: how it is trained, and what the autoencoder feels of it."""
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from ..loop.context import RunContext
+from ..loop.player import Player, Tensors
+from ..loop.schedules import ramp
+from . import adversarial_losses as losses
+from .discriminator import PatchDiscriminator
+from .training_state import load_training_state
+
+LECAM_DECAY = 0.99
+
+
+class Adversary:
+    """A patch discriminator, the player that moves it, and the averages of its logits that LeCam needs.
+
+    channels: of the images. last_layer: the decoder's last convolution, where the adaptive weight compares
+    gradients. Raises ValueError for crops that are too small for the discriminator, and for a stored one of another
+    shape.
+    """
+
+    def __init__(self, run: RunContext, channels: int, last_layer: nn.Conv2d):
+        self.run, self.config, self.last_layer = run, run.config.loss.adversarial, last_layer
+        network = PatchDiscriminator(channels, self.config.channels, self.config.layers)
+        resolution = run.config.data.resolution
+        if resolution < network.smallest_side:
+            raise ValueError(
+                f"data.resolution: {resolution}; allowed: at least {network.smallest_side} for a "
+                f"discriminator of loss.adversarial.layers={self.config.layers}"
+            )
+        network = network.to(run.device, memory_format=torch.channels_last)
+        self.player = Player(network, run, self.learning_rate, "discriminator")
+        self.lecam_anchors = torch.zeros(2, device=run.device)
+        self.logit_means: list[Tensor] = []  # of real and fake, a micro-batch
+        if self.config.pretrained:
+            self._go_on_from(run.config.model.pretrained)
+
+    # ---------------------------------------------------------------- schedules
+
+    def plays(self, step: int) -> bool:
+        """Whether the discriminator trains."""
+        return step >= self.config.disc_start
+
+    def weight(self, step: int) -> float:
+        """0 until the discriminator has had its stretch alone, then rising to the configured weight."""
+        since = step - self.config.disc_start - self.config.disc_warmup_steps
+        return self.config.weight * ramp(since + 1, self.config.ramp_steps + 1) if since >= 0 else 0.0
+
+    def learning_rate(self, step: int) -> float:
+        """The autoencoder's, in the proportion of the two configured rates."""
+        own, rate = self.config.learning_rate, self.run.learning_rate(step)
+        return rate * own / self.run.config.optimizer.learning_rate if own else rate
+
+    # ---------------------------------------------------------------- what the autoencoder feels
+
+    def gradient(
+        self, step: int, reconstruction: Tensor, features: Tensor, nll_gradient: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The weighted gradient of the adversarial term in the reconstruction, its weighted value, what to log.
+
+        Taken in the reconstruction alone, so that it leaves the discriminator's gradients as they are. features:
+        what the last layer read. nll_gradient: of the other terms in the reconstruction.
+        """
+        network = self.run.accelerator.unwrap_model(self.player.network)
+        with self.run.accelerator.autocast():
+            logits = network(reconstruction)
+        loss = losses.generator_loss(self.config.loss, logits)
+        # the gradient of the sum over patches stays within half precision where that of the mean may not
+        (gradient,) = torch.autograd.grad(loss * logits.numel(), reconstruction)
+        gradient = gradient / logits.numel()
+        weight, terms = torch.full((), self.weight(step), device=self.run.device), {}
+        if self.config.adaptive:
+            terms["adaptive_weight"] = self.adaptive_weight(features, nll_gradient, gradient)
+            weight = weight * terms["adaptive_weight"]
+        return weight * gradient, weight * loss, {**terms, "adversarial": loss}
+
+    @torch.no_grad()
+    def adaptive_weight(self, features: Tensor, *gradients: Tensor) -> Tensor:
+        """From the two gradients in the output to their norms at the last layer's weight, over all ranks.
+
+        A convolution's gradient in its weight takes what it read and the gradient in its result, no graph.
+        """
+        at_weight = []
+        for gradient in gradients:
+            norm = gradient.norm().clamp(min=1e-30)  # sent back at length 1: a mean's would vanish in fp16
+            unit = (gradient / norm).to(features.dtype)
+            sent = torch.nn.grad.conv2d_weight(
+                features, self.last_layer.weight.shape, unit, padding=self.last_layer.padding
+            )
+            at_weight.append(norm * sent.float())
+        largest = self.config.adaptive_max
+        if largest is None:
+            largest = losses.LARGEST_ADAPTIVE_WEIGHT / gradients[0][0].numel()
+        return losses.adaptive_weight(*self.run.accelerator.reduce(torch.stack(at_weight), "mean"), largest)
+
+    # ---------------------------------------------------------------- its own step
+
+    def micro_batch(self, step: int, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Move the discriminator by one micro-batch, in one forward over real and reconstructed images."""
+        config = self.config
+        with record_function("discriminator"):
+            logits = self.player.network(torch.cat([images, reconstruction]))
+            real, fake = logits.float().chunk(2)
+            loss = losses.discriminator_loss(config.loss, real, fake)
+            terms = {"discriminator/logits_real": real.mean(), "discriminator/logits_fake": fake.mean()}
+            if config.lecam_weight:
+                loss = loss + config.lecam_weight * losses.lecam(real, fake, *self.lecam_anchors)
+                self.logit_means.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
+            if config.r1_weight and step % config.r1_every == 0:
+                terms["discriminator/r1"] = penalty = self.r1(images)
+                loss = loss + config.r1_weight * config.r1_every * penalty
+            terms["discriminator/loss"] = loss
+            self.player.backward(loss, watched=loss)
+        norm = self.player.update()
+        if self.logit_means and norm:
+            self._move_lecam_anchors(norm[self.player.gradient_norm].isfinite())
+        return terms | norm
+
+    def r1(self, images: Tensor) -> Tensor:
+        """R1 in float32: its double gradient leaves the range of half precision."""
+        network = self.run.accelerator.unwrap_model(self.player.network)
+        images = images.detach().requires_grad_()
+        with torch.autocast(self.run.device.type, enabled=False):
+            # past the `forward` that accelerate puts on a module, which switches autocast on again
+            return losses.r1_penalty(PatchDiscriminator.forward(network, images), images)
+
+    def _move_lecam_anchors(self, taken: Tensor) -> None:
+        """Once a step, so that micro-batches are one large batch; a step that was skipped leaves them alone."""
+        means = self.run.accelerator.reduce(torch.stack(self.logit_means).mean(dim=0), "mean")
+        moved = torch.lerp(self.lecam_anchors, means, 1 - LECAM_DECAY)
+        self.lecam_anchors = torch.where(taken, moved, self.lecam_anchors)
+        self.logit_means.clear()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def tensors(self) -> Tensors:
+        return {**self.player.tensors(), "lecam": {"anchors": self.lecam_anchors}}
+
+    def load(self, tensors: Tensors) -> None:
+        """The inverse of `tensors`."""
+        self.player.load(tensors)
+        self.lecam_anchors = tensors["lecam"]["anchors"].to(self.run.device)
+
+    def _go_on_from(self, pretrained: str) -> None:
+        try:
+            self.load(load_training_state(pretrained))
+        except RuntimeError as error:
+            raise ValueError(
+                f"loss.adversarial.pretrained: {pretrained} has a discriminator of another "
+                f"shape than channels={self.config.channels}, layers={self.config.layers} "
+                f"({str(error).splitlines()[-1].strip()})"
+            ) from None

@@ -1,0 +1,255 @@
+"""The task of a run that trains an autoencoder: its networks, a step, validation, the export."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.profiler import record_function
+
+from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.evaluation.metrics import LPIPS
+from kl_autoencoder.latents.statistics import LatentStatistics
+
+from ..data.training_data import TrainingData
+from ..loop.context import RunContext
+from ..loop.player import MovingAverage, Player, Tensors
+from ..loop.task import Grouped
+from ..parts import BOTTLENECKS, TERMS, VIEWS, Draws
+from ..parts.draws import POSTERIOR_NOISE
+from . import size, validation
+from .adversary import Adversary
+from .export import export
+from .likelihoods import LEARNED_SCALE
+from .model import TrainedModel, build_autoencoder, choose_backward
+from .objective import Objective
+
+STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
+SKIPPED_SHOWN = 5  # held-out images that cannot be read and are named
+
+
+class AutoencoderTask:
+    """An autoencoder, and where a run has one a discriminator: two symmetric steps, isolated from one another.
+
+    Making one raises ValueError or FileNotFoundError, naming the key, for networks, crops or data that cannot be
+    had and for what memory cannot hold.
+    """
+
+    shown = ("loss", "reconstruction", "kl", "perceptual", "adversarial")
+
+    def __init__(self, run: RunContext, statistics_samples: int | None = None):
+        self.run, self.config = run, run.config
+        self.statistics_samples = statistics_samples or STATISTICS_SAMPLES
+        self.memory = size.device_memory(run.device)
+        size.check_weights(self.config, self.memory)
+        perceptual, self.lpips = self._load_perceptual()
+        torch.manual_seed(self.config.seed)
+        model = self._build_model(perceptual)
+        terms = [TERMS.build(term, self.config) for term in self.config.loss.terms]
+        self.autoencoder = Player(model, run, run.learning_rate)
+        self.adversary = None
+        if self.config.loss.adversarial.weight:
+            self.adversary = Adversary(run, self.vae.config.out_channels, self.vae.decoder.conv_out)
+        self.players = [self.autoencoder] + ([self.adversary.player] if self.adversary else [])
+        self.objective = Objective(self.config.loss, perceptual, terms, self.adversary)
+        self._check_resolutions()
+        self.data = TrainingData(self.config.data, self.config.seed)
+        size.check_step(self.config, self.vae.config, self.memory)
+
+    @property
+    def exported(self) -> KLAutoencoder:
+        return self.vae if self.ema is None else self.ema.network
+
+    def ready(self) -> None:
+        """Read this rank's share of the held-out images."""
+        self.held_out, self.held_out_images = self._read_held_out()
+
+    # ---------------------------------------------------------------- one step
+
+    def playing(self, step: int) -> Sequence[Player]:
+        return self.players if self._discriminates(step) else self.players[:1]
+
+    def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
+        """Move the autoencoder and, from its start on, the discriminator by one micro-batch of `TrainingData`."""
+        images = batch["images"].to(self.run.device, memory_format=torch.channels_last, non_blocking=True)
+        draws = Draws(self.config.seed, batch["sample"], self.run.device)
+        terms, reconstruction, targets = self.autoencoder_step(
+            step, images, self.noise(batch["sample"]), draws
+        )
+        if self._discriminates(step):
+            terms |= self.adversary.micro_batch(step, targets, reconstruction)
+        return terms
+
+    def autoencoder_step(
+        self, step: int, images: Tensor, noise: Tensor, draws: Draws | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Move the autoencoder by one micro-batch: the terms, the detached reconstruction and its targets."""
+        with record_function("autoencoder"):
+            output = self.autoencoder.network(images, noise, draws)
+        loss, terms, reconstruction = self.objective(step, output)
+        with record_function("autoencoder"):
+            self.autoencoder.backward(loss, watched=terms["loss"])
+        terms |= self.autoencoder.update()
+        if (step + 1) % self.config.log.every == 0:
+            terms |= output.code.facts()
+        return terms, reconstruction, output.targets
+
+    def end_step(self, step: int) -> None:
+        """Move the average; `step` counts the steps taken."""
+        if self.ema is not None:
+            with record_function("optimizer"):
+                self.ema.update(self.vae, step)
+
+    def noise(self, samples: Tensor) -> Tensor:
+        """What the bottleneck of each sample needs: standard normal, by the seed and the sample's number alone."""
+        side = self.config.data.resolution // self.vae.downsampling
+        latent = (self.vae.config.latent_channels, side, side)
+        draws = Draws(self.config.seed, samples, self.run.device, POSTERIOR_NOISE)
+        return draws.normal(*self.model.bottleneck.noise_shape(latent))
+
+    def _discriminates(self, step: int) -> bool:
+        return self.adversary is not None and self.adversary.plays(step)
+
+    # ---------------------------------------------------------------- validation and export
+
+    def validate(self) -> dict[str, float]:
+        """Mean PSNR (dB), SSIM and, where there is one, LPIPS of the held-out images of all ranks."""
+        values: dict[str, list[float]] = {}
+        for share in gather_object([validation.measure(self.exported, self.held_out, self.lpips)]):
+            for name, of_share in share.items():
+                values.setdefault(name, []).extend(of_share)
+        return {name: math.fsum(of_all) / len(of_all) for name, of_all in values.items()}
+
+    def save_pictures(self, path: Path) -> bool:
+        """Write originals, reconstructions and differences of the first held-out images."""
+        if len(self.held_out):
+            shown = self.held_out.first(self.config.validation.pictures)
+            validation.save_pictures(path, self.exported, shown)
+        return len(self.held_out) > 0
+
+    def measure(self, grouped: Grouped) -> dict[str, Any]:
+        """Statistics of the latents; sets the model's scaling_factor by them unless its encoder was pretrained."""
+        statistics = self.measure_latents(grouped)
+        if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
+            self.exported.register_to_config(scaling_factor=statistics.scaling_factor)
+        return {"held_out": self.held_out_images, "statistics": statistics}
+
+    @torch.no_grad()
+    def measure_latents(self, grouped: Grouped) -> LatentStatistics:
+        """Of the first samples of the training data, over all ranks."""
+        statistics = LatentStatistics(self.exported.config.latent_channels)
+        groups = -(-self.statistics_samples // (self.config.data.batch_size * self.run.ranks))
+        loader = self.data.loader(0, self.run.rank, self.run.ranks, self.run.device)
+        for [batch] in grouped(loader, groups, 1):
+            statistics.update(self.latents(batch["images"], batch["sample"]))
+        return statistics.reduced(lambda total: self.run.accelerator.reduce(total.to(self.run.device), "sum"))
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, samples: Tensor) -> Tensor:
+        """Images (B, 3, H, W) and their samples' numbers -> latents (B, C, h, w) of the model that is exported."""
+        vae = self.exported
+        moments = vae.encode(images.to(self.run.device, vae.dtype)).latent_dist.parameters
+        return self.model.bottleneck(moments, self.noise(samples), images[0].numel()).z
+
+    def export(self, folder: Path, facts: dict[str, Any]) -> None:
+        kept = self.adversary.tensors() if self.config.export.training_state else None
+        export(folder, self.exported, self.config, facts, kept)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def tensors(self) -> Tensors:
+        """Everything that the next step depends on."""
+        tensors = self.autoencoder.tensors()
+        if self.ema is not None:
+            tensors["ema"] = self.ema.network.state_dict()
+        return tensors | (self.adversary.tensors() if self.adversary else {})
+
+    def load(self, tensors: Tensors) -> None:
+        """The inverse of `tensors`. A moving average that is not among them starts from the weights."""
+        self.autoencoder.load(tensors)
+        if self.ema is not None:
+            self.ema.network.load_state_dict(tensors["ema"] if "ema" in tensors else self.vae.state_dict())
+        if self.adversary is not None and "discriminator" in tensors:
+            self.adversary.load(tensors)
+        if self.ema is not None and "ema" not in tensors:
+            self.run.say(
+                "ema.enabled: the run had no moving average so far; it starts from the weights of this step"
+            )
+        if self.ema is None and "ema" in tensors:
+            self.run.say(
+                "ema.enabled: false; the moving average so far ends here, the weights themselves are exported"
+            )
+
+    def counted_in_steps(self) -> dict[str, int]:
+        if self.adversary is None:
+            return {}
+        return {"loss.adversarial.disc_start": self.config.loss.adversarial.disc_start}
+
+    # ---------------------------------------------------------------- setting up
+
+    def _build_model(self, perceptual: LPIPS | None) -> TrainedModel:
+        """The autoencoder with its bottleneck and view, on the device; compiled, with LPIPS, where asked."""
+        config = self.config
+        self.vae = build_autoencoder(config.model).to(memory_format=torch.channels_last)
+        learn_scale = config.loss.reconstruction in LEARNED_SCALE
+        bottleneck = BOTTLENECKS.build(config.model.bottleneck, config)
+        view = VIEWS.build(config.loss.view, config)
+        model = TrainedModel(self.vae, bottleneck, view, learn_scale, config.train.decoder_only)
+        self.model = model.to(self.run.device)
+        self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
+        choose_backward(self.vae, config.train.gradient_checkpointing)
+        if config.train.compile:
+            model.compile_networks()
+            if perceptual is not None:
+                perceptual.lpips.net.compile()
+        return model
+
+    def _load_perceptual(self) -> tuple[LPIPS | None, LPIPS | None]:
+        """The perceptual term, and LPIPS for validation if its weights are to be had."""
+        config, perceptual, lpips = self.config.loss.perceptual, None, None
+        with self.run.accelerator.main_process_first():  # one download, not one a rank
+            try:
+                if config.weight:
+                    perceptual = LPIPS(config.net, config.bf16).to(
+                        self.run.device, memory_format=torch.channels_last
+                    )
+            except FileNotFoundError as error:
+                if config.required:
+                    hint = "or train without the term: loss.perceptual.weight=0"
+                    raise FileNotFoundError(f"{error}; {hint}") from None
+                self.run.say(
+                    f"WARNING: training WITHOUT the perceptual term, results will be blurred. {error}"
+                )
+            try:
+                lpips = LPIPS(self.config.validation.lpips_net).to(self.run.device)
+            except FileNotFoundError as error:
+                self.run.say(f"validation reports no LPIPS. {error}")
+        return perceptual, lpips
+
+    def _check_resolutions(self) -> None:
+        for key in ("resolution", "validation_resolution"):
+            side, f = getattr(self.config.data, key), self.vae.downsampling
+            if side and (side % f or side < 16):  # SSIM's window has 11 pixels
+                raise ValueError(
+                    f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}, from 16 on"
+                )
+
+    def _read_held_out(self) -> tuple[validation.HeldOut, int]:
+        """This rank's share of the held-out images, and the number of them over all ranks."""
+        rank, ranks, say = self.run.rank, self.run.ranks, self.run.say
+        photographs = self.data.held_out()
+        size.check_held_out(-(-photographs.count // ranks), photographs.size, self.memory)
+        held_out = validation.HeldOut(photographs, self.config.validation.batch_size, rank, ranks)
+        shares = gather_object([(len(held_out), photographs.skipped)])
+        skipped = sorted(pair for _, share in shares for pair in share.items())
+        for number, why in skipped[:SKIPPED_SHOWN]:
+            say(f"skipped held-out image {number}: {why}")
+        if len(skipped) > SKIPPED_SHOWN:
+            say(f"skipped {len(skipped)} held-out images in all")
+        total = sum(count for count, _ in shares)
+        if not total:
+            raise ValueError(f"data.validation: no readable images in {photographs.source}")
+        return held_out, total

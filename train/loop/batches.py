@@ -1,0 +1,49 @@
+"""Batches that all ranks have, or none: a rank that cannot read on ends the others too."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from accelerate.utils import gather_object
+from torch.profiler import record_function
+
+from ..data.loader import LoaderFailed, TrainLoader
+from .launch import Agreement
+
+
+class AgreedBatches:
+    """Reads groups of batches one group ahead, so that the ranks agree on it while a step is computed.
+
+    on_failure: called on all ranks where one of them cannot read on; it returns what the message is to end with.
+    """
+
+    def __init__(self, agreement: Agreement, on_failure: Callable[[], str]):
+        self.agreement, self.on_failure = agreement, on_failure
+
+    def grouped(self, loader: TrainLoader, groups: int, size: int) -> Iterator[list[dict]]:
+        """`groups` times `size` batches, each group once all ranks have theirs.
+
+        Raises LoaderFailed on all ranks, after the last whole group, where one of them has none.
+        """
+        batches = iter(loader)
+        ready, failure = _read(batches, size * bool(groups))
+        self._end_if_any(failure, self.agreement.start(failure is not None))
+        for remaining in reversed(range(groups)):
+            ahead, failure = _read(batches, size * bool(remaining))
+            failed = self.agreement.start(failure is not None)
+            yield ready
+            self._end_if_any(failure, failed)
+            ready = ahead
+
+    def _end_if_any(self, failure: str | None, failed: Callable[[], bool]) -> None:
+        if failed():
+            reasons = [reason for reason in gather_object([failure]) if reason]
+            raise LoaderFailed(reasons[0] + self.on_failure())
+
+
+def _read(batches: Iterator[dict], count: int) -> tuple[list[dict], str | None]:
+    """The next batches, and why there are none if there are none."""
+    with record_function("data"):
+        try:
+            return list(islice(batches, count)), None
+        except LoaderFailed as error:
+            return [], str(error)

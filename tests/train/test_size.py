@@ -1,12 +1,16 @@
 """What a configuration would need is known, and refused where there is not so much, before it is made."""
 
+import math
+
+import psutil
 import pytest
 import torch
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.inference import memory
 from tests.conftest import ROOT
 from train.__main__ import main
-from train.autoencoder.size import check_held_out, check_step, check_weights, readable
+from train.autoencoder.size import check_held_out, check_step, check_weights, device_memory, readable
 from train.config import Config, build
 
 GB = 10**9
@@ -54,6 +58,17 @@ def test_held_out_images_are_counted():
     check_held_out(10, 100, 10 * 3 * 100**2)
     with pytest.raises(ValueError, match="data.validation_images: 11 of 100x100 would need 330 kB a rank"):
         check_held_out(11, 100, 10 * 3 * 100**2)
+
+
+def test_a_rank_has_its_share_of_what_the_container_may_use(monkeypatch):
+    total = psutil.virtual_memory().total
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(memory, "limit_of_control_group", lambda: math.inf)
+    assert device_memory(torch.device("cpu")) == total
+    monkeypatch.setattr(memory, "limit_of_control_group", lambda: 900_000)
+    assert device_memory(torch.device("cpu")) == 900_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert device_memory(torch.device("cpu")) == 300_000
 
 
 @pytest.mark.parametrize("override, message", [

@@ -73,6 +73,7 @@ def test_a_rank_has_its_share_of_what_the_container_may_use(monkeypatch):
 
 @pytest.mark.parametrize("override, message", [
     ("model.block_out_channels=[16, 8192, 64, 96]", "would need 72.8 GB to train; allowed: at most"),
+    ("model.block_out_channels=[16, 65536, 64, 96]", "(16, 65536, 64, 96), 1: 2.3e+11 parameters; allowed: up to"),
     ("model.latent_channels=9223372036854775807", "9223372036854775807; allowed: at least 1 and at"),
     ("model.layers_per_block=4611686018427387904", "and at most 32"),
     ("data.validation_resolution=65536", "65536; allowed: at least 1 and at most 8,192"),

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch.utils.checkpoint import checkpoint
 

@@ -10,11 +10,14 @@ if TYPE_CHECKING:  # what type checkers and editors see of them
     from .data.image_io import image_size, load_image, save_image
     from .latents.latent_dataset import LatentDataset, SameShape
     from .models.autoencoder_kl import KLAutoencoder
+    from .models.optimize import optimize, restore
     from .networks.distributions import DiagonalGaussian
 
 _HOME = {
     "KLAutoencoder": "models.autoencoder_kl",
     "DiagonalGaussian": "networks.distributions",
+    "optimize": "models.optimize",
+    "restore": "models.optimize",
     "load_image": "data.image_io",
     "save_image": "data.image_io",
     "image_size": "data.image_io",

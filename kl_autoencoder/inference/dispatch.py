@@ -9,10 +9,19 @@ from torch.autograd import forward_ad
 
 from ..networks import convolutional as net
 from ..networks.recomputed import recomputed_for_gradients
-from .executor import Executor, in_order
+from .executor import Executor
 from .layers import out_channels
 from .memory import available_host_memory
-from .module_kinds import has_global_hooks, is_adapter, is_local, is_plain, modules_of, offloading_hook
+from .module_kinds import (
+    has_global_hooks,
+    in_order,
+    is_adapter,
+    is_local,
+    is_plain,
+    kind,
+    modules_of,
+    offloading_hook,
+)
 from .workers import Workers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,6 +60,11 @@ def infer(
                 f"{type(network).__name__}: not tiled, memory grows as without: {cause}", stacklevel=2
             )
         return network(x)
+    return infer_exactly(network, x, least, offload)
+
+
+def infer_exactly(network: nn.Module, x: Tensor, least: bool, offload: bool) -> Tensor:
+    """`infer` where nothing needs the network whole."""
     try:
         if not least and is_faster_whole(network, x):
             return network(x)
@@ -178,11 +192,11 @@ def largest_activation(network: nn.Module, x: Tensor) -> int:
     channels = out_channels(network.conv_in)
     sizes = [b * channels * height * width]
     for block in in_order(network):
-        if isinstance(block, net.Upsample):
+        if kind(block) is net.Upsample:
             height, width = 2 * height, 2 * width
-        elif isinstance(block, net.Downsample):
+        elif kind(block) is net.Downsample:
             height, width = height // 2, width // 2
-        elif isinstance(block, net.ResnetBlock):
+        elif kind(block) is net.ResnetBlock:
             channels = out_channels(block.conv1)
         sizes.append(b * channels * height * width)
     return max(sizes)

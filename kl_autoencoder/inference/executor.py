@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..networks.convolutional import AttentionBlock, Decoder, Downsample, Encoder, ResnetBlock, Upsample
 from .group_norm import Normalization, Statistics, copy
-from .layers import Layers, out_channels
+from .layers import Layers, out_channels, projections
 from .memory import Arena, DeviceMemory, Workspace
-from .module_kinds import weights_on_device
+from .module_kinds import in_order, kind, weights_on_device
 from .strips import Block, HostStrips, Strips
 from .workers import Workers
 
@@ -80,7 +80,7 @@ class Executor:
             h = self.first(network.conv_in, x)
         for block in in_order(network):
             with weights_on_device(block):
-                h = steps[type(block)](block, h)
+                h = steps[kind(block)](block, h)
         with weights_on_device(network.conv_norm_out), weights_on_device(network.conv_out):
             return self.last(network.conv_norm_out, network.conv_out, h)
 
@@ -104,7 +104,7 @@ class Executor:
 
     def resnet(self, block: ResnetBlock, x: Strips) -> Strips:
         shape = (*x.shape[:3], out_channels(block.conv1))
-        same = isinstance(block.conv_shortcut, nn.Identity)
+        same = block.conv_shortcut is None or isinstance(block.conv_shortcut, nn.Identity)
         out = x if same else self.strips(shape, x.rows)
         h = self.strips(shape, x.rows)
         kernel, fill = self.layers.conv(block.conv1, self.work), Normalization(block.norm1, x.statistics)
@@ -138,13 +138,14 @@ class Executor:
         norm = Normalization(block.group_norm, x.statistics, silu=False)
         key, value = torch.empty((2, b, 1, height * width, channels), device=self.device, dtype=self.dtype)
         parts = pieces(x)
+        to_q, to_k, to_v = projections(block)
         for part in parts:
             tokens, positions = self.tokens(norm, x, part), slice(part.top * width, part.bottom * width)
-            key[:, :, positions] = self.layers.linear(block.to_k, tokens)
-            value[:, :, positions] = self.layers.linear(block.to_v, tokens)
+            key[:, :, positions] = self.layers.linear(to_k, tokens)
+            value[:, :, positions] = self.layers.linear(to_v, tokens)
         x.statistics = Statistics()
         for part in parts:
-            query = self.layers.linear(block.to_q, self.tokens(norm, x, part))
+            query = self.layers.linear(to_q, self.tokens(norm, x, part))
             mixed = F.scaled_dot_product_attention(query, key, value)
             y = self.layers.linear(block.to_out[0], mixed).view(b, -1, width, channels)
             x.put(part, y, self.work, add=True)
@@ -232,12 +233,3 @@ def pieces(x: Strips) -> list[Block]:
     height = x.shape[1]
     tops = range(0, height, x.rows)
     return [Block(number, top, min(top + x.rows, height)) for number, top in enumerate(tops)]
-
-
-def in_order(network: Encoder | Decoder) -> list[nn.Module]:
-    """The blocks between conv_in and conv_norm_out."""
-    if isinstance(network, Encoder):
-        stages = [*network.down_blocks, network.mid_block]
-    else:
-        stages = [network.mid_block, *network.up_blocks]
-    return [block for stage in stages for block in stage.blocks()]

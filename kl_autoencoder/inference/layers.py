@@ -1,7 +1,10 @@
 """How each layer of a network is computed on pieces: by the fastest kernel for its weights, or by calling it."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import Tensor, nn
 
 from . import winograd
@@ -15,6 +18,13 @@ from .conv import (
 )
 from .memory import Workspace
 from .module_kinds import is_plain
+
+
+class Projection(NamedTuple):
+    """A third of a fused projection."""
+
+    weight: Tensor
+    bias: Tensor
 
 
 class Layers:
@@ -59,8 +69,16 @@ class Layers:
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x).to(self.dtype) if self.is_called(layer) else F.linear(x, layer.weight, layer.bias)
 
-    def is_called(self, layer: nn.Module) -> bool:
-        return self.call_all or not is_plain(layer)
+    def is_called(self, layer: nn.Module | Projection) -> bool:
+        return isinstance(layer, nn.Module) and (self.call_all or not is_plain(layer))
+
+
+def projections(block: nn.Module) -> list[nn.Module | Projection]:
+    """What makes query, key and value of an attention block: its layers, or the fused one that stands for them."""
+    if not isinstance(block.processor, FusedAttnProcessor2_0):
+        return [block.to_q, block.to_k, block.to_v]
+    parts = zip(block.to_qkv.weight.chunk(3), block.to_qkv.bias.chunk(3), strict=True)
+    return [Projection(weight, bias) for weight, bias in parts]
 
 
 def out_channels(conv: nn.Module) -> int:

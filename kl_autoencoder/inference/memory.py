@@ -5,6 +5,7 @@ activations go back to the system between layers; only what a smaller level will
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 
@@ -111,47 +112,76 @@ class Arena:
         return self._take(size)
 
 
+GROUPS, MEMBERSHIPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# of a group: its limit, what it uses, and the line of memory.stat that says what of this can be taken back
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def total_host_memory() -> int:
+    """Bytes that the machine has, and the container or job (its control group) that this process is in may use."""
+    return min(psutil.virtual_memory().total, limit_of_control_group())
+
+
 def available_host_memory() -> int:
     """Bytes that the machine has left, and the container or job (its control group) that this process is in."""
     return min(psutil.virtual_memory().available, available_in_control_group())
 
 
-def available_in_control_group(
-    groups: Path = Path("/sys/fs/cgroup"), memberships: Path = Path("/proc/self/cgroup")
-) -> float:
-    """Bytes that this process's control group and those around it have left; infinite where nothing limits them.
-
-    Version 2 has the limit in memory.max, version 1 in memory.limit_in_bytes. What a group uses includes cached
-    files, whose inactive part the system takes back before anything runs out. Inside a container the group's path
-    is often that of the host, while the mounted folder begins at the group itself: what is not there is skipped.
+def limit_of_control_group(groups: Path = GROUPS, memberships: Path = MEMBERSHIPS) -> float:
+    """The most bytes that this process's control group and those around it may use; infinite where nothing limits.
 
     Args:
         groups: where the control groups are mounted.
         memberships: the lines "number:controllers:path" of this process.
     """
-    left = [math.inf]
+    return min(
+        [_limit(folder / most) for folder, (most, *_) in _control_groups(groups, memberships)] or [math.inf]
+    )
+
+
+def available_in_control_group(groups: Path = GROUPS, memberships: Path = MEMBERSHIPS) -> float:
+    """Bytes that this process's control group and those around it have left; infinite where nothing limits them.
+
+    What a group uses includes cached files, whose inactive part the system takes back before anything runs out.
+    """
+    left = [_left_in(folder, *names) for folder, names in _control_groups(groups, memberships)]
+    return max(0, min(left or [math.inf]))
+
+
+def _control_groups(groups: Path, memberships: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The folders of this process's group and of those around it, with the names that their version has.
+
+    Inside a container the group's path is often that of the host, while the mounted folder begins at the group
+    itself: what is not there is skipped by whoever reads it.
+    """
     for line in memberships.read_text().splitlines() if memberships.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names = groups, ("memory.max", "memory.current", "inactive_file")
+            root, names = groups, VERSION_2
         elif "memory" in controllers.split(","):
-            root = groups / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root, names = groups / "memory", VERSION_1
         else:
             continue
         folder = root / path.strip("/")
-        left += [_left_in(f, *names) for f in (folder, *folder.parents) if f == root or root in f.parents]
-    return max(0, min(left))
+        yield from ((f, names) for f in (folder, *folder.parents) if f == root or root in f.parents)
+
+
+def _limit(file: Path) -> float:
+    try:
+        most = file.read_text().strip()
+        return math.inf if most == "max" else int(most)
+    except (OSError, ValueError):  # the root has no limit; nor has what cannot be read
+        return math.inf
 
 
 def _left_in(folder: Path, limit: str, used: str, inactive: str) -> float:
+    most = _limit(folder / limit)
+    if most == math.inf:
+        return most
     try:
-        most = (folder / limit).read_text().strip()
-        if most == "max":
-            return math.inf
-        cached = [
-            s.split()[1] for s in (folder / "memory.stat").read_text().splitlines() if inactive in s.split()
-        ]
-        return int(most) - int((folder / used).read_text()) + int((cached or ["0"])[0])
-    except (OSError, ValueError):  # the root has no limit; nor has what cannot be read
+        statistics = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+        cached = [int(line[1]) for line in statistics if line[0] == inactive]
+        return most - int((folder / used).read_text()) + (cached or [0])[0]
+    except (OSError, ValueError, IndexError):
         return math.inf

@@ -8,17 +8,39 @@ hook or replacement nobody knows what it needs to see: such a network is execute
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, zip_longest
+from types import MethodType
 
+from diffusers.models import attention_processor as processors
+from diffusers.models.autoencoders import vae
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..networks import convolutional as net
 
+# diffusers' blocks, which have the same parts by the same names (if `_is_as_ours`) -> ours
+KINDS: dict[type, type] = {
+    ResnetBlock2D: net.ResnetBlock,
+    processors.Attention: net.AttentionBlock,
+    Downsample2D: net.Downsample,
+    Upsample2D: net.Upsample,
+}
 PLAIN = {
+    *(vae.Encoder, vae.Decoder, vae.MaskConditionDecoder),
+    *(DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D, *KINDS),
     *(net.Encoder, net.Decoder, net.DownBlock, net.MidBlock, net.UpBlock),
     *(net.ResnetBlock, net.AttentionBlock, net.Downsample, net.Upsample),
-    *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Identity, nn.ModuleList),
+    *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Identity, nn.ModuleList, nn.SiLU, nn.Dropout),
 }
+# diffusers' processors that compute an attention block's usual function
+SAME_ATTENTION = (
+    *(processors.AttnProcessor, processors.AttnProcessor2_0, processors.FusedAttnProcessor2_0),
+    processors.XFormersAttnProcessor,
+)
 LAYERS = (nn.Conv2d, nn.Linear)
 ADAPTERS = "peft.tuners.lora."  # the package whose layers wrap one of LAYERS, `base_layer`
 # diffusers' names of hooks that change types only
@@ -27,7 +49,8 @@ CASTING_HOOKS = {"layerwise_casting", "peft_autocast_disable"}
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the module does what its class says."""
-    return type(module) in PLAIN and not _is_hooked(module) and not _is_replaced(module)
+    known = type(module) in PLAIN and _is_as_ours(module)
+    return known and not _is_hooked(module) and not _is_replaced(module)
 
 
 def is_local(module: nn.Module) -> bool:
@@ -53,6 +76,25 @@ def modules_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             yield from modules_of(child, f"{name}.{child_name}")
 
 
+def kind(block: nn.Module) -> type:
+    """The class of ours that computes what a plain block computes."""
+    return KINDS.get(type(block), type(block))
+
+
+def in_order(network: nn.Module) -> list[nn.Module]:
+    """The blocks between conv_in and conv_norm_out of an encoder or a decoder, ours or diffusers'."""
+    encodes = hasattr(network, "down_blocks")
+    stages = [*network.down_blocks, network.mid_block] if encodes else [network.mid_block, *network.up_blocks]
+    return [block for stage in stages for block in _blocks_of(stage) if block is not None]
+
+
+def _blocks_of(stage: nn.Module) -> list[nn.Module | None]:
+    if hasattr(stage, "attentions"):
+        return [stage.resnets[0], *chain(*zip_longest(stage.attentions, stage.resnets[1:]))]
+    resizing = stage.downsamplers if hasattr(stage, "downsamplers") else stage.upsamplers
+    return [*stage.resnets, *(resizing or ())]
+
+
 def has_global_hooks() -> bool:
     """Whether somebody watches the forward calls of all modules there are."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
@@ -64,8 +106,36 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    replaced = bool({"forward", "_conv_forward"} & module.__dict__.keys()) and not offloading_hook(module)
-    return replaced or not getattr(module, "is_own", True)  # an attention with another processor
+    forward = module.__dict__.get("forward")
+    # which hooks leave behind when they are removed
+    own = isinstance(forward, MethodType) and (forward.__func__, forward.__self__) == (
+        type(module).forward,
+        module,
+    )
+    replaced = (forward is not None and not own) or "_conv_forward" in module.__dict__
+    return (replaced and not offloading_hook(module)) or not getattr(module, "is_own", True)
+
+
+def _is_as_ours(module: nn.Module) -> bool:
+    """Whether a module of diffusers is made as its autoencoders make it; other settings compute something else."""
+    if isinstance(module, nn.Dropout):
+        return module.p == 0 or not module.training
+    if isinstance(module, ResnetBlock2D):
+        unused = (module.time_emb_proj, module.upsample, module.downsample)
+        return unused == (None, None, None) and module.output_scale_factor == 1 and _is_silu(module)
+    if isinstance(module, processors.Attention):
+        unused = (module.spatial_norm, module.norm_q, module.norm_k)
+        usual = module.heads == module.residual_connection == module.rescale_output_factor == 1
+        known = module.group_norm is not None and type(module.processor) in SAME_ATTENTION
+        return unused == (None, None, None) and usual and known
+    if isinstance(module, (Upsample2D, Downsample2D)):
+        usual = module.use_conv and module.norm is None and module.conv.kernel_size == (3, 3)
+        return usual and (module.padding == 0 if isinstance(module, Downsample2D) else module.interpolate)
+    return True
+
+
+def _is_silu(block: ResnetBlock2D) -> bool:
+    return isinstance(block.nonlinearity, nn.SiLU)
 
 
 def _is_cast(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ load without any conversion. Architecture: Rombach et al. 2022 (latent diffusion
 in Ho et al. 2020. Every tensor is (B, C, H, W), in whatever memory format and floating type it arrives.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -87,22 +88,35 @@ class Upsample(nn.Module):
         return self.upsample_conv(self.conv, x)
 
 
-class Stage(nn.Module):
-    """A run of blocks; with gradient checkpointing each block's inside is recomputed in the backward pass.
+class Checkpointing(nn.Module):
+    """A module that may recompute the inside of each block in the backward pass instead of keeping it.
 
-    `gradient_checkpointing` and `_gradient_checkpointing_func` are set by diffusers'
-    `enable_gradient_checkpointing`.
+    diffusers' `enable_gradient_checkpointing` sets the two attributes of every module that has the first.
     """
 
     gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable
+
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        """block(x), recomputed in the backward pass if so set."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, x)
+        return block(x)
+
+
+def call_block(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+class Stage(nn.Module):
+    """A run of blocks, each called by `call(block, x)`."""
 
     def blocks(self) -> list[nn.Module]:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+    def forward(self, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = call_block) -> Tensor:
         for block in self.blocks():
-            x = self._gradient_checkpointing_func(block, x) if checkpointing else block(x)
+            x = call(block, x)
         return x
 
 
@@ -135,7 +149,7 @@ class UpBlock(Stage):
         return [*self.resnets, *self.upsamplers]
 
 
-class MidBlock(Stage):
+class MidBlock(Stage, Checkpointing):
     """ResNet block, attention (optional), ResNet block, at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int, attention: bool):
@@ -146,8 +160,15 @@ class MidBlock(Stage):
     def blocks(self):
         return [self.resnets[0], *self.attentions, self.resnets[1]]
 
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it has the setting itself
+        return super().forward(x, self.call)
 
-class Encoder(nn.Module):
+
+# Programs, and diffusers' own tests, find the modules that checkpoint by the names of diffusers' classes.
+MidBlock.__name__ = "UNetMidBlock2D"
+
+
+class Encoder(Checkpointing):
     """Images (B, in_channels, H, W) -> moments (B, 2*latent_channels, H/f, W/f), f = 2 ** (levels - 1)."""
 
     def __init__(
@@ -174,12 +195,12 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
+            x = block(x, self.call)
         x = self.mid_block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class Decoder(nn.Module):
+class Decoder(Checkpointing):
     """Latents (B, latent_channels, h, w) -> images (B, out_channels, f*h, f*w), f = 2 ** (levels - 1)."""
 
     def __init__(
@@ -213,5 +234,5 @@ class Decoder(nn.Module):
         dtype = self.up_blocks[0].resnets[0].norm1.weight.dtype
         x = x if self.conv_in.weight.dtype == dtype else x.to(dtype)
         for block in self.up_blocks:
-            x = block(x)
+            x = block(x, self.call)
         return F.silu(self.conv_norm_out(x))

@@ -88,6 +88,14 @@ def test_gradient_checkpointing_through_the_diffusers_switch():
         torch.testing.assert_close(parameter.grad, plain[name], rtol=0, atol=0)
 
 
+def test_the_modules_that_checkpoint_are_named_as_diffusers_are():
+    checkpointing = [
+        [(name, type(m).__name__) for name, m in vae.named_modules() if hasattr(m, "gradient_checkpointing")]
+        for vae in pair()
+    ]
+    assert checkpointing[0] == checkpointing[1]
+
+
 # ------------------------------------------------------------------ files
 
 

@@ -191,19 +191,20 @@ def test_device_maps_keep_blocks_whole():
 # ------------------------------------------------------------------ the rest
 
 
-def test_tiled_calls_of_two_threads_leave_the_model_as_it_was():
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_tiled_calls_of_two_threads_leave_the_model_as_it_was(direction):
     vae, _ = pair()
-    z = torch.randn(1, 4, 2, 2)
+    x, network = (images(), vae.encoder) if direction == "encode" else (torch.randn(1, 4, 2, 2), vae.decoder)
     started, going = threading.Event(), threading.Event()
 
     def slow(module, arguments):
         started.set()
         going.wait(20)
 
-    handle = vae.decoder.register_forward_pre_hook(slow)
+    handle = network.register_forward_pre_hook(slow)
     seen = []
     with torch.no_grad(), pytest.warns(UserWarning, match="not tiled"):
-        first = threading.Thread(target=lambda: vae.tiled_decode(z))
+        first = threading.Thread(target=lambda: getattr(vae, f"tiled_{direction}")(x))
         first.start()
         assert started.wait(20)
         seen.append(vae.use_tiling)

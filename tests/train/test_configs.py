@@ -48,3 +48,11 @@ def test_every_recipe_ends_and_continues_with_its_own_switches(path, tmp_path):
         assert all(torch.equal(ours[key], whole[key]) for key in ours), file
     kept = (tmp_path / "whole" / "export" / "training_state").is_dir()
     assert kept == recipe.export.training_state
+
+
+def test_kl_f8_512_goes_on_with_the_discriminator_that_kl_f8_keeps():
+    first, then = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("kl_f8", "kl_f8_512"))
+    before, after = first.loss.adversarial, then.loss.adversarial
+    assert first.export.training_state and then.model.pretrained == f"{first.output_dir}/export"
+    assert after.pretrained and after.weight == before.weight and after.disc_start == 0
+    assert (after.channels, after.layers) == (before.channels, before.layers)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from kl_autoencoder.data.crops import Crop, TooSmall, read_square
-from kl_autoencoder.data.image_io import load_image
+from kl_autoencoder.data.image_io import image_to_tensor, load_image
 from kl_autoencoder.data.locating import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
 from train.autoencoder.validation import HeldOut
 from train.config import Config, build
@@ -320,6 +320,33 @@ def test_images_that_are_too_small_are_skipped_and_counted_or_enlarged(tmp_path,
     assert skipped.summary().startswith("4 images were skipped (4 too small, 0 unreadable):")
     seen = take(config(folder, too_small="enlarge"), 8)
     assert sorted(which(torch.stack(list(seen.values())))) == list(range(8))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_hand_over_bytes_and_the_trainer_gets_their_exact_values(tmp_path, workers):
+    """As float32 a batch of four times the size went from process to process."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    picture = Image.fromarray(np.stack([levels, levels.T, 255 - levels], -1))
+    data = config(folder_of(tmp_path / "p", [(0, picture)]), resolution=16, num_workers=workers,
+                  horizontal_flip=False)  # fmt: skip
+    loader, handed_over = train_loader(data, seed=0), []
+    floats = loader._floats
+    loader._floats = lambda images: handed_over.append(images) or floats(images)
+    assert next(iter(loader))["images"].equal(torch.stack([image_to_tensor(picture)] * 2))
+    assert handed_over[0].dtype == torch.uint8 and handed_over[0].nbytes == 2 * 3 * 16 * 16
+
+
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    """For the images, the held-out ones and the fingerprint together: millions of files take minutes."""
+    folder = folder_of(tmp_path / "p", ((i, flat(i)) for i in range(20)))
+    (folder / "below").mkdir()
+    flat(20).save(folder / "below" / "020.png")
+    listed, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda top, **more: listed.append(str(top)) or walk(top, **more))
+    data = TrainingData(config(folder, validation=None), seed=0)
+    assert data.held_out().count == 2 and data.fingerprint()["images"] == 21
+    next(iter(data.loader()))
+    assert listed == [str(folder)]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 12, 97])

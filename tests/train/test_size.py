@@ -1,12 +1,16 @@
 """What a configuration would need is known, and refused where there is not so much, before it is made."""
 
+import math
+
+import psutil
 import pytest
 import torch
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.inference import memory
 from tests.conftest import ROOT
 from train.__main__ import main
-from train.autoencoder.size import check_held_out, check_step, check_weights, readable
+from train.autoencoder.size import check_held_out, check_step, check_weights, device_memory, readable
 from train.config import Config, build
 
 GB = 10**9
@@ -56,8 +60,20 @@ def test_held_out_images_are_counted():
         check_held_out(11, 100, 10 * 3 * 100**2)
 
 
+def test_a_rank_has_its_share_of_what_the_container_may_use(monkeypatch):
+    total = psutil.virtual_memory().total
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(memory, "limit_of_control_group", lambda: math.inf)
+    assert device_memory(torch.device("cpu")) == total
+    monkeypatch.setattr(memory, "limit_of_control_group", lambda: 900_000)
+    assert device_memory(torch.device("cpu")) == 900_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert device_memory(torch.device("cpu")) == 300_000
+
+
 @pytest.mark.parametrize("override, message", [
     ("model.block_out_channels=[16, 8192, 64, 96]", "would need 72.8 GB to train; allowed: at most"),
+    ("model.block_out_channels=[16, 65536, 64, 96]", "(16, 65536, 64, 96), 1: 2.3e+11 parameters; allowed: up to"),
     ("model.latent_channels=9223372036854775807", "9223372036854775807; allowed: at least 1 and at"),
     ("model.layers_per_block=4611686018427387904", "and at most 32"),
     ("data.validation_resolution=65536", "65536; allowed: at least 1 and at most 8,192"),

@@ -12,7 +12,7 @@ from skimage import data
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.data.image_dataset import Photographs
-from kl_autoencoder.data.image_io import image_to_tensor
+from kl_autoencoder.data.image_io import image_grid, image_to_tensor
 from kl_autoencoder.evaluation.metrics import LPIPS, PSNR_OF_EQUALS, from_8_bits, similarity, to_8_bits
 from tests.processes import finish, start_ranks
 from tests.train.test_restart import command, train
@@ -56,6 +56,21 @@ def test_eight_bits_are_kept_exactly(folder):
     expected = [image_to_tensor(Image.open(path)) for path in sorted(folder.iterdir())]
     assert torch.cat(list(held_out.batches())).equal(torch.stack(expected))
     assert held_out.first(5).equal(torch.stack(expected[:5]))
+
+
+def test_pictures_state_the_factor_by_which_the_difference_is_multiplied(tmp_path):
+    class TenLevelsTooBright(Identity):
+        def forward(self, images):
+            return type("Output", (), {"sample": images + 10 / 127.5})
+
+    images = from_8_bits(torch.full((2, 3, 48, 96), 100, dtype=torch.uint8))
+    validation.save_pictures(tmp_path / "step.png", TenLevelsTooBright(), images)
+    picture = np.asarray(Image.open(tmp_path / "step.png"))
+    heading = picture.shape[0] - 2 * 48 - 4
+    columns = [picture[heading : heading + 48, 100 * i : 100 * i + 96] for i in range(3)]
+    assert [set(column.flat) for column in columns] == [{100}, {110}, {4 * 10}]
+    labelled = np.asarray(image_grid([images] * 3, ["original", "reconstruction", "difference x4"]))
+    assert heading > 10 and np.array_equal(picture[:heading], labelled[:heading])
 
 
 def test_training_and_evaluate_give_the_same_numbers(folder, tmp_path):

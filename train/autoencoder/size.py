@@ -2,10 +2,10 @@
 
 import os
 
-import psutil
 import torch
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.inference.memory import total_host_memory
 
 from ..config import Config
 from .discriminator import PatchDiscriminator
@@ -58,10 +58,10 @@ def check_step(config: Config, network, memory: int) -> None:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that one rank can hope for: those of its GPU, or its share of the machine's."""
+    """Bytes that one rank can hope for: those of its GPU, or its share of the machine's or container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(total_host_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_held_out(images: int, side: int, memory: int) -> None:

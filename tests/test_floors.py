@@ -13,13 +13,14 @@ import pytest
 from tests.conftest import ROOT
 
 # A room (a folder, or a module of the ground floor) -> the rooms of its package that it may import.
-GROUND = {"files", "extras", "progress", "distributed"}
+GROUND = {"files", "extras", "progress", "console", "distributed"}
 ROOMS = {
     "kl_autoencoder": {
         "files": set(),
         "extras": set(),
         "progress": {"distributed"},
         "distributed": set(),
+        "console": {"files", "progress"},
         "networks": set(),
         "data": {"files", "extras"},
         "inference": {"networks"},

@@ -43,6 +43,7 @@ ROOMS = {
 }
 PACKAGES = list(ROOMS)
 MOST_MODULES = 12  # in a folder
+MOST_LINES = 60  # of a function
 
 
 @cache
@@ -108,6 +109,18 @@ def test_a_folder_has_few_modules_and_a_page(package):
     for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
         held = [path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
         assert len(held) <= MOST_MODULES, f"{folder.relative_to(ROOT)}: {len(held)} modules"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_function_is_read_on_one_screen(package):
+    long = {
+        f"{name}.{node.name}": lines
+        for name, module in modules(package).items()
+        for node in ast.walk(module)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (lines := node.end_lineno - node.lineno + 1) > MOST_LINES
+    }
+    assert not long
 
 
 def test_the_library_never_imports_the_training_program_or_the_tests():

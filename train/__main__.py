@@ -1,10 +1,16 @@
 """python -m train CONFIG.yaml [key=value ...]: parse, build, fit. `kl-autoencoder train` is the same."""
 
+import os
 import sys
 
 from kl_autoencoder.cli.parser import Parser
 from kl_autoencoder.console import quiet_without_a_reader
-from kl_autoencoder.distributed import end_with_the_launcher, share_the_cores, start_all_cpu_processes
+from kl_autoencoder.distributed import (
+    end_with_the_launcher,
+    rank_of,
+    share_the_cores,
+    start_all_cpu_processes,
+)
 from kl_autoencoder.extras import MissingExtra, require
 from kl_autoencoder.files import one_line
 
@@ -69,11 +75,13 @@ def smoke(config) -> int:
     """Run a recipe's phases at a fraction of its sizes, in a folder that is removed again."""
     from .smoke import STATISTICS_SAMPLES, replaced, smoke_run
 
+    is_main = rank_of(os.environ)[0] == 0
     with smoke_run(config) as small:
-        for line in replaced(config, small):
+        for line in replaced(config, small) if is_main else ():
             print(line)
         code = run(small, STATISTICS_SAMPLES)
-    print("smoke test passed; nothing is kept" if code == 0 else "smoke test failed")
+    if is_main:
+        print("smoke test passed; nothing is kept" if code == 0 else "smoke test failed")
     return code
 
 

@@ -13,13 +13,14 @@ import pytest
 from tests.conftest import ROOT
 
 # A room (a folder, or a module of the ground floor) -> the rooms of its package that it may import.
-GROUND = {"files", "extras", "progress", "distributed"}
+GROUND = {"files", "extras", "progress", "console", "distributed"}
 ROOMS = {
     "kl_autoencoder": {
         "files": set(),
         "extras": set(),
         "progress": {"distributed"},
         "distributed": set(),
+        "console": {"files", "progress"},
         "networks": set(),
         "data": {"files", "extras"},
         "inference": {"networks"},
@@ -42,6 +43,7 @@ ROOMS = {
 }
 PACKAGES = list(ROOMS)
 MOST_MODULES = 12  # in a folder
+MOST_LINES = 60  # of a function
 
 
 @cache
@@ -104,6 +106,18 @@ def test_a_folder_has_few_modules_and_a_page(package):
     for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
         held = [path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
         assert len(held) <= MOST_MODULES, f"{folder.relative_to(ROOT)}: {len(held)} modules"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_function_is_read_on_one_screen(package):
+    long = {
+        f"{name}.{node.name}": lines
+        for name, module in modules(package).items()
+        for node in ast.walk(module)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (lines := node.end_lineno - node.lineno + 1) > MOST_LINES
+    }
+    assert not long
 
 
 def test_the_library_never_imports_the_training_program_or_the_tests():

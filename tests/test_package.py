@@ -105,7 +105,7 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
     """Installed in a folder of its own, run in another."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
     subprocess.run([*install, tmp_path / "site", wheel], check=True, capture_output=True)
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "train").mkdir(parents=True)  # as a folder of photographs may be called
     Image.fromarray(data.chelsea()[:50, :70]).save(tmp_path / "work" / "cat.png")
     done = run(
         f"""
@@ -113,6 +113,13 @@ import sys, sysconfig
 import kl_autoencoder, train
 assert kl_autoencoder.__file__.startswith({str(tmp_path)!r}) and train.__file__.startswith({str(tmp_path)!r})
 sysconfig.get_path = lambda name: {str(tmp_path / "site")!r}  # pip puts data there for a folder of its own
+import runpy
+for launched in ("train", "kl_autoencoder train"):  # as `accelerate launch -m` starts them
+    sys.argv = [*launched.split(), "configs/quickstart.yaml", "--print"]
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as done:
+        assert done.code == 0, launched
 from kl_autoencoder.cli import main
 from train.__main__ import main as train
 assert main("reconstruct cat.png -o out.png".split()) == 0
@@ -123,4 +130,4 @@ assert train(["configs/quickstart.yaml", "--print"]) == 0
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "work" / "out.png").size == (70, 50)
-    assert "sample-photographs" in done.stdout
+    assert done.stdout.count("train: sample-photographs") == 3

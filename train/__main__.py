@@ -1,10 +1,17 @@
-"""python -m train CONFIG.yaml [key=value ...]: parse, build, fit."""
+"""python -m train CONFIG.yaml [key=value ...]: parse, build, fit. `kl-autoencoder train` is the same."""
 
-import argparse
+import os
 import sys
 from functools import partial
 
-from kl_autoencoder.distributed import end_with_the_launcher, share_the_cores, start_all_cpu_processes
+from kl_autoencoder.cli.parser import Parser
+from kl_autoencoder.console import quiet_without_a_reader
+from kl_autoencoder.distributed import (
+    end_with_the_launcher,
+    rank_of,
+    share_the_cores,
+    start_all_cpu_processes,
+)
 from kl_autoencoder.extras import MissingExtra, require
 from kl_autoencoder.files import one_line
 
@@ -12,11 +19,46 @@ INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train",
+def start(argv: list[str], prog: str = "python -m train") -> int:
+    """Do what the program does in a process of its own, perhaps one of several that a launcher started."""
+    share_the_cores()
+    end_with_the_launcher()
+    start_all_cpu_processes("train", argv)
+    return main(argv, prog)
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m train") -> int:
+    """Train, or print what was asked for; the exit code. A mistake is told in one line on stderr."""
+    with quiet_without_a_reader():
+        try:
+            arguments = _parser(prog).parse_intermixed_args(argv)
+            require("train")
+            if arguments.keys:
+                from .config.keys import describe
+
+                print(describe())
+                return 0
+            if arguments.config is None:
+                raise ValueError("no configuration; allowed: a YAML file, such as configs/quickstart.yaml")
+            from .config import load_config, to_yaml
+
+            config = load_config(arguments.config, arguments.overrides)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, MissingExtra) as error:
+            print_error(error)
+            return 2
+        if arguments.print:
+            print(to_yaml(config), end="")
+            return 0
+        return smoke(config) if arguments.smoke else run(config)
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
         description="Train a KL autoencoder. Running the same command again continues where it stopped.",
-        epilog="example: python -m train configs/kl_f8.yaml data.train=FOLDER output_dir=runs/a",
+        epilog=f"example: {prog} configs/kl_f8.yaml data.train=FOLDER output_dir=runs/a",
     )
     parser.add_argument("config", nargs="?", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the configuration")
@@ -27,41 +69,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--keys", action="store_true", help="print every key: type, range, default, meaning")
     parser.add_argument("--print", action="store_true", help="print the resolved configuration and end")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        require("train")
-    except MissingExtra as error:
-        print_error(error)
-        return 2
-    if arguments.keys:
-        from .config.keys import describe
-
-        print(describe())
-        return 0
-    if arguments.config is None:
-        parser.error("no configuration; allowed: a YAML file, such as configs/quickstart.yaml")
-    try:
-        from .config import load_config, to_yaml
-
-        config = load_config(arguments.config, arguments.overrides)
-    except (ValueError, OSError) as error:
-        print_error(error)
-        return 2
-    if arguments.print:
-        print(to_yaml(config), end="")
-        return 0
-    return smoke(config) if arguments.smoke else run(config)
+    return parser
 
 
 def smoke(config) -> int:
     """Run a recipe's phases at a fraction of its sizes, in a folder that is removed again."""
     from .smoke import STATISTICS_SAMPLES, replaced, smoke_run
 
+    is_main = rank_of(os.environ)[0] == 0
     with smoke_run(config) as small:
-        for line in replaced(config, small):
+        for line in replaced(config, small) if is_main else ():
             print(line)
         code = run(small, STATISTICS_SAMPLES)
-    print("smoke test passed; nothing is kept" if code == 0 else "smoke test failed")
+    if is_main:
+        print("smoke test passed; nothing is kept" if code == 0 else "smoke test failed")
     return code
 
 
@@ -69,9 +90,7 @@ def run(config, statistics_samples: int | None = None) -> int:
     """Train to the end, export and print the summary; the exit code. Errors are printed, one line each."""
     try:
         return _run(config, statistics_samples)
-    except (
-        KeyboardInterrupt
-    ):  # before the first step, or after the last; between them it is a request to stop
+    except KeyboardInterrupt:  # before the first step or after the last; between them it is a request to stop
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
 
@@ -114,7 +133,4 @@ def print_summary(summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    share_the_cores()
-    end_with_the_launcher()
-    start_all_cpu_processes("train", sys.argv[1:])
-    sys.exit(main())
+    sys.exit(start(sys.argv[1:]))

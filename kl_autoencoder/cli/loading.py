@@ -1,25 +1,30 @@
-"""Load what `--model` names: a folder, run, single file, hub id or "compact"."""
+"""Load the model that `--model` names, read the photographs that a command is given, write its pictures."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging
+from PIL import Image
+from torch import Tensor
 
+from ..console import say
+from ..data.image_io import image_size, load_image, pad_to_multiple, save_image
 from ..models.autoencoder_kl import KLAutoencoder
 from ..models.folder import CONFIG, WEIGHTS, read_headers, read_json
+from ..models.large_images import prepare_for
 from ..models.run_folder import described, newer_checkpoint, weights_in
-from ..progress import Progress
+from ..progress import Progress, tracked, write
 from .paths import check_model, model_folder, model_path
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencoder:
-    """A folder, run, single file, hub id or "compact" -> the model for inference on `device`.
+    """Load a folder, run, single file, hub id or "compact" for inference on `device`.
 
-    Of a run whose export is missing or older, the newest checkpoint's weights, and a line on stderr that says so.
-    `device` None is the best there is, `dtype` None the type that the tensors are stored in.
+    Of a run whose export is missing or older, the newest checkpoint's weights are loaded, and a line on stderr says
+    so. `device` None is the best there is, `dtype` None the type that the tensors are stored in.
     """
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -82,3 +87,57 @@ def _quiet_diffusers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def read_photographs(
+    photographs: Sequence[tuple[Path, str]],
+    size: int | None,
+    unread: list[Path],
+    what: str,
+    vae: KLAutoencoder | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index, images (1, 3, H, W)); of several photographs, one that cannot be read is told and skipped.
+
+    One that does not fit into memory with `vae`, which is tiled where that helps, counts as one of these. The paths
+    of skipped ones are appended to `unread`. `what` is the heading of the progress bar.
+    """
+    for i, (path, _) in enumerate(tracked(photographs, what, "images")):
+        try:
+            if vae is not None:
+                prepare_memory(vae, path, (size, size) if size else image_size(path))
+            images = load_image(path, size, multiple_of=1)
+        except (ValueError, OSError) as error:
+            if len(photographs) == 1:
+                raise
+            say("skipped", error)
+            unread.append(path)
+        else:
+            yield i, images
+
+
+def refuse_unread(unread: Sequence[Path], photographs: Sequence) -> None:
+    """ValueError, after all the others are done, if some photographs could not be read."""
+    if unread:
+        raise ValueError(f"{len(unread)} of {len(photographs)} photographs could not be read")
+
+
+def prepare_memory(vae: KLAutoencoder, path: Path | str, size: tuple[int, int]) -> None:
+    """Tile the model for an image of `size` (H, W) if it is large. ValueError, naming `path`, if it cannot fit."""
+    try:
+        prepare_for(vae, *size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def padded(images: Tensor, vae: KLAutoencoder) -> Tensor:
+    """Images (B, 3, H, W) as `vae` takes them: sides of multiples of its factor, its device, its type."""
+    return pad_to_multiple(images, vae.downsampling).to(vae.device, vae.dtype)
+
+
+def write_picture(
+    images: Tensor | Image.Image, path: Path, name: str, size: tuple[int, int] | None = None
+) -> None:
+    """Save an image, cropped to `size` (H, W), making its folder, and print `name -> path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images, path, size)
+    write(f"{name} -> {path}")

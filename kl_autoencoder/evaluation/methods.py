@@ -99,10 +99,10 @@ class Codec:
         yield Reproduction(self.rows[0], decoded, {"bits_per_pixel": bits})
 
 
-Candidate = Model | Bicubic | Codec
+Method = Model | Bicubic | Codec
 
 
-def baselines_of(models: Sequence[Model]) -> list[Candidate]:
+def baselines_of(models: Sequence[Model]) -> list[Method]:
     """One of each for every factor, and for every number of bytes, that a model has."""
     shapes = sorted({(model.vae.downsampling, model.vae.config.latent_channels) for model in models})
     small = [Bicubic(factor) for factor in sorted({factor for factor, _ in shapes}) if factor > 1]

@@ -19,34 +19,37 @@ from ..progress import Progress, tracked
 from . import frechet, latent_probes
 from .frechet import Features, FeatureSums
 from .latent_statistics import LatentSums, SpectrumSum
-from .methods import Candidate, Model, Reproduction
+from .methods import Method, Model, Reproduction
 from .metrics import LPIPS, MS_SSIM_TOO_SMALL, as_saved, ms_ssim, similarity
 
 FORMAT = 1  # of metrics.json: a number up where a key changes its meaning or goes
 STUDY_SIZE = 256  # of the images of the studies where the others are of any size
-PER_IMAGE = ("psnr", "ssim", "ms_ssim", "lpips", "bits_per_pixel", "kl_bits_per_pixel", "not_finite")
-OF_THE_SET = ("rfid", "squeezenet_frechet_distance")
+IMAGE_METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "bits_per_pixel", "kl_bits_per_pixel", "not_finite")
+SET_METRICS = ("rfid", "squeezenet_frechet_distance")
 
 
 @dataclass
-class Instruments:
-    """What images are measured with, the same on every rank; what is not to be had is None, and `notes` say why."""
+class MetricSuite:
+    """The networks that images are measured with, the same on every rank.
+
+    Networks whose weights cannot be had are left out, and `notes` say why.
+    """
 
     lpips: LPIPS | None
-    features: dict[str, Features]  # of `OF_THE_SET`
+    features: dict[str, Features]  # the names are of `SET_METRICS`
     notes: list[str]
 
     @classmethod
-    def find(cls, lpips_net: str, device: torch.device, first: bool) -> "Instruments":
-        """`first`: this is rank 0, which downloads what the others then find."""
+    def load(cls, lpips_net: str, device: torch.device, first: bool) -> "MetricSuite":
+        """Load them on every rank. `first`: this is rank 0, which downloads what the others then read."""
         notes = []
 
-        def have(load: Callable[[], Any], otherwise: str):
-            return _on_all_ranks(load, first, lambda error: notes.append(f"{otherwise}: {error}"))
+        def load_or_note(load: Callable[[], Any], without: str):
+            return _on_all_ranks(load, first, lambda error: notes.append(f"{without}: {error}"))
 
         with frechet.short_patience():
-            lpips = have(lambda: LPIPS(lpips_net).to(device), "no LPIPS")
-        rfid = have(
+            lpips = load_or_note(lambda: LPIPS(lpips_net).to(device), "no LPIPS")
+        rfid = load_or_note(
             lambda: frechet.inception(device),
             "no rFID, but the same distance on SqueezeNet's features, under a name of its own",
         )
@@ -54,7 +57,7 @@ class Instruments:
         if rfid is None:
             name = "squeezenet_frechet_distance"
             features = {
-                name: have(lambda: frechet.squeezenet(device), "no distance on SqueezeNet's features")
+                name: load_or_note(lambda: frechet.squeezenet(device), "no distance on SqueezeNet's features")
             }
         return cls(lpips, {name: network for name, network in features.items() if network}, notes)
 
@@ -77,17 +80,17 @@ def _on_all_ranks(load: Callable[[], Any], first: bool, refused: Callable[[Excep
 class Evaluation:
     """One rank's part of the work, and after `measure` on all ranks what they have found together."""
 
-    def __init__(self, photographs: Photographs, candidates: Sequence[Candidate], tools: Instruments):
-        self.photographs, self.candidates, self.tools = photographs, candidates, tools
-        self.rows = [row for candidate in candidates for row in candidate.rows]
+    def __init__(self, photographs: Photographs, methods: Sequence[Method], suite: MetricSuite):
+        self.photographs, self.methods, self.suite = photographs, methods, suite
+        self.rows = [row for method in methods for row in method.rows]
         # of each model the latents are looked at once, in the first type it is given in
-        models = [c for c in candidates if isinstance(c, Model)]
+        models = [method for method in methods if isinstance(method, Model)]
         self.models = list({model.name: model for model in reversed(models)}.values())[::-1]
         self.observed = {model.rows[0].key: model.name for model in self.models}
         self.records: list[dict[str, Any]] = []
         self.latents = {model.name: LatentSums(model.vae.config.latent_channels) for model in self.models}
         self.spectrum = SpectrumSum()
-        self.features = {(key, name): FeatureSums() for key in ("", *self._keys()) for name in tools.features}
+        self.features = {(key, name): FeatureSums() for key in ("", *self._keys()) for name in suite.features}
 
     def _keys(self) -> list[str]:
         return [row.key for row in self.rows]
@@ -139,18 +142,18 @@ class Evaluation:
 
     def reproductions(self, batch: list[Photograph]) -> Iterator[Reproduction]:
         images = torch.cat([photograph.image for photograph in batch])
-        for candidate in self.candidates:
-            yield from candidate.reproduce(images, [photograph.number for photograph in batch])
+        for method in self.methods:
+            yield from method.reproduce(images, [photograph.number for photograph in batch])
 
     def _similarity(self, rounded: Tensor, images: Tensor) -> dict[str, list[float]]:
-        measured = similarity(rounded, images, self.tools.lpips)
+        measured = similarity(rounded, images, self.suite.lpips)
         if min(images.shape[2:]) > MS_SSIM_TOO_SMALL:
             measured["ms_ssim"] = ms_ssim(rounded, images).tolist()
         return measured
 
     @torch.inference_mode()
     def _add_features(self, key: str, images: Tensor) -> None:
-        for name, network in self.tools.features.items():
+        for name, network in self.suite.features.items():
             self.features[key, name].update(network(images))
 
     def _gather(self) -> None:
@@ -171,16 +174,16 @@ class Evaluation:
 
     def _of_row(self, key: str) -> dict[str, dict[str, float | int | None]]:
         metrics = {}
-        for name in PER_IMAGE:
+        for name in IMAGE_METRICS:
             values = [r["values"][key][name] for r in self.records if name in r["values"][key]]
             metrics[name] = {
                 "mean": float(np.mean(values)) if values else None,
                 "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "n": len(values),
             }
-        for name in OF_THE_SET:
+        for name in SET_METRICS:
             metrics[name] = {"mean": None, "std": None, "n": 0}
-            if name in self.tools.features and len(self.records) > 1:
+            if name in self.suite.features and len(self.records) > 1:
                 distance = frechet.frechet_distance(self.features["", name], self.features[key, name])
                 metrics[name] = {"mean": distance, "std": None, "n": len(self.records)}
         return metrics
@@ -195,7 +198,7 @@ class Evaluation:
         mine = tasks[place.process_index :: place.num_processes]
         with distributed.failing_together():
             for model, i in tracked(mine, "studying latents", "pairs"):
-                study = latent_probes.Study(model.vae, moments[model.name], self.tools.lpips, seed)
+                study = latent_probes.Study(model.vae, moments[model.name], self.suite.lpips, seed)
                 pair = [(number, self._for_study(number, model)) for number in pairs[i]]
                 found.append((model.name, i, study.of_pair(pair)))
         found = sorted(distributed.gather(found), key=lambda entry: entry[:2])

@@ -1,7 +1,9 @@
 """What is refused before torch is imported, and in which words."""
 
+import os
 import resource
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -18,7 +20,8 @@ HEAVY = {"torch", "PIL", "diffusers", "datasets", "huggingface_hub", "accelerate
 PHOTO = str(ROOT / "tests" / "benchmarks" / "results" / "compact.jpg")
 # The commands, run where there is nothing, and what they say. Names that must exist are those of this repository.
 REFUSED = {
-    "recontruct a.jpg -o b.png": "did you mean reconstruct?",
+    "recontruct a.jpg -o b.png": "choice: 'recontruct'; did you mean reconstruct? (see kl-autoencoder --help)",
+    "trian a.yaml": "did you mean train?",
     "info compact --tracebak": "unrecognized arguments: --tracebak; did you mean --traceback?",
     "encode absent.jpg -o z.safetensors": "absent.jpg: no such file or folder",
     "encode PHOTO -o z.png": "z.png: latents are written to a .safetensors file",
@@ -56,8 +59,6 @@ def words(command):
 
 def test_what_is_refused_imports_nothing_heavy(tmp_path, monkeypatch):
     """All of it in one new interpreter, whose modules are looked at in the end."""
-    import subprocess
-
     program = f"""
 import sys
 from kl_autoencoder.cli import main
@@ -112,6 +113,34 @@ def test_where_an_error_is_from_is_told_on_request(capsys, tmp_path):
     assert "Traceback (most recent call last)" in told and told.splitlines()[-1].startswith(
         "kl-autoencoder: error"
     )
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "encode --help", "--version", "info compact", "train --keys", "train --help"]
+)
+def test_nothing_is_said_where_nobody_reads_on(command, tmp_path):
+    assert finish(start(tmp_path / "log", without_a_reader, main, command.split())) == [141]
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_nothing_is_said_at_the_exit_of_the_program(tmp_path):
+    """Where Python itself flushes the standard output."""
+    for module, words in (("kl_autoencoder", ["--help"]), ("train", ["--keys"])):
+        ours, theirs = os.pipe()
+        os.close(ours)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE
+        )
+        os.close(theirs)
+        assert (done.returncode, done.stderr) == (141, b""), module
+
+
+def without_a_reader(program, arguments):
+    """Run a program whose standard output is a pipe with nobody at its other end, as `| head -1` leaves it."""
+    ours, theirs = os.pipe()
+    os.dup2(theirs, 1)
+    os.close(ours)
+    return program(arguments)
 
 
 def test_versions(capsys):

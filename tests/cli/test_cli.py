@@ -320,10 +320,10 @@ class TestRefused:
         assert "no model on the hub" in refused(capsys, "info", "nobody/nothing")
 
     def test_interrupted(self, folder, monkeypatch):
-        def interrupt(arguments):
+        def interrupt(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("kl_autoencoder.cli.model_commands.info", interrupt)
+        monkeypatch.setattr("kl_autoencoder.cli.loading.load_model", interrupt)
         assert run("info", folder) == 130
 
 

@@ -8,6 +8,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from tests.conftest import ROOT
+from tests.processes import finish, start_ranks
 from train import __main__ as program
 from train.config import load_config
 from train.smoke import STEPS, shrink
@@ -45,6 +46,15 @@ def test_every_recipe_passes_on_a_cpu_offline_and_leaves_nothing(path, elsewhere
         section, name = key.split(".")
         value = getattr(getattr(wanted, section), name)
         assert (f"{key}: " in said) == (value not in (None, False, "sample-photographs", "compact"))
+
+
+def test_two_ranks_pass_and_say_so_once(tmp_path):
+    """They leave the group of processes at the end of training, and the folder goes after that."""
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), "--smoke"]
+    log = tmp_path / "log"
+    assert finish(*start_ranks(2, log, program.main, arguments)) == [0, 0], log.read_text()
+    said = log.read_text()
+    assert said.count("smoke test passed") == 1 and said.count("after training") == 1
 
 
 def test_what_shrinks_is_sizes_and_what_stays_is_everything_else(tmp_path):

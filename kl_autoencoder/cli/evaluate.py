@@ -1,0 +1,249 @@
+"""evaluate: measure models on photographs, then write metrics.json, images.csv and report.html."""
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .. import distributed
+from ..data.locating import locate
+from ..extras import require
+from ..files import replacing
+from ..progress import Progress
+from .parser import DTYPES, IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
+from .paths import check_model, refuse_existing
+
+if TYPE_CHECKING:
+    from ..evaluation.methods import Model
+    from ..evaluation.runner import Evaluation
+
+REPORT_FILES = ("images.csv", "report.html", "metrics.json")  # in this order: where the last is, all are
+
+
+def evaluate_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", required=True, action="append", metavar="MODEL", help=MODEL + "; may be repeated"
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="SOURCE",
+        help="a folder, parquet or .tar files, or a data set's hub id",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=_size, default=256, metavar="N",
+        help="scale the short side to N, crop the centre (256), or native",
+    )  # fmt: skip
+    add_output(parser, "FOLDER", "where to write the report")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="one or more, side by side (float32)"
+    )
+    parser.add_argument(
+        "--lpips", choices=["alex", "squeeze", "vgg"], default="alex", help="its network (alex)"
+    )
+    parser.add_argument(
+        "--study-images", type=positive, default=8, metavar="N", help="images for the studies of latents (8)"
+    )
+    parser.add_argument(
+        "--save-images", action="store_true", help="write what was measured as PNG files, too"
+    )
+    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images at a time (4)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of samples and noise; image i draws with seed + i (0)"
+    )
+    parser.add_argument(
+        "--image-column", default="image", metavar="COLUMN", help="with the photographs (image)"
+    )
+    parser.add_argument(
+        "--split", default="validation", help="the split of a data set on the hub (validation)"
+    )
+    add_device(parser)
+    add_json(parser)
+
+
+def _size(text: str) -> int | None:
+    return None if text == "native" else positive(text)
+
+
+def check_evaluate(arguments: argparse.Namespace) -> None:
+    """`output` becomes a Path."""
+    require("eval")
+    arguments.output = Path(arguments.output)
+    if arguments.output.is_file():
+        raise ValueError(f"{arguments.output}: is a file; a folder is written")
+    refuse_existing([arguments.output / name for name in reversed(REPORT_FILES)], [], arguments.overwrite)
+    for model in arguments.model:
+        check_model(model)
+    locate(arguments.data, "--data", "validation")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure models on images, on any number of ranks, and write it all at the end, from rank 0."""
+    from ..evaluation.report import html
+
+    place = distributed.join(arguments.device)
+    unfinished = arguments.output.absolute()
+    unfinished = unfinished.with_name(f".{unfinished.name}.unfinished")
+    try:
+        if place.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        evaluation, metrics = _measured(arguments, unfinished / "images")
+        if place.is_main_process:
+            with Progress("writing the report"):
+                _write(unfinished, metrics, evaluation)
+                _move(unfinished, arguments.output)
+            if arguments.json:
+                print(json.dumps(metrics, indent=1, allow_nan=False))
+            else:
+                print(html.plain_table(metrics))
+                print(f"{arguments.output / 'report.html'}: {len(evaluation.records)} images")
+        place.destroy_process_group()
+    finally:
+        if place.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation", dict[str, Any]]:
+    """Do this rank's part of the work, and put together what all have found.
+
+    `images`: the folder for what was measured, with --save-images.
+    """
+    import torch
+
+    from ..data.image_dataset import Photographs
+    from ..evaluation.methods import Model, baselines_of, short_names
+    from ..evaluation.runner import Evaluation, MetricSuite
+    from .loading import load_model
+
+    names, place = short_names(arguments.model), distributed.join(arguments.device)
+    # of several processes each has a device of its own
+    device = place.device if place.num_processes > 1 else torch.device(arguments.device or place.device)
+    with distributed.failing_together():
+        photographs = Photographs.open(
+            arguments.data, arguments.size, arguments.image_column, arguments.split, arguments.limit
+        )
+        models = [
+            Model(name, load_model(given, str(device), dtype), arguments.seed)
+            for name, given in zip(names, arguments.model, strict=True)
+            for dtype in dict.fromkeys(arguments.dtype)
+        ]
+    suite = MetricSuite.load(arguments.lpips, device, place.is_main_process)
+    evaluation = Evaluation(photographs, [*models, *baselines_of(models)], suite)
+    evaluation.measure(arguments.batch_size, images if arguments.save_images else None)
+    latents = evaluation.study(arguments.study_images, arguments.seed)
+    return evaluation, _metrics(
+        arguments, evaluation, dict(zip(names, arguments.model, strict=True)), latents
+    )
+
+
+def _metrics(
+    arguments: argparse.Namespace, evaluation: "Evaluation", given: dict[str, str], latents: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of metrics.json; the same whatever the number of processes.
+
+    `given`: the models as the user named them, by their short names. `latents`: of `Evaluation.study`.
+    """
+    from ..evaluation.runner import FORMAT, STUDY_SIZE
+
+    photographs = evaluation.photographs
+    metrics = {
+        "format": FORMAT,
+        "data": {
+            "source": arguments.data,
+            "rule": photographs.rule,
+            "images": len(evaluation.records),
+            "skipped": [{"number": n, "reason": why} for n, why in sorted(photographs.skipped.items())],
+        },
+        "settings": {
+            "seed": arguments.seed,
+            "lpips": arguments.lpips if evaluation.suite.lpips else None,
+            "study_size": photographs.size or STUDY_SIZE,
+            "study_images": evaluation.studied(arguments.study_images),
+        },
+        "notes": evaluation.suite.notes,
+        "models": {model.name: _about(model, given[model.name]) for model in evaluation.models},
+        "results": evaluation.results(),
+        "latents": latents,
+        "images": {"spectrum": evaluation.spectrum.summary()},
+    }
+    return _for_json(metrics)
+
+
+def _about(model: "Model", given: str) -> dict[str, Any]:
+    config = model.vae.config
+    return {
+        "model": given,
+        "downsampling": model.vae.downsampling,
+        "latent_channels": config.latent_channels,
+        "parameters": sum(parameter.numel() for parameter in model.vae.parameters()),
+        "scaling_factor": config.scaling_factor,
+    }
+
+
+def _for_json(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _for_json(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_for_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(output: Path, metrics: dict[str, Any], evaluation: "Evaluation") -> None:
+    from ..evaluation.report import html
+
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(output / REPORT_FILES[0]) as path, open(path, "w", newline="", encoding="utf-8") as file:
+        _write_csv(file, metrics, evaluation.records)
+    page = html.render(metrics, evaluation)
+    with replacing(output / REPORT_FILES[1]) as path:
+        path.write_text(page, encoding="utf-8")
+    with replacing(output / REPORT_FILES[2]) as path:
+        path.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _move(unfinished: Path, output: Path) -> None:
+    """Rename the folder `unfinished` to `output`; where that is a folder already, move all files into it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists():
+        os.replace(unfinished, output)
+        return
+    files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == REPORT_FILES[-1]):
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(unfinished / path, output / path)
+
+
+def _write_csv(file: TextIO, metrics: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Write a row an image, with each measure of each method that was measured anywhere."""
+    from ..evaluation.runner import IMAGE_METRICS
+
+    columns = [
+        (key, name)
+        for key, result in metrics["results"].items()
+        for name in IMAGE_METRICS
+        if result["metrics"][name]["n"]
+    ]
+    writer = csv.writer(file)
+    writer.writerow(["number", "name", "height", "width", *(f"{key}:{name}" for key, name in columns)])
+    for record in records:
+        about = [record[name] for name in ("number", "name", "height", "width")]
+        writer.writerow([*about, *(record["values"][key].get(name, "") for key, name in columns)])
+
+
+COMMANDS = {
+    "evaluate": Command(
+        "measure models on photographs: metrics.json, images.csv and report.html",
+        evaluate_arguments,
+        check_evaluate,
+        evaluate,
+        description="Measures how well models reproduce photographs, beside bicubic, JPEG and WebP, and what their "
+        "latents are like. On several processes with `accelerate launch -m kl_autoencoder evaluate ...`.",
+        epilog=IMAGES,
+        on_ranks=True,
+    ),
+}

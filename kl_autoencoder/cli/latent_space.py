@@ -1,0 +1,250 @@
+"""interpolate, sample, attribute: pictures of what lies between and around the latents of photographs."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..console import say
+from ..data.formats import check_writable
+from ..data.locating import locate
+from ..progress import tracked
+from .parser import IMAGES, MODEL, Command, Parser, add_device, add_model, add_output, positive
+from .paths import check_model, find_photographs, refuse_existing
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+    from torch import Tensor
+
+    from ..models.autoencoder_kl import KLAutoencoder
+    from ..networks.distributions import DiagonalGaussian
+
+
+def interpolate_arguments(parser: Parser) -> None:
+    parser.add_argument("a", metavar="A", help="a photograph")
+    parser.add_argument("b", metavar="B", help="another, which is cropped to the size of A")
+    add_model(parser)
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="pictures, A and B included (8)")
+    parser.add_argument(
+        "--spherical", action="store_true", help="along an arc, which keeps the latents' norm"
+    )
+    add_size(parser, "crop both to squares of N x N")
+    add_device(parser)
+    add_output(parser, "STRIP.png", "a picture")
+
+
+def check_interpolate(arguments: argparse.Namespace) -> None:
+    check_picture(arguments, [arguments.a, arguments.b])
+    if arguments.steps < 2:
+        raise ValueError(f"--steps: {arguments.steps}; allowed: at least 2")
+    check_model(arguments.model)
+
+
+def interpolate(arguments: argparse.Namespace) -> None:
+    """Decode latents between those of two photographs, as a strip of pictures."""
+    from ..data.image_io import image_size, load_image
+    from ..latents import interpolation
+    from .loading import load_model
+
+    a, b = arguments.a, arguments.b
+    size = (arguments.size,) * 2 if arguments.size else image_size(a)
+    vae = load_model(arguments.model, arguments.device, "float32")
+    ends = [_posterior(vae, load_image(path, size, multiple_of=1)).mode()[0] for path in (a, b)]
+    latents = interpolation.interpolate(*ends, arguments.steps, arguments.spherical)
+    labels = [f"{i / (len(latents) - 1):.2f}" for i in range(len(latents))]
+    _save_strip(_decoded(vae, latents, size), labels, arguments.output)
+
+
+def sample_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--data", metavar="SOURCE", help="photographs for --fit: a folder, parquet, a hub id")
+    parser.add_argument(
+        "--fit", choices=["channel", "position"], help="a mean and variance for each channel or value"
+    )
+    add_size(parser, "of the pictures (what the model is made for)")
+    parser.add_argument("--grid", type=positive, default=4, metavar="N", help="N x N draws (4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    add_device(parser)
+    add_output(parser, "GRID.png", "a picture")
+
+
+def check_sample(arguments: argparse.Namespace) -> None:
+    check_picture(arguments, [])
+    if bool(arguments.fit) != bool(arguments.data):
+        raise ValueError("--fit and --data SOURCE belong together")
+    if arguments.data:
+        locate(arguments.data, "--data")
+    check_model(arguments.model)
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Decode draws from the prior, or from a Gaussian that is fitted to photographs."""
+    import torch
+
+    from ..data.image_io import image_grid
+    from ..latents import interpolation
+    from .loading import load_model
+
+    output, fit = arguments.output, arguments.fit
+    vae = load_model(arguments.model, arguments.device, "float32")
+    size = size_of_squares(arguments.size, vae)
+    side = size // vae.downsampling
+    gaussian = interpolation.standard_normal(vae.config.latent_channels, side, side)
+    if fit:
+        gaussian = interpolation.fitted(_posteriors(vae, arguments.data, "--data", size), fit)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    latents = torch.cat([gaussian.sample(generator) for _ in range(arguments.grid**2)])
+    image_columns = _decoded(vae, latents, (size, size)).chunk(arguments.grid)
+    _save_picture(image_grid(image_columns), output)
+
+
+def attribute_arguments(parser: Parser) -> None:
+    parser.add_argument("photograph", metavar="PHOTO", help="the photograph to change")
+    parser.add_argument("--plus", required=True, metavar="SOURCE", help="photographs with the attribute")
+    parser.add_argument("--minus", required=True, metavar="SOURCE", help="photographs without it")
+    parser.add_argument(
+        "--strength", type=float, nargs="+", default=[0.0, 1.0], help="how often to add it (0 1)"
+    )
+    add_model(parser)
+    add_size(parser, "crop all to squares of N x N (what the model is made for)")
+    add_device(parser)
+    add_output(parser, "STRIP.png", "a picture")
+
+
+def check_attribute(arguments: argparse.Namespace) -> None:
+    check_picture(arguments, [arguments.photograph])
+    locate(arguments.plus, "--plus")
+    locate(arguments.minus, "--minus")
+    check_model(arguments.model)
+
+
+def attribute(arguments: argparse.Namespace) -> None:
+    """Add to a photograph, in one strength or several, what two sets of photographs differ by."""
+    import torch
+
+    from ..data.image_io import load_image
+    from ..latents import interpolation
+    from .loading import load_model
+
+    photo, output = arguments.photograph, arguments.output
+    vae = load_model(arguments.model, arguments.device, "float32")
+    size = size_of_squares(arguments.size, vae)
+    sets = {"--plus": arguments.plus, "--minus": arguments.minus}
+    plus, minus = (interpolation.mean_latent(_posteriors(vae, name, key, size)) for key, name in sets.items())
+    latent = _posterior(vae, load_image(photo, size, multiple_of=1)).mode()
+    latents = torch.cat([latent + strength * (plus - minus).to(latent) for strength in arguments.strength])
+    _save_strip(_decoded(vae, latents, (size, size)), [f"{s:+g}" for s in arguments.strength], output)
+
+
+def check_picture(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
+    """Refuse inputs that are not one photograph each, and an output that is not a picture; it becomes a Path."""
+    arguments.output = Path(arguments.output)
+    find_photographs(inputs)
+    for path in inputs:
+        if os.path.isdir(path):
+            raise ValueError(f"{path}: is a folder; give one photograph")
+    refuse_existing([arguments.output], inputs, arguments.overwrite)
+    check_writable(arguments.output)
+
+
+def add_size(parser: Parser, help: str) -> None:
+    parser.add_argument("--size", type=positive, metavar="N", help=help)
+
+
+def size_of_squares(given: int | None, vae: "KLAutoencoder") -> int:
+    """Pixels a side: --size, or what the model is made for. ValueError for no multiple of the model's factor."""
+    size = given or vae.config.sample_size
+    if size % vae.downsampling:
+        raise ValueError(f"--size: {size}; allowed: multiples of {vae.downsampling}")
+    return size
+
+
+def open_photographs(source: str, key: str) -> "datasets.Dataset":
+    from ..data.sources import Keys, open_source
+
+    return open_source(source, Keys(key, key), in_order=True)
+
+
+def read_squares(
+    photographs: "datasets.Dataset", rows: Sequence[int], size: int, what: str
+) -> Iterator[tuple[str, "Tensor"]]:
+    """Yield (name, images (1, 3, size, size)) of the centre squares; unreadable ones are told and left out."""
+    from ..data.image_io import load_image, open_image
+    from ..data.sources import encoded_file
+
+    for row in tracked(rows, what, "images"):
+        record = photographs[row]["image"]
+        name = (record or {}).get("path") or f"row {row}"
+        try:
+            yield name, load_image(open_image(encoded_file(record, name)), size)
+        except (ValueError, OSError) as error:
+            say("skipped", error)
+
+
+def _posterior(vae: "KLAutoencoder", images: "Tensor") -> "DiagonalGaussian":
+    import torch
+
+    from ..data.image_io import pad_to_multiple
+
+    with torch.inference_mode():
+        return vae.encode(pad_to_multiple(images, vae.downsampling).to(vae.device)).latent_dist
+
+
+def _posteriors(vae: "KLAutoencoder", source: str, key: str, size: int) -> Iterator["DiagonalGaussian"]:
+    photographs = open_photographs(source, key)
+    rows = range(len(photographs))
+    return (
+        _posterior(vae, images)
+        for _, images in read_squares(photographs, rows, size, f"encoding {key.strip('-')}")
+    )
+
+
+def _decoded(vae: "KLAutoencoder", latents: "Tensor", size: tuple[int, int]) -> "Tensor":
+    """Decode one at a time, so that what is beside it changes nothing of an image; crop to `size` (H, W)."""
+    import torch
+
+    with torch.inference_mode():
+        singly = tracked(latents.split(1), "decoding", "images")
+        images = [vae.decode(z.to(vae.device)).sample.cpu() for z in singly]
+    return torch.cat(images)[:, :, : size[0], : size[1]]
+
+
+def _save_strip(images: "Tensor", labels: Sequence[str], output: Path) -> None:
+    from ..data.image_io import image_grid
+
+    _save_picture(image_grid(images.split(1), labels), output)
+
+
+def _save_picture(picture: "Image.Image", output: Path) -> None:
+    from ..data.image_io import save_image
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_image(picture, output)
+    print(output)
+
+
+COMMANDS = {
+    "interpolate": Command(
+        "a strip of pictures between two photographs",
+        interpolate_arguments,
+        check_interpolate,
+        interpolate,
+        epilog=IMAGES,
+    ),
+    "sample": Command(
+        "decoded draws from the prior, or from a Gaussian fitted to data",
+        sample_arguments,
+        check_sample,
+        sample,
+        epilog=IMAGES,
+    ),
+    "attribute": Command(
+        "add to a photograph what two sets of photographs differ by",
+        attribute_arguments,
+        check_attribute,
+        attribute,
+        epilog=IMAGES,
+    ),
+}

@@ -1,0 +1,169 @@
+"""export, info: a model written for use elsewhere, and what a model is."""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import temporary_beside
+from .parser import MODEL, Command, Parser, add_dtype, add_json, add_output
+from .paths import check_model, model_path, readable_folder, refuse_existing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.autoencoder_kl import KLAutoencoder
+
+# Keys of the model's config that `info --json` prints.
+CONFIG_KEYS = (
+    "sample_size", "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
+    "norm_num_groups", "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "force_upcast",
+)  # fmt: skip
+
+
+def export_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="RUN", help=MODEL)
+    parser.add_argument("--single-file", action="store_true", help="one .safetensors in LDM layout")
+    add_dtype(parser, None, "store in this type (default: as it is)")
+    add_output(parser, "OUT", "a folder for diffusers, or with --single-file a .safetensors file")
+
+
+def check_export(arguments: argparse.Namespace) -> None:
+    """`output` becomes a Path; adds `folder`, the model's, or None for a single file or a hub id."""
+    check_model(arguments.model)
+    source, output = model_path(arguments.model), Path(arguments.output)
+    arguments.output, arguments.folder = output, readable_folder(source) if source.is_dir() else None
+    if arguments.single_file:
+        if output.suffix != ".safetensors":
+            raise ValueError(f"{output}: a single file is written to a .safetensors file")
+        inputs = arguments.folder.iterdir() if arguments.folder else [source]
+        refuse_existing([output], list(inputs), arguments.overwrite)
+    elif output.is_file():
+        raise ValueError(f"{output}: is a file; without --single-file a folder is written")
+    else:
+        check_model_output(output, arguments.folder, arguments.overwrite)
+
+
+def check_model_output(output: Path, model: Path | None, overwrite: bool) -> None:
+    """Refuse to write a model folder where a file or the model itself is, or other things are."""
+    if output.is_file():
+        raise ValueError(f"{output}: is a file, not a folder")
+    if model and output.is_dir() and output.samefile(model):
+        raise ValueError(f"{output}: is the model itself")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"{output}: exists already and is not empty; --overwrite replaces the model in it")
+    refuse_existing([output / "config.json"], [], overwrite=True)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a training run's or any other model as a diffusers folder, or as a single file in LDM layout."""
+    from .loading import load_model
+
+    output, folder = arguments.output, arguments.folder
+    vae = load_model(arguments.model, "cpu", arguments.dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.single_file:
+        vae.save_single_file(output)
+    else:
+        write_model_folder(vae, output, model_card=folder / "README.md" if folder else None)
+    print(output)
+
+
+def write_model_folder(vae: "KLAutoencoder", output: Path, model_card: Path | None) -> None:
+    """Save a model beside `output` and rename it then; what else an existing folder holds stays."""
+    temporary = temporary_beside(output)
+    try:
+        vae.save_pretrained(temporary)
+        if model_card and model_card.is_file():
+            shutil.copyfile(model_card, temporary / "README.md")
+        if output.is_dir():
+            for file in temporary.iterdir():
+                os.replace(file, output / file.name)
+        else:
+            os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def info_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    add_json(parser)
+
+
+def check_info(arguments: argparse.Namespace) -> None:
+    check_model(arguments.model)
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """Print what a model is: shapes, size, scaling, and what it is made for."""
+    from .loading import load_model
+
+    vae = load_model(arguments.model, "cpu", None)
+    if arguments.json:
+        print(json.dumps(_facts(arguments.model, vae), indent=1))
+        return
+    for key, value in _described(arguments.model, vae).items():
+        print(f"{key:14}{value}")
+
+
+def _described(name: str, vae: "KLAutoencoder") -> dict[str, str]:
+    """The lines of `info`: headings and sentences."""
+    from ..models import scaling
+    from ..models.single_file import family_of
+
+    c, f = vae.config, vae.downsampling
+    side = c.sample_size if isinstance(c.sample_size, int) else c.sample_size[0]
+    fewer = c.in_channels * f**2 / c.latent_channels
+    convs = [name for name in ("quant_conv", "post_quant_conv") if getattr(c, f"use_{name}")]
+    megabytes = sum(p.nbytes for p in vae.parameters()) / 1e6
+    return {
+        "model": name,
+        "family": family_of(c),
+        "made for": f"{side}x{side} images",
+        "images": f"(B, {c.in_channels}, H, W) in [-1, 1], H and W multiples of {f}",
+        "latents": f"(B, {c.latent_channels}, H/{f}, W/{f}), {fewer:g} times fewer values",
+        "network": f"widths {', '.join(map(str, c.block_out_channels))}; {c.layers_per_block} layers a block; "
+        f"{c.norm_num_groups} groups; {'attention' if c.mid_block_add_attention else 'no attention'}; "
+        f"{' and '.join(convs) or 'no quant_conv'}",
+        "parameters": f"{_size(vae):,} (encoder {_size(vae.encoder):,}, decoder {_size(vae.decoder):,})",
+        "tensors": f"{' and '.join(_dtypes(vae))}, {megabytes:.1f} MB",
+        "scaling": scaling.described(c),
+        "read by": f"{' and '.join(scaling.pipelines_of(c)) or 'none of the'} pipelines of diffusers",
+        "force_upcast": "yes, pipelines decode in float32" if c.force_upcast else "no, made for float16 too",
+    }
+
+
+def _facts(name: str, vae: "KLAutoencoder") -> dict:
+    """What `info --json` prints: keys of the config under its names, counts as numbers."""
+    from ..models import scaling
+    from ..models.single_file import family_of
+
+    return {
+        "model": name,
+        "family": family_of(vae.config),
+        "downsampling": vae.downsampling,
+        "parameters": {"all": _size(vae), "encoder": _size(vae.encoder), "decoder": _size(vae.decoder)},
+        "dtypes": _dtypes(vae),
+        "bytes": sum(p.nbytes for p in vae.parameters()),
+        "scaling": {key: vae.config.get(key) for key in scaling.SCALING_KEYS},
+        "pipelines": list(scaling.pipelines_of(vae.config)),
+        "config": {key: vae.config.get(key) for key in CONFIG_KEYS},
+    }
+
+
+def _size(module: "nn.Module") -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _dtypes(vae: "KLAutoencoder") -> list[str]:
+    return sorted({str(p.dtype).removeprefix("torch.") for p in vae.parameters()})
+
+
+COMMANDS = {
+    "export": Command("write a trained model for use elsewhere", export_arguments, check_export, export),
+    "info": Command(
+        "what a model is: shapes, parameters, scaling, what it is made for", info_arguments, check_info, info
+    ),
+}

@@ -1,0 +1,125 @@
+"""`Command`, the parser that tells a mistake in one line, and the arguments that several commands have."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ..console import PROGRAM
+
+MODEL = (
+    "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, a hub id, or "
+    "compact, the small model that comes with this program"
+)
+DTYPES = ["float32", "bfloat16", "float16"]
+IMAGES = (
+    "Images are turned upright and converted to sRGB; transparency is laid over white; 16 bits are rounded to 8; "
+    "of an animation or several pages the first is taken; integers of 32 bits are refused, for nothing says which "
+    "is white."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError for what it cannot parse, with the nearest word that it knows."""
+
+    commands: dict[str, "Parser"]  # of the program's own parser: those of its commands
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.commands[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)  # argparse's own would go on where nobody reads
+
+    def error(self, message: str):
+        if wrong := re.search(r"invalid choice: '([^']*)'", message):
+            near = nearest(wrong[1], [str(c) for action in self._actions for c in action.choices or ()])
+            message = re.sub(r" \(choose from .*\)", near, message) if near else message
+        elif wrong := re.search(r"unrecognized arguments:.*? (-\S+)", message):
+            message += nearest(wrong[1].split("=")[0], self._option_string_actions)
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean encode?", or nothing if no known word is like this one."""
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+class Command(NamedTuple):
+    """A command, with its arguments, what it refuses and what it does.
+
+    `check` is called before torch is imported: it raises ValueError or OSError for names and files that `run` could
+    not use, and replaces a name by what it stands for, such as the photographs in a folder. `run` returns None or
+    an exit code.
+    """
+
+    help: str
+    arguments: Callable[[Parser], None]
+    check: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    description: str | None = None
+    epilog: str | None = None
+    on_ranks: bool = False  # several processes can share its work
+
+
+class Version(argparse.Action):
+    """The package's version and those of what it computes with, read from their metadata."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        for name in (PROGRAM, "torch", "diffusers", "safetensors", "pillow"):
+            print(f"{name} {version(name)}")
+        parser.exit()
+
+
+# -------------------------------------------------------------------- arguments that many commands have
+
+
+def add_photographs(parser: Parser) -> None:
+    parser.add_argument("photographs", nargs="+", metavar="PHOTO", help="photographs and folders of them")
+    parser.add_argument(
+        "--size", type=positive, metavar="N", help="scale the short side to N, crop the centre square"
+    )
+
+
+def add_model(parser: Parser, default: str | None = "compact", told: str = "compact") -> None:
+    """The option --model; `told` is what the help text says of its default."""
+    parser.add_argument("--model", default=default, metavar="MODEL", help=f"{MODEL} (default: {told})")
+
+
+def add_computation(parser: Parser) -> None:
+    add_device(parser)
+    add_dtype(parser, "float32", "compute in this type (default: float32)")
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
+
+
+def add_dtype(parser: Parser, default: str | None, help: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=help)
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print what is found as JSON")
+
+
+def add_output(parser: Parser, metavar: str, help: str, required: bool = True) -> None:
+    parser.add_argument("-o", "--output", required=required, metavar=metavar, help=help)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there already")
+
+
+def positive(text: str) -> int:
+    """An option's type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

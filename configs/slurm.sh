@@ -1,6 +1,6 @@
 #!/bin/bash
 # 8 nodes of 8 GPUs under SLURM, kl_f8.yaml with as many samples as one GPU takes in 250,000 steps of 12; the learning
-# rate follows the batch by itself, README says how the rest does (On 1, 8 and 64 GPUs):
+# rate follows the batch by itself, configs/README.md says how the rest does (On 1, 8 and 64 GPUs):
 # sbatch configs/slurm.sh configs/kl_f8.yaml data.train=FOLDER output_dir=RUN train.steps=3906 \
 #   loss.adversarial.disc_start=781 ema.decay=0.9936 optimizer.warmup_steps=400 validation.every=200 checkpoint.every=200
 # Five minutes before the time is up SLURM sends SIGTERM; the run saves, and the same sbatch continues it.

@@ -1,4 +1,4 @@
-"""The README's Python runs as it is printed, in a folder that holds what it names."""
+"""The README's Python runs as it is printed, in a folder that holds what it names; so do commands of the pages."""
 
 import re
 import string
@@ -17,9 +17,11 @@ from tests.conftest import ROOT
 from tests.models.test_autoencoder_kl import pipeline_parts
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "kl_autoencoder").glob("*/README.md"))]
 COMMANDS = [
     line
-    for block in re.findall(r"```\n(kl-autoencoder .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for page in PAGES
+    for block in re.findall(r"```\n(kl-autoencoder .*?)```", page.read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
 

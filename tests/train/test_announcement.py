@@ -63,12 +63,12 @@ def start_of_the_discriminator(config):
 
 
 def table():
-    """Row name -> cells of README's table of GPUs."""
-    rows = re.findall(r"^\| ([^|]+) \|(.+)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """Row name -> cells of the table of GPUs in configs/README.md."""
+    rows = re.findall(r"^\| ([^|]+) \|(.+)\|$", (ROOT / "configs" / "README.md").read_text(), re.MULTILINE)
     return {name.strip(): [cell.strip() for cell in cells.split("|")] for name, cells in rows}
 
 
-def test_the_readmes_table_is_what_kl_f8_does():
+def test_the_table_of_gpus_is_what_kl_f8_does():
     config, rows = load_config(KL_F8), table()
     for column, gpus in enumerate((1, 8, 64)):
         batch = config.data.batch_size * gpus

@@ -39,14 +39,14 @@ def start_all_cpu_processes(module: str, arguments: list[str]) -> None:
     alone = "MASTER_PORT" in os.environ and not any(name in os.environ for name in OTHER_LAUNCHERS)
     if not alone or os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
         return
-    processes = _asked_for(psutil.Process().parent().cmdline())
+    processes = _num_processes(psutil.Process().parent().cmdline())
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *arguments])
 
 
-def _asked_for(command: list[str]) -> int:
+def _num_processes(command: list[str]) -> int:
     """The --num_processes of an accelerate command line."""
     words = [word for part in command for word in part.split("=", 1)]
     for flag, value in pairwise(words):

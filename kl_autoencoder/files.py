@@ -1,4 +1,4 @@
-"""Reading files that may be anything, and writing files so that a name never points at half of one."""
+"""Read files that may be damaged or hostile; write files whole or not at all."""
 
 import os
 import pickle
@@ -42,7 +42,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     mode = temporary.stat().st_mode
     try:
         yield temporary
-        _settle(temporary, mode)
+        _sync_file(temporary, mode)
         os.replace(temporary, path)
         flush_folder(path.parent)
     finally:
@@ -57,7 +57,7 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
 
 
-def settle(files: Iterable[Path]) -> None:
+def sync_files(files: Iterable[Path]) -> None:
     """Give files that others wrote the rights of a new file, and bring their bytes to the disk.
 
     safetensors writes its files readable by their owner alone. `files` lie in one folder.
@@ -69,11 +69,11 @@ def settle(files: Iterable[Path]) -> None:
         mode = probe.stat().st_mode
         probe.unlink()
         for path in files:
-            _settle(path, mode)
+            _sync_file(path, mode)
         flush_folder(files[0].parent)
 
 
-def _settle(path: Path, mode: int) -> None:
+def _sync_file(path: Path, mode: int) -> None:
     if path.stat().st_mode != mode:
         path.chmod(stat.S_IMODE(mode))
     handle = os.open(path, os.O_RDONLY)
@@ -124,7 +124,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str
     what was expected.
     """
     path = Path(path)
-    refuse_at_sight(path)
+    check_tensor_file(path)
     if path.suffix != ".safetensors":
         return _read_pickle(path), {}
     with _opened(path, "pt") as file:
@@ -139,7 +139,7 @@ def read_header(path: str | os.PathLike) -> "dict[str, Tensor]":
     import torch
 
     path = Path(path)
-    refuse_at_sight(path)
+    check_tensor_file(path)
     with _opened(path, "pt") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         types = {name: FLOATING.get(part.get_dtype()) for name, part in parts.items()}
@@ -184,14 +184,14 @@ def clipped(text: str, most: int) -> str:
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata of a .safetensors file, {} without any; nothing else of it is read. Raises as `read_tensors`."""
     path = Path(path)
-    refuse_at_sight(path)
+    check_tensor_file(path)
     if path.suffix != ".safetensors":
         return {}
     with _opened(path, "np") as file:
         return file.metadata() or {}
 
 
-def refuse_at_sight(path: Path) -> None:
+def check_tensor_file(path: Path) -> None:
     """Refuse the wrong files that people really have, told by their name and first bytes."""
     expected = (
         f"expected a .safetensors file or a {', '.join(PICKLED)} checkpoint with an autoencoder's tensors"

@@ -73,7 +73,7 @@ class Progress:
         form = WITHOUT_TOTAL if self.total is None else BAR if terminal else LINE
         bar = tqdm(
             desc=self.what, total=self.total, unit=self.unit, initial=self.initial, bar_format=form, leave=False,
-            file=sys.stderr if terminal else _Lines(sys.stderr), **(_room() if terminal else {}),
+            file=sys.stderr if terminal else _Lines(sys.stderr), **(_fallback_size() if terminal else {}),
             delay=1e-9,  # it draws nothing as it is made
         )  # fmt: skip
         bar.start_t, bar.n = self.start, self.n
@@ -101,7 +101,7 @@ def write(text: str, file: TextIO | None = None) -> None:
         file.flush()
 
 
-def _room() -> dict[str, int]:
+def _fallback_size() -> dict[str, int]:
     """A size for a terminal that says it has none, as some that programs make do: tqdm would show nothing there."""
     try:
         size = os.get_terminal_size(sys.stderr.fileno())

@@ -16,7 +16,7 @@ import torch
 
 from kl_autoencoder import distributed
 from kl_autoencoder.data.locating import SAMPLE_PHOTOGRAPHS
-from kl_autoencoder.evaluation.frechet import short_patience
+from kl_autoencoder.evaluation.frechet import download_timeout
 from kl_autoencoder.evaluation.metrics import backbone_file
 from kl_autoencoder.models.autoencoder_kl import COMPACT
 
@@ -34,7 +34,7 @@ SIDE = 64  # pixels: a multiple of every downsampling up to 64, and enough for L
 def smoke_run(config: Config) -> Iterator[Config]:
     """The shrunk configuration, in a temporary folder that is the same on every rank and gone after the block."""
     place = distributed.join()
-    with tempfile.TemporaryDirectory(prefix="smoke-") as own, short_patience():
+    with tempfile.TemporaryDirectory(prefix="smoke-") as own, download_timeout():
         [folder, *_] = distributed.gather([own])
         yield shrink(config, Path(folder) / "run")
         if torch.distributed.is_initialized():  # not where training has ended well: the ranks parted after it
@@ -52,7 +52,9 @@ def shrink(config: Config, folder: Path) -> Config:
         model=_small_network(config.model),
         loss=replace(
             loss,
-            perceptual=replace(loss.perceptual, required=False, net=_net_at_hand(loss.perceptual.net)),
+            perceptual=replace(
+                loss.perceptual, required=False, net=_net_with_local_backbone(loss.perceptual.net)
+            ),
             kl=replace(loss.kl, warmup_steps=min(loss.kl.warmup_steps, 2)),
             adversarial=_early(loss.adversarial),
         ),
@@ -68,7 +70,7 @@ def shrink(config: Config, folder: Path) -> Config:
         validation=replace(
             config.validation,
             every=min(config.validation.every, STEPS // 2),
-            lpips_net=_net_at_hand(config.validation.lpips_net),
+            lpips_net=_net_with_local_backbone(config.validation.lpips_net),
         ),
         checkpoint=replace(config.checkpoint, every=min(config.checkpoint.every, STEPS // 2)),
     )
@@ -126,7 +128,7 @@ def _early(config: AdversarialConfig) -> AdversarialConfig:
     )
 
 
-def _net_at_hand(net: str) -> str:
+def _net_with_local_backbone(net: str) -> str:
     """The net itself if its weights are here, else SqueezeNet, whose 5 MB are soon fetched."""
     return net if backbone_file(net).is_file() else "squeeze"
 

@@ -162,7 +162,7 @@ def _metrics(
             "seed": arguments.seed,
             "lpips": arguments.lpips if evaluation.suite.lpips else None,
             "study_size": photographs.size or STUDY_SIZE,
-            "study_images": evaluation.studied(arguments.study_images),
+            "study_images": evaluation.study_numbers(arguments.study_images),
         },
         "notes": evaluation.suite.notes,
         "models": {model.name: _about(model, given[model.name]) for model in evaluation.models},

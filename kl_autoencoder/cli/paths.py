@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.formats import READABLE, WRITERS, check_writable
-from ..files import PICKLED, clipped, refuse_at_sight
+from ..files import PICKLED, check_tensor_file, clipped
 from ..models.compact import COMPACT
 from ..models.folder import CONFIG, HUB_ID, read_json
 from ..models.run_folder import newer_checkpoint
@@ -23,7 +23,7 @@ def check_model(name: str) -> None:
     if path.is_dir() and name:
         readable_folder(path)
     elif path.is_file():
-        refuse_at_sight(path)
+        check_tensor_file(path)
     elif path.suffix in (".safetensors", *PICKLED):
         raise FileNotFoundError(f"{name}: no such file")
     elif not HUB_ID.fullmatch(name):

@@ -8,7 +8,7 @@ from typing import Protocol
 import datasets
 
 from .parquet_files import as_record, read_parquet, rows_in
-from .remote import is_url, persistently, size_of
+from .remote import is_url, read_with_retries, size_of
 from .tar_files import read_tar
 
 BATCH = 16  # records of a hub data set that are read at a time
@@ -44,7 +44,7 @@ class FileStream:
 
     def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
         path = self.paths[shard]
-        return persistently(lambda n: self._read(path, n), path, start, lambda k: time.sleep(0.5 * 2**k))
+        return read_with_retries(lambda n: self._read(path, n), path, start, lambda k: time.sleep(0.5 * 2**k))
 
     def _read(self, path: str, start: int) -> Iterator[dict | None]:
         return (read_tar if self.kind == "webdataset" else read_parquet)(path, self.column, start)

@@ -46,7 +46,7 @@ def locate(source: str, key: str, samples: Literal["train", "validation"] = "tra
     if files := remote.expand(path, key):
         if remote.is_url(path) and not path.lower().endswith((*READABLE, *BUILDERS)):
             return _in_remote_folder(path, key)
-        return _of_files(files, source, key)
+        return _located_files(files, source, key)
     if remote.is_url(path):
         raise FileNotFoundError(f"{key}: {source}: nothing there; allowed: {KINDS}")
     if not HUB_ID.fullmatch(source):
@@ -68,7 +68,7 @@ def _in_remote_folder(path: str, key: str) -> Located:
         raise FileNotFoundError(f"{key}: {path} cannot be listed ({error})") from None
     if not files:
         raise FileNotFoundError(f"{key}: {path}: no images and no data files there; allowed: {KINDS}")
-    return _of_files(files, path, key)
+    return _located_files(files, path, key)
 
 
 def _in_folder(path: str, key: str) -> Located:
@@ -83,7 +83,7 @@ def _in_folder(path: str, key: str) -> Located:
             "allowed: a folder of one kind, or a glob such as FOLDER/*.parquet"
         )
     if tables:
-        return _of_files(tables, path, key)
+        return _located_files(tables, path, key)
     if not images:
         raise ValueError(f"{key}: no images in {path}; allowed: {KINDS}")
     return Located("images", images)
@@ -102,7 +102,7 @@ def _files_below(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(found)
 
 
-def _of_files(files: Sequence[str], source: str, key: str) -> Located:
+def _located_files(files: Sequence[str], source: str, key: str) -> Located:
     suffixes = {os.path.splitext(file)[1].lower() for file in files}
     if suffixes <= set(READABLE):
         return Located("images", list(files))

@@ -91,7 +91,7 @@ def size_of(path: str) -> int | None:
     return system.size(name)
 
 
-def persistently(
+def read_with_retries(
     read: Callable[[int], Iterator[Record]], path: str, start: int, wait: Callable[[int], None]
 ) -> Iterator[Record]:
     """The records `start`, `start + 1` ... of a file; where a remote one fails, again from the next that is due.

@@ -26,7 +26,7 @@ from .remote import is_url
 from .tar_files import TarRows, fields_of
 
 LARGE_GROUP = 2**20  # bytes of images in a parquet row group above which single rows are read from a copy
-WORTH_SAYING = 2**30  # bytes of a source that are read or written before anything else can start
+ANNOUNCED_BYTES = 2**30  # bytes of a source that are read or written before anything else can start
 
 Rows = datasets.Dataset | TarRows | ParquetRows
 
@@ -116,7 +116,7 @@ def _open_rows(
 ) -> Rows:
     size = sum(map(os.path.getsize, files))
     if kind == "webdataset":
-        if size > WORTH_SAYING:
+        if size > ANNOUNCED_BYTES:
             log.warning(
                 "%s: finding the images in %d tar files of %s", keys.source, len(files), _gigabytes(size)
             )
@@ -124,7 +124,7 @@ def _open_rows(
     group = bytes_of_groups(files, column)
     if in_order or group <= LARGE_GROUP:
         return ParquetRows(files, column, keep)
-    if size > WORTH_SAYING:
+    if size > ANNOUNCED_BYTES:
         log.warning(
             "%s: a row of %s can only be read with the %.0f MB of its row group, so the files are copied first, "
             "once: %s in %s; data.streaming=true reads them as they are",

@@ -43,7 +43,7 @@ class Detector:
         self.vae = vae
         covariance, errors, kls, count = 0.0, [], [], 0
         for images in fitting:
-            residual, kl = self.explain(images)
+            residual, kl = self.residual_and_kl(images)
             x = patches(residual).flatten(0, 1)
             covariance, count = covariance + x.T @ x, count + len(x)
             errors.append(float(residual.square().mean()))
@@ -59,7 +59,7 @@ class Detector:
         self.reference = {name: np.sort([scores[name] for scores in scored]) for name in SCORES}
 
     @torch.inference_mode()
-    def explain(self, images: Tensor) -> tuple[Tensor, float]:
+    def residual_and_kl(self, images: Tensor) -> tuple[Tensor, float]:
         """(1, 3, H, W) -> what the model leaves unexplained, in float64 on the CPU, and KL per pixel dimension."""
         images = images.to(self.vae.device)
         posterior = self.vae.encode(images).latent_dist
@@ -68,7 +68,7 @@ class Detector:
 
     def scores(self, images: Tensor) -> dict[str, float]:
         """(1, 3, H, W) -> the score under each name."""
-        residual, kl = self.explain(images)
+        residual, kl = self.residual_and_kl(images)
         error = float(residual.square().mean())
         nll = 0.5 * (error / self.variance + np.log(2 * np.pi * self.variance))
         distances = (patches(residual) @ self.whitening.T).square().mean(2)

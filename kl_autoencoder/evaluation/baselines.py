@@ -1,4 +1,4 @@
-"""What an autoencoder has to beat: images made small and large again, JPEG and WebP in the bytes of latents."""
+"""Baselines for an autoencoder: bicubic scaling down and up, JPEG and WebP in the bytes of its latents."""
 
 import io
 

@@ -82,7 +82,7 @@ def inception(device: torch.device) -> Features:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with short_patience():
+            with download_timeout():
                 torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d")
         except (OSError, RuntimeError) as error:  # a URLError is an OSError; a RuntimeError is a wrong hash
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -97,13 +97,13 @@ def inception(device: torch.device) -> Features:
 
 def squeezenet(device: torch.device) -> Features:
     """The last 512 feature maps of the SqueezeNet of LPIPS, averaged. FileNotFoundError without its weights."""
-    with short_patience():
+    with download_timeout():
         network = LPIPS("squeeze").to(device).lpips
     return lambda images: network.net(network.scaling_layer(images.to(device)))[-1].mean(dim=(2, 3))
 
 
 @contextmanager
-def short_patience() -> Iterator[None]:
+def download_timeout() -> Iterator[None]:
     """Downloads in this block give up where nothing comes for `PATIENCE` seconds, instead of never."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.autoencoder_kl import KLAutoencoder
-from .metrics import LPIPS, PSNR_OF_EQUALS, psnr
+from .metrics import LPIPS, MAX_PSNR, psnr
 
 SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # of noise, in deviations of the latents over all channels
 STEPS = 8  # from one image to another
@@ -150,4 +150,4 @@ def summary(found: list[dict[str, list]]) -> dict[str, Any]:
 
 
 def _capped(decibels: Tensor) -> float:
-    return float(decibels.clamp(max=PSNR_OF_EQUALS))
+    return float(decibels.clamp(max=MAX_PSNR))

@@ -1,4 +1,4 @@
-"""What latents are like over a set of images: moments of channels, correlation, logvar, power spectrum."""
+"""Statistics of latents over a set of images: moments of channels, correlation, logvar, power spectrum."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""What is compared: autoencoders, and what they have to beat. Each gives back the images it is given."""
+"""The methods that `evaluate` compares: autoencoders, and bicubic, JPEG and WebP as baselines.
+
+A method has `rows`, its lines of the table, and `reproduce`, which yields the images of each row.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +17,7 @@ from ..networks.distributions import DiagonalGaussian
 from . import baselines
 
 LATENTS = ("mode", "sample")
-BIT = 0.6931471805599453  # nats
+NATS_PER_BIT = 0.6931471805599453  # ln 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Row:
 
 
 class Reproduction(NamedTuple):
+    """What a method made of a batch of images."""
+
     row: Row
     images: Tensor  # (B, 3, H, W), float32 on the CPU, neither clamped nor rounded
     extras: dict[str, list[float]]  # measures of the way there, an entry an image
@@ -64,7 +69,7 @@ class Model:
         generators = [torch.Generator().manual_seed(self.seed + number) for number in numbers]
         bits = {
             "bits_per_pixel": [8 * exact.mean[0].numel() / (height * width)] * len(images),
-            "kl_bits_per_pixel": (exact.kl().double() / (BIT * height * width)).tolist(),
+            "kl_bits_per_pixel": (exact.kl().double() / (NATS_PER_BIT * height * width)).tolist(),
         }
         for row, z in zip(self.rows, (exact.mode(), exact.sample(generators)), strict=True):
             decoded = self.vae.decode(z.to(self.vae.dtype)).sample[:, :, :height, :width].float().cpu()
@@ -73,6 +78,8 @@ class Model:
 
 
 class Bicubic:
+    """Images scaled down by `factor` and up again."""
+
     def __init__(self, factor: int):
         self.factor = factor
         self.rows = [Row(f"bicubic/f{factor}", "bicubic", f"down and up by {factor}", "baseline")]

@@ -19,7 +19,7 @@ BACKBONES = {  # what torchvision downloads for each net
     "alex": "alexnet-owt-7be5be79.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
-PSNR_OF_EQUALS = 100.0  # dB, where a mean over images is taken: one level in one value of 256x256 gives 101
+MAX_PSNR = 100.0  # dB, where a mean over images is taken: one level in one value of 256x256 gives 101
 MS_SSIM_TOO_SMALL = 160  # pixels: 2^4 of them are one at the fifth scale, where 11 are needed
 
 
@@ -80,11 +80,11 @@ def similarity(images: Tensor, references: Tensor, lpips: "LPIPS | None") -> dic
     """What each image is measured by, in training and in `evaluate`: `psnr`, `ssim`, and `lpips` where given.
 
     Of the images as they would be saved, LPIPS too; `references` are 8-bit images already. PSNR ends at
-    `PSNR_OF_EQUALS`: one image that is reproduced exactly would make the mean over all infinite.
+    `MAX_PSNR`: one image that is reproduced exactly would make the mean over all infinite.
     """
     saved = as_saved(images)
     values = {
-        "psnr": psnr(saved, references).clamp(max=PSNR_OF_EQUALS).tolist(),
+        "psnr": psnr(saved, references).clamp(max=MAX_PSNR).tolist(),
         "ssim": ssim(saved, references).tolist(),
     }
     if lpips is not None:

@@ -1,4 +1,4 @@
-"""Models and baselines measured on the same images, on any number of ranks: what metrics.json holds."""
+"""Measure models and baselines on the same images, on any number of ranks: the content of metrics.json."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +47,7 @@ class MetricSuite:
         def load_or_note(load: Callable[[], Any], without: str):
             return _on_all_ranks(load, first, lambda error: notes.append(f"{without}: {error}"))
 
-        with frechet.short_patience():
+        with frechet.download_timeout():
             lpips = load_or_note(lambda: LPIPS(lpips_net).to(device), "no LPIPS")
         rfid = load_or_note(
             lambda: frechet.inception(device),
@@ -78,15 +78,15 @@ def _on_all_ranks(load: Callable[[], Any], first: bool, refused: Callable[[Excep
 
 
 class Evaluation:
-    """One rank's part of the work, and after `measure` on all ranks what they have found together."""
+    """Methods measured on images: one rank's part of it, and after `measure` the results of all ranks."""
 
     def __init__(self, photographs: Photographs, methods: Sequence[Method], suite: MetricSuite):
         self.photographs, self.methods, self.suite = photographs, methods, suite
         self.rows = [row for method in methods for row in method.rows]
-        # of each model the latents are looked at once, in the first type it is given in
+        # the statistics of a model's latents are those of its first row, in the first type it is given in
         models = [method for method in methods if isinstance(method, Model)]
         self.models = list({model.name: model for model in reversed(models)}.values())[::-1]
-        self.observed = {model.rows[0].key: model.name for model in self.models}
+        self.latents_of_row = {model.rows[0].key: model.name for model in self.models}
         self.records: list[dict[str, Any]] = []
         self.latents = {model.name: LatentSums(model.vae.config.latent_channels) for model in self.models}
         self.spectrum = SpectrumSum()
@@ -125,8 +125,8 @@ class Evaluation:
         values = [{} for _ in batch]
         for reproduction in self.reproductions(batch):
             key, rounded = reproduction.row.key, as_saved(reproduction.images)
-            if reproduction.row.key in self.observed:
-                self.latents[self.observed[key]].update(reproduction.posterior)
+            if reproduction.row.key in self.latents_of_row:
+                self.latents[self.latents_of_row[key]].update(reproduction.posterior)
             self._add_features(key, rounded)
             measured = self._similarity(rounded, images) | reproduction.extras
             for i, of_image in enumerate(values):
@@ -170,9 +170,9 @@ class Evaluation:
 
     def results(self) -> dict[str, Any]:
         """Of each row its metrics: mean, deviation (n - 1) and number of images."""
-        return {row.key: {**row.about(), "metrics": self._of_row(row.key)} for row in self.rows}
+        return {row.key: {**row.about(), "metrics": self._row_metrics(row.key)} for row in self.rows}
 
-    def _of_row(self, key: str) -> dict[str, dict[str, float | int | None]]:
+    def _row_metrics(self, key: str) -> dict[str, dict[str, float | int | None]]:
         metrics = {}
         for name in IMAGE_METRICS:
             values = [r["values"][key][name] for r in self.records if name in r["values"][key]]
@@ -191,7 +191,7 @@ class Evaluation:
     def study(self, images: int, seed: int) -> dict[str, Any]:
         """Of each model the moments of its latents over all images, and the studies over `images` of them."""
         moments = {model.name: self.latents[model.name].summary() for model in self.models}
-        numbers = self.studied(images)
+        numbers = self.study_numbers(images)
         pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
         tasks = [(model, i) for model in self.models for i in range(len(pairs))]
         place, found = distributed.join(), []
@@ -199,7 +199,7 @@ class Evaluation:
         with distributed.failing_together():
             for model, i in tracked(mine, "studying latents", "pairs"):
                 study = latent_probes.Study(model.vae, moments[model.name], self.suite.lpips, seed)
-                pair = [(number, self._for_study(number, model)) for number in pairs[i]]
+                pair = [(number, self._study_image(number, model)) for number in pairs[i]]
                 found.append((model.name, i, study.of_pair(pair)))
         found = sorted(distributed.gather(found), key=lambda entry: entry[:2])
         return {
@@ -207,12 +207,12 @@ class Evaluation:
             for name, summary in moments.items()
         }
 
-    def studied(self, images: int) -> list[int]:
+    def study_numbers(self, images: int) -> list[int]:
         """The numbers of at most so many images, spread evenly over those that can be used."""
         numbers = [record["number"] for record in self.records]
         return [numbers[i] for i in np.unique(np.linspace(0, len(numbers) - 1, images).round().astype(int))]
 
-    def _for_study(self, number: int, model: Model) -> Tensor:
+    def _study_image(self, number: int, model: Model) -> Tensor:
         # of one size, since there are paths between them; halved, still a multiple of the model's factor
         image = self.photographs.at(number, self.photographs.size or STUDY_SIZE).image
         return pad_to_multiple(image, 2 * model.vae.downsampling)

@@ -42,14 +42,14 @@ class Layers:
         """The kernel of a 3x3 convolution of stride 1."""
         if self.is_called(conv):
             return CalledConv(conv, self.dtype)
-        fewer_products = winograd.pays(conv, self.device, self.dtype)
+        fewer_products = winograd.is_profitable(conv, self.device, self.dtype)
         return (winograd.WinogradConv if fewer_products else DirectConv)(conv, work)
 
     def upsample(self, conv: nn.Module, work: Workspace):
         """The kernel of nearest-neighbour upsampling by two and a 3x3 convolution."""
         if self.is_called(conv):
             return CalledUpsample(conv, self.dtype)
-        fewer_products = winograd.pays(conv, self.device, self.dtype, upsampling=True)
+        fewer_products = winograd.is_profitable(conv, self.device, self.dtype, upsampling=True)
         return (winograd.WinogradUpsample if fewer_products else DirectUpsample)(conv, work)
 
     def downsample(self, conv: nn.Module, work: Workspace):

@@ -23,7 +23,9 @@ from .memory import Workspace
 A, B = 11 / 16, 3 / 2  # the points of F(4x4, 3x3) are 0, A, -A, B, -B and infinity
 
 
-def pays(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype, upsampling: bool = False) -> bool:
+def is_profitable(
+    conv: nn.Conv2d, device: torch.device, dtype: torch.dtype, upsampling: bool = False
+) -> bool:
     """Whether fewer products in float32 are faster than all of them in `dtype`, by what the processor has.
 
     In bfloat16 torch's own convolution does twice float32's products a second with AVX512-BF16 (measured on a

@@ -60,12 +60,12 @@ class FewerProducts:
         return self.executor.work
 
     def norm_silu_conv(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        if not pays(conv, x, x[:, 0].numel()):
+        if not is_profitable(conv, x, x[:, 0].numel()):
             return recomputed_norm_silu_conv(norm, conv, x)
         return _NormSiluConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, norm, self)
 
     def upsample_conv(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        if not pays(conv, x, 4 * x[:, 0].numel()):
+        if not is_profitable(conv, x, 4 * x[:, 0].numel()):
             return upsample_conv(conv, x)
         return _UpsampleConv.apply(x, conv.weight, conv.bias, self)
 
@@ -103,7 +103,7 @@ class FewerProducts:
         return gradient.view(3, 3, into, out).permute(3, 2, 0, 1)
 
 
-def pays(conv: nn.Conv2d, x: Tensor, pixels: int) -> bool:
+def is_profitable(conv: nn.Conv2d, x: Tensor, pixels: int) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == conv.weight.dtype == torch.float32

@@ -1,7 +1,7 @@
-"""A source of photographs -> shards of latents for diffusion training, the same whatever happens on the way.
+"""Encode a source of photographs into shards of latents for diffusion training, bit for bit reproducibly.
 
 What becomes of a row depends on the row, the settings and the shard that it is in, never on the number of ranks,
-workers or threads: crops and noise are functions of the seed and the row, and `latent_rows` does the rest.
+workers or threads: crops and noise are functions of the seed and the row, and `shard_encoder` does the rest.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ..inference.workers import Workers
 from ..models.autoencoder_kl import KLAutoencoder
 from ..models.scaling import SCALING_KEYS
 from ..progress import Progress
-from .shard_encoder import EncodeSettings, ShardEncoder, little_endian, random_of
+from .shard_encoder import EncodeSettings, ShardEncoder, little_endian, rng_for
 from .shards import ShardFolder
 from .statistics import LatentStatistics
 
@@ -54,12 +54,12 @@ def encode(
     targets = buckets(settings.size, f) if settings.crop == "buckets" else [(settings.size, settings.size)]
     claimed = ((k, row) for k in shards.claims(rank, ranks) for row in shards.rows(k))
     loader = DataLoader(
-        Photographs(photographs, column, targets, settings),
-        sampler=Once(claimed),
+        CroppedPhotographs(photographs, column, targets, settings),
+        sampler=IteratorSampler(claimed),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=2 * settings.batch_size if num_workers else None,
-        collate_fn=_as_it_is,
+        collate_fn=_uncollated,
         worker_init_fn=_start_worker,
     )
     schema = settings.features(photographs.features).arrow_schema
@@ -80,7 +80,7 @@ def encode(
 
 
 def binding(vae: KLAutoencoder, photographs: datasets.Dataset, column: str, settings: EncodeSettings) -> dict:
-    """What rows of one data set must have in common: the model's weights, the photographs and the settings."""
+    """The manifest entries that all rows of a data set must share: model's weights, photographs, settings."""
     return {
         "model": {"weights_sha256": weights_hash(vae)},
         "source": {"rows": len(photographs), "sampled_sha256": _sampled_hash(photographs, column)},
@@ -97,8 +97,8 @@ def weights_hash(vae: KLAutoencoder) -> str:
     return digest.hexdigest()
 
 
-class Once:
-    """What an iterator yields, as a sampler: drawn as the loader reads ahead, over the borders of shards."""
+class IteratorSampler:
+    """A sampler that yields what an iterator does, once: drawn as the loader reads ahead, across shards."""
 
     def __init__(self, iterator: Iterator):
         self.iterator = iterator
@@ -107,8 +107,11 @@ class Once:
         return self.iterator
 
 
-class Photographs(Dataset):
-    """(shard, row) -> {"shard", "row", "source_id", "part", "kept"}, or {..., "reason"} why there is none."""
+class CroppedPhotographs(Dataset):
+    """CroppedPhotographs by (shard, row), cropped: {"shard", "row", "source_id", "part", "kept"}.
+
+    Of one that is too small or unreadable, "reason" stands in the place of "part" and "kept".
+    """
 
     def __init__(self, photographs: datasets.Dataset, column: str, targets: list, settings: EncodeSettings):
         self.photographs, self.column, self.targets, self.settings = photographs, column, targets, settings
@@ -118,7 +121,7 @@ class Photographs(Dataset):
         record = self.photographs[row]
         name = (record[self.column] or {}).get("path") or f"row {row}"
         loaded = {"shard": shard, "row": row, "source_id": name}
-        rng = random_of(self.settings.seed, row, "crop") if self.settings.crop == "random" else None
+        rng = rng_for(self.settings.seed, row, "crop") if self.settings.crop == "random" else None
         try:
             part = read_part(encoded_file(record[self.column], name), self.targets, rng)
         except TooSmall as error:
@@ -130,7 +133,7 @@ class Photographs(Dataset):
 
 
 def finish(shards: ShardFolder, channels: int) -> dict:
-    """Put together what the shards tell, in their order, so that every process comes to the same."""
+    """Write the manifest: the statistics of all shards, merged in their order, so that all processes agree."""
     total, skipped, rows = LatentStatistics(channels), [], 0
     for k in range(shards.count):
         about = shards.about(k)
@@ -174,7 +177,7 @@ def _counted(loaded: Iterable[dict], bar: Progress) -> Iterator[dict]:
         bar.update()
 
 
-def _as_it_is(loaded: dict) -> dict:
+def _uncollated(loaded: dict) -> dict:
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""Playing with the latent space: between two photographs, draws from a Gaussian, attributes as directions.
+"""Interpolate, sample and edit latents: paths between two, draws from a Gaussian, attributes as directions.
 
 Latents are raw (B, C, h, w) here, as `encode` gives and `decode` takes them.
 """

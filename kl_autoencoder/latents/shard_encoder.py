@@ -136,7 +136,7 @@ class ShardEncoder:
             return posterior.mode()
         if self.settings.content == "moments":
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
-        keys = [random_of(self.settings.seed, row, f"noise {flipped}") for row in rows]
+        keys = [rng_for(self.settings.seed, row, f"noise {flipped}") for row in rows]
         return posterior.sample([torch.Generator().manual_seed(int(rng.random() * 2**53)) for rng in keys])
 
     def statistics(self, stored: Tensor) -> LatentStatistics:
@@ -169,7 +169,7 @@ class ShardEncoder:
         }
 
 
-def random_of(seed: int, row: int, purpose: str) -> random.Random:
+def rng_for(seed: int, row: int, purpose: str) -> random.Random:
     return random.Random(f"{seed}/{row}/{purpose}")  # Python promises that text seeds alike in all versions
 
 

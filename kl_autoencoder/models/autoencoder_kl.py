@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ..files import settle
+from ..files import sync_files
 from ..inference.dispatch import infer
 from ..networks.attention import AttentionBlock
 from ..networks.convolutional import Decoder, Encoder
@@ -354,7 +354,7 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
         if folder.is_file():
             raise ValueError(f"{folder}: is a file; a model is saved as a folder")
         super().save_pretrained(save_directory, *arguments, **options)
-        settle([folder / "config.json", *folder.glob("diffusion_pytorch_model*")])
+        sync_files([folder / "config.json", *folder.glob("diffusion_pytorch_model*")])
 
     @classmethod
     def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> "KLAutoencoder":

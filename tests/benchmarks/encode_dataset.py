@@ -19,7 +19,7 @@ import torch
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.loading import load_model
 from kl_autoencoder.data.sources import Keys, open_source
-from kl_autoencoder.latents.encode_dataset import Photographs, binding, encode
+from kl_autoencoder.latents.encode_dataset import CroppedPhotographs, binding, encode
 from kl_autoencoder.latents.shard_encoder import EncodeSettings
 from kl_autoencoder.latents.shards import ShardFolder
 
@@ -57,7 +57,7 @@ def models(names):
 
 
 def compare(name, vae, photographs, settings, arguments) -> None:
-    read = Photographs(photographs, "image", [(settings.size, settings.size)], settings)
+    read = CroppedPhotographs(photographs, "image", [(settings.size, settings.size)], settings)
     started = time.perf_counter()
     loaded = [one for i in range(len(photographs)) if "part" in (one := read[0, i])]
     reading = (time.perf_counter() - started) / len(photographs)

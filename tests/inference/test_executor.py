@@ -109,7 +109,8 @@ def test_in_half_precision_no_further_from_the_truth_than_the_whole(dtype, two_t
 def test_winograd_in_half_precision(two_threads, monkeypatch):
     """Where it pays depends on the processor; it must be right everywhere."""
     monkeypatch.setattr(
-        "kl_autoencoder.inference.winograd.pays", lambda conv, *_, **__: min(conv.weight.shape[:2]) >= 8
+        "kl_autoencoder.inference.winograd.is_profitable",
+        lambda conv, *_, **__: min(conv.weight.shape[:2]) >= 8,
     )
     vae, images, rows = random_case(3)
     for ours, whole in both_ways(vae.to(torch.bfloat16), images.to(torch.bfloat16), rows):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.inference.winograd_autograd import FewerProducts, pays
+from kl_autoencoder.inference.winograd_autograd import FewerProducts, is_profitable
 from kl_autoencoder.networks.convolutional import norm_silu_conv, upsample_conv
 from train.autoencoder.model import choose_backward
 
@@ -59,7 +59,7 @@ def test_norm_silu_conv(products, b, into, out, height, width, channels_last):
     memory = torch.channels_last if channels_last else torch.contiguous_format
     x = (torch.randn(b, into, height, width) * 2 + 1).to(memory_format=memory)
     dy = torch.randn(b, out, height, width)
-    assert pays(conv, x, b * height * width)
+    assert is_profitable(conv, x, b * height * width)
     parameters = [*norm.parameters(), *conv.parameters()]
     ours = run(lambda x: products.norm_silu_conv(norm, conv, x), parameters, x, dy)
     plain = run(lambda x: norm_silu_conv(norm, conv, x), parameters, x, dy)

@@ -230,6 +230,8 @@ def test_ctrl_c_before_the_first_step_and_after_the_last_is_one_line(photographs
     assert "\ninterrupted; the same command continues" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert finish(start(log, train, arguments)) == [0], log.read_text()
+    said = "all 4 steps (train.steps) were taken before; measuring and exporting again"
+    assert (said in log.read_text()) == (method == "measure_latents")
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(photographs, tmp_path):

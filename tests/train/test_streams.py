@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kl_autoencoder.data.file_streams import FileStream
-from kl_autoencoder.data.remote import persistently
+from kl_autoencoder.data.remote import read_with_retries
 from tests.file_server import FileServer, write_tar
 from tests.train.test_data import assert_same, cache, config, flat, parquet, png, take, tar, which  # noqa: F401
 from train.data.config import DataConfig
@@ -175,15 +175,15 @@ def test_a_shard_that_breaks_off_is_read_again_from_there(tmp_path):
             server.broken.discard("a.tar")
 
         read = lambda n: stream._read(path, n)  # noqa: E731
-        records = list(persistently(read, path, 2, heal))
+        records = list(read_with_retries(read, path, 2, heal))
         assert waits == [1] and [record["path"] for record in records] == [f"{i}.png" for i in range(2, 9)]
         server.broken.add("a.tar")
         with pytest.raises(OSError, match="a.tar: .* after record 0") as error:
-            list(persistently(read, path, 0, waits.append))
+            list(read_with_retries(read, path, 0, waits.append))
         assert waits == [1, 1, 2, 3] and "\n" not in str(error.value)
         server.missing.add("a.tar")
         with pytest.raises(OSError, match=r"a\.tar"):
-            list(persistently(read, path, 0, waits.append))
+            list(read_with_retries(read, path, 0, waits.append))
         assert len(waits) == 4  # a file that is not there is not asked for again
 
 

@@ -13,7 +13,7 @@ from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.data.image_dataset import Photographs
 from kl_autoencoder.data.image_io import image_grid, image_to_tensor
-from kl_autoencoder.evaluation.metrics import LPIPS, PSNR_OF_EQUALS, from_8_bits, similarity, to_8_bits
+from kl_autoencoder.evaluation.metrics import LPIPS, MAX_PSNR, from_8_bits, similarity, to_8_bits
 from tests.processes import finish, start_ranks
 from tests.train.test_restart import command, train
 from tests.train.test_trainer import make, records, small_config
@@ -44,7 +44,7 @@ def test_equal_images_do_not_make_the_mean_infinite(folder):
     """And a change of less than half a level is none, for LPIPS too: images are compared as they would be saved."""
     held_out = HeldOut(Photographs.open(str(folder), 64), batch_size=4)
     values = measure(Identity(), held_out, LPIPS("squeeze"))
-    assert values["psnr"] == [PSNR_OF_EQUALS] * 6 and math.isfinite(np.mean(values["psnr"]))
+    assert values["psnr"] == [MAX_PSNR] * 6 and math.isfinite(np.mean(values["psnr"]))
     assert values["lpips"] == [0.0] * 6 and values["ssim"] == pytest.approx([1.0] * 6)
 
 

@@ -69,6 +69,10 @@ class Trainer:
         """Train to the last step and export; returns what the run amounts to, None if it was asked to stop."""
         every = self.config.validation.every
         self._announce()
+        if self.finished:
+            self.say(
+                f"all {self.step:,} steps (train.steps) were taken before; measuring and exporting again"
+            )
         before = self.validate() if self.step == 0 else self.journal.recorded_start("validation/")
         progress = tqdm(
             total=self.config.train.steps, initial=self.step, unit="step", disable=not self.is_main

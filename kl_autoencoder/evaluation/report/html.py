@@ -1,4 +1,4 @@
-"""What people read of an evaluation: the table in the terminal, and one HTML file that needs nothing beside it."""
+"""Render an evaluation as a terminal table and as a self-contained HTML page."""
 
 import base64
 import io
@@ -22,6 +22,8 @@ SHOWN_PIXELS = 768  # a side; of larger images the centre
 
 
 class Column(NamedTuple):
+    """A metric as the tables show it; `better` says whether higher (up) or lower (down) values are."""
+
     key: str
     label: str
     better: str  # up, down, or nothing
@@ -49,7 +51,7 @@ COLUMNS = (
 
 
 def columns(metrics: dict[str, Any]) -> list[Column]:
-    """Those that were measured."""
+    """The columns of the metrics that were measured on at least one image."""
     measured = [result["metrics"] for result in metrics["results"].values()]
     return [c for c in COLUMNS if any(row[c.key]["n"] for row in measured)]
 
@@ -64,7 +66,7 @@ def best(metrics: dict[str, Any], column: Column) -> str | None:
 
 
 def plain_table(metrics: dict[str, Any]) -> str:
-    """For the terminal: a line a row, the means."""
+    """The table for the terminal: a line a method, with its means over the images."""
     shown = columns(metrics)
     heads = [f"{c.label} {c.arrow}".strip() for c in shown]
     names = {key: f"{r['name']}, {r['detail']}" for key, r in metrics["results"].items()}
@@ -80,7 +82,7 @@ def plain_table(metrics: dict[str, Any]) -> str:
 
 
 def render(metrics: dict[str, Any], evaluation: Evaluation) -> str:
-    """The report as one HTML file: style, script, plots and pictures are in it."""
+    """The report as one HTML page that holds its style, script, plots and pictures."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,
@@ -221,7 +223,7 @@ def _plots(metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, str]:
 
 def _dots(evaluation: Evaluation, drawn: dict[str, str], name: str) -> list[tuple[str, str, list[float]]]:
     """The values of `name` of all images, of the rows of models in their first type and of the baselines."""
-    rows = [row for row in evaluation.rows if row.kind == "baseline" or row.key in evaluation.observed]
+    rows = [row for row in evaluation.rows if row.kind == "baseline" or row.key in evaluation.latents_of_row]
     return [
         (row.name, drawn.get(row.name, plots.QUIET), [r["values"][row.key][name] for r in evaluation.records])
         for row in rows

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kl_autoencoder.files import flush_folder, settle
+from kl_autoencoder.files import flush_folder, sync_files
 from kl_autoencoder.models.run_folder import MANIFEST, NAME
 
 
@@ -43,7 +43,7 @@ def save_checkpoint(
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in beside.iterdir()
         }
         (beside / MANIFEST).write_text(json.dumps(files, indent=1))
-        settle(beside.iterdir())
+        sync_files(beside.iterdir())
         shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that went on without it
         os.replace(beside, final)
         flush_folder(root)

@@ -116,10 +116,16 @@ class ExactMaskDecoder(_Exact, theirs.MaskConditionDecoder):
 
     plain = theirs.MaskConditionDecoder
 
-    def forward(self, z: Tensor, *conditions: Any, **named_conditions: Any) -> Tensor:
-        given = (*conditions, *named_conditions.values())
-        if any(condition is not None for condition in given) or _is_traced():
-            return super().forward(z, *conditions, **named_conditions)
+    def forward(
+        self,
+        z: Tensor,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        latent_embeds: Tensor | None = None,
+    ) -> Tensor:
+        is_masked = image is not None and mask is not None
+        if is_masked or latent_embeds is not None or _is_traced():
+            return super().forward(z, image, mask, latent_embeds)
         return self.execute(z, tiled=False)
 
 

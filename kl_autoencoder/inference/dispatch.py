@@ -123,7 +123,10 @@ def infer_in_pieces(
 
 def why_whole(network: nn.Module, x: Tensor) -> str | None:
     """What executing the network in pieces would not do, or None: then it does what calling it would do."""
-    device, autocast = execution_device(network, x), torch.is_autocast_enabled(x.device.type)
+    device = execution_device(network, x)
+    if device.type not in ("cpu", "cuda"):
+        return f"the device is {device}"
+    autocast = torch.is_autocast_enabled(x.device.type)
     allowed = DTYPES if not autocast else (torch.float32, torch.bfloat16, torch.float16)
     modules = list(modules_of(network, type(network).__name__.lower()))
     changed = [name for name, module in modules if not is_plain(module) and not is_local(module)]
@@ -137,7 +140,7 @@ def why_whole(network: nn.Module, x: Tensor) -> str | None:
         return "there are global forward hooks"
     if changed:
         return f"{changed[0]} has hooks, another attention processor, or was replaced"
-    if device.type not in ("cpu", "cuda") or not all(p.device in (device, META) for p in tensors[1:]):
+    if not all(p.device in (device, META) for p in tensors[1:]):
         return f"not all weights are on the device {device}"
     if any(type(t) not in (Tensor, nn.Parameter) or t.dtype not in allowed for t in tensors):
         return "the type of the input or of a weight"

@@ -65,7 +65,7 @@ def test_every_python_block_runs(folder):
 
 def test_the_first_block_takes_the_fast_path(folder, monkeypatch):
     """Encoder and decoder are executed in pieces, once each, and never as a whole, unless the image is small."""
-    monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
     runs, run = [], Executor.run
     monkeypatch.setattr(Executor, "run", lambda self, of, x: runs.append(type(of)) or run(self, of, x))
     monkeypatch.setattr(Encoder, "forward", None)

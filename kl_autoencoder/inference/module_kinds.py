@@ -68,12 +68,13 @@ def is_adapter(module: nn.Module) -> bool:
     )
 
 
-def modules_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The module and those inside it, with their full names, but not the insides of adapters."""
-    yield name, module
-    if not is_adapter(module):
-        for child_name, child in module.named_children():
-            yield from modules_of(child, f"{name}.{child_name}")
+def modules_of(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The module and those inside it, with their full names, but not the insides of adapters; outer ones first."""
+    found = [(name, module)]
+    for above, outer in found:
+        if not is_adapter(outer):
+            found += [(f"{above}.{n}", inner) for n, inner in outer._modules.items() if inner is not None]
+    return found
 
 
 def kind(block: nn.Module) -> type:

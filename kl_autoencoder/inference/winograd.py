@@ -3,17 +3,20 @@
 A 3x3 convolution of stride 1 computed on 4x4 output tiles takes 36 products a tile and channel pair where the
 definition takes 144: F(4x4, 3x3) of Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
 The points 0, +-11/16, +-3/2 round less than half as much as theirs (0, +-1, +-2). Against float64, relative rms
-of one layer of 64 to 512 channels on a Zen 5: 5.8e-7 to 8.6e-7, where oneDNN's direct convolution has 2.2e-7 in
-NCHW and 4.3e-7 to 1.2e-6 in channels_last. So Stable Diffusion's decoder is at 4.1e-6 of float64's, 2.9 times
-diffusers' distance in NCHW and 0.6 times that in channels_last; its encoder at 3.2e-6, 3.7 and 0.9 times.
+of one layer of 64 to 512 channels on a Zen 5: 6.0e-7 to 1.4e-6, where oneDNN's direct convolution has 2.2e-7 in
+NCHW and 2.5e-7 to 1.2e-6 in channels_last. So Stable Diffusion's decoder is at 6.3e-6 of float64's, 4.4 times
+diffusers' distance in NCHW and 0.96 times that in channels_last; its encoder at 4.2e-6, 4.8 and 1.23 times. (With
+MKL's products, see `products_with`: a layer 5.8e-7 to 8.6e-7, decoder 4.1e-6, encoder 3.2e-6.)
 
 After nearest-neighbour upsampling by two, 2x2 outputs take 9 products instead of 36: of the 16 of F(2x2, 3x3),
-7 multiply a difference of equal pixels. It rounds to 2.6e-7 to 4.1e-7, 1.2 to 1.7 times direct NCHW.
+7 multiply a difference of equal pixels. It rounds to 2.2e-7 to 5.6e-7, 1.0 to 2.4 times direct NCHW.
 
-Called as the kernels of `convolutions` are. Everything is additions of slices and one batched matrix product.
+Called as the kernels of `conv` are. Everything is additions of slices, and the matrix products of `products_with`.
 """
 
+import platform
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,9 @@ from torch import Tensor, nn
 from .memory import Workspace
 
 A, B = 11 / 16, 3 / 2  # the points of F(4x4, 3x3) are 0, A, -A, B, -B and infinity
+MOST_IN_GROUPS = (
+    128 * 128
+)  # channels in times channels out; beyond, rearranging filters takes longer than it saves
 
 
 def is_profitable(
@@ -49,15 +55,15 @@ class WinogradConv:
     up, down, tile = 1, 1, 4
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
-        self.filters = transform_filters(conv.weight, FILTER_4, work)  # (36, in, out)
-        self.dtype = self.filters.dtype
+        self.products = products_with(transform_filters(conv.weight, FILTER_4, work))
+        self.dtype = self.products.dtype
         self.bias = conv.bias.to(self.dtype)
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
-        b, r, s, o = x.shape[0], (x.shape[1] - 2) // 4, (x.shape[2] - 2) // 4, self.filters.shape[2]
-        products = work.get("products", (6, 6, b, r, s, o), self.dtype)
-        torch.bmm(input_tiles(x, work), self.filters, out=products.view(36, -1, o))
-
+        pixels = self.products.tiles(tiles_shape(x), work)
+        input_tiles(x, pixels, work)
+        products = self.products(pixels, work)
+        b, r, s, o = products.shape[2:]
         half = work.get("pixels", (4, 6, b, r, s, o), self.dtype)
         _outputs(products.unbind(), half.unbind(), work)
         y = work.get("half", (b, r, 4, s, 4, o), self.dtype)
@@ -71,16 +77,15 @@ class WinogradUpsample:
     up, down, tile = 2, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
-        self.filters = transform_filters(conv.weight, FILTER_UP, work)  # (9, in, out)
-        self.dtype = self.filters.dtype
+        self.products = products_with(transform_filters(conv.weight, FILTER_UP, work))
+        self.dtype = self.products.dtype
         self.bias = conv.bias.to(self.dtype)
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
         b, r, s, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
-        o = self.filters.shape[2]
         steps = work.get("half", (b, r + 1, s + 2, c), self.dtype)  # each pixel less the one below
         torch.sub(x[:, :-1], x[:, 1:], out=steps)
-        pixels = work.get("pixels", (3, 3, b, r, s, c), self.dtype)
+        pixels = self.products.tiles((3, 3, b, r, s, c), work)
         for of_row, rows in zip(pixels.unbind(), (steps[:, :-1], x[:, 1:-1], steps[:, 1:]), strict=True):
             left, middle, right = rows.unfold(2, s, 1).permute(2, 0, 1, 4, 3).unbind()
             first, second, third = of_row.unbind()
@@ -88,9 +93,8 @@ class WinogradUpsample:
             second.copy_(middle)
             torch.sub(middle, right, out=third)
 
-        products = work.get("products", (3, 3, b, r, s, o), self.dtype)
-        torch.bmm(pixels.view(9, -1, c), self.filters, out=products.view(9, -1, o))
-
+        products = self.products(pixels, work)
+        o = products.shape[5]
         y = work.get("half", (b, r, 2, s, 2, o), self.dtype)
         half = work.get("pixels", (2, 3, b, r, s, o), self.dtype)
         for m, z in ((products, half), (half.transpose(0, 1), y.permute(4, 2, 0, 1, 3, 5))):
@@ -100,15 +104,98 @@ class WinogradUpsample:
         return y.view(b, 2 * r, 2 * s, o).add_(self.bias)
 
 
-def input_tiles(x: Tensor, work: Workspace) -> Tensor:
-    """B^T d B of each tile d of a window: (36, tiles, channels)."""
+# ---------------------------------------------------------------- products
+
+
+def products_with(filters: Tensor) -> "BatchedProducts":
+    """The fastest way to the products x[k] @ filters[k].T at each position k of a tile; filters (n*n, out, in).
+
+    torch computes products by MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN, by which
+    torch computes convolutions, does. 64 to 512 channels in float32 on one thread of a Zen 5: MKL does 80 to 110
+    GFLOP/s, oneDNN 150 to 225, including the copies around the products. So on such a processor
+
+    - few channels are one convolution in n*n groups, for which oneDNN rearranges the filters in each call;
+    - many channels are n*n linear layers, for which it does not.
+
+    Tensors are (n, n, B, rows, columns, channels), in a layout of the result's choice.
+    """
+    if filters.dtype != torch.float32 or not is_onednn_faster():
+        return BatchedProducts(filters)
+    return (GroupedProducts if filters[0].numel() <= MOST_IN_GROUPS else SeparateProducts)(filters)
+
+
+@cache
+def is_onednn_faster() -> bool:
+    """Whether this is a processor with AVX-512 that is not Intel's."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    name = capabilities.get("cpu_name") or platform.processor()
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and "AMD" in name and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class BatchedProducts:
+    """All products as one step of torch."""
+
+    def __init__(self, filters: Tensor):
+        self.filters, self.dtype, self.out_channels = filters, filters.dtype, filters.shape[1]
+
+    def tiles(self, shape: tuple[int, ...], work: Workspace) -> Tensor:
+        """Memory for what gets multiplied."""
+        return work.get("pixels", shape, self.dtype)
+
+    def __call__(self, tiles: Tensor, work: Workspace) -> Tensor:
+        """The products of `tiles`, which the next step may overwrite, as may who gets them."""
+        products = work.get("products", (*tiles.shape[:-1], self.out_channels), self.dtype)
+        positions = tiles.flatten(0, 1).flatten(1, -2)
+        self.multiply(positions, products.view(len(positions), -1, self.out_channels))
+        return products
+
+    def multiply(self, positions: Tensor, out: Tensor) -> None:
+        torch.bmm(positions, self.filters.mT, out=out)
+
+
+class SeparateProducts(BatchedProducts):
+    """Each product by oneDNN."""
+
+    def multiply(self, positions: Tensor, out: Tensor) -> None:
+        linear = torch.ops.mkldnn._linear_pointwise
+        each = zip(positions.unbind(), self.filters.unbind(), strict=True)
+        torch.stack([linear(x, one, None, "none", [], "") for x, one in each], out=out)
+
+
+class GroupedProducts(BatchedProducts):
+    """All products as one convolution of 1x1 by oneDNN; the positions of a tile are its groups of channels."""
+
+    def tiles(self, shape: tuple[int, ...], work: Workspace) -> Tensor:
+        n, _, b, rows, columns, channels = shape
+        return work.get("pixels", (b, rows, columns, n, n, channels), self.dtype).permute(3, 4, 0, 1, 2, 5)
+
+    def __call__(self, tiles: Tensor, work: Workspace) -> Tensor:
+        n, _, b, rows, columns, _ = tiles.shape
+        pixels = tiles.permute(2, 3, 4, 0, 1, 5).flatten(3)
+        weight = self.filters.reshape(n * n * self.out_channels, -1, 1, 1)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        x = pixels.permute(0, 3, 1, 2)
+        y = torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), n * n)
+        y = y.permute(0, 2, 3, 1).contiguous()  # which it is
+        return y.view(b, rows, columns, n, n, self.out_channels).permute(3, 4, 0, 1, 2, 5)
+
+
+# ---------------------------------------------------------------- transforms
+
+
+def tiles_shape(x: Tensor) -> tuple[int, ...]:
+    """Of the tiles of a window (B, rows, columns, channels) that `input_tiles` fills."""
     b, height, width, c = x.shape
-    r, s = (height - 2) // 4, (width - 2) // 4
-    half = work.get("half", (6, b, r, width, c), x.dtype)  # rows transformed, columns not yet
+    return 6, 6, b, (height - 2) // 4, (width - 2) // 4, c
+
+
+def input_tiles(x: Tensor, pixels: Tensor, work: Workspace) -> None:
+    """B^T d B of each tile d of a window, into `pixels`."""
+    _, n, b, r, _, c = pixels.shape
+    half = work.get("half", (n, b, r, x.shape[2], c), x.dtype)  # rows transformed, columns not yet
     _inputs(x.unfold(1, 6, 4).unbind(-1), half.unbind(), work)
-    pixels = work.get("pixels", (6, 6, b, r, s, c), x.dtype)
     _inputs(half.unfold(3, 6, 4).unbind(-1), pixels.unbind(1), work)
-    return pixels.view(36, -1, c)
 
 
 def output_gradient_tiles(y: Tensor, work: Workspace) -> Tensor:
@@ -158,13 +245,13 @@ def _outputs_adjoint(y: Sequence[Tensor], out: Sequence[Tensor], work: Workspace
 
 
 def transform_filters(weight: Tensor, matrix: Tensor, work: Workspace) -> Tensor:
-    """(out, in, 3, 3) -> G g G^T for every pair of channels, (n*n, in, out); valid until the next is made."""
+    """(out, in, 3, 3) -> G g G^T for every pair of channels, (n*n, out, in); valid until the next is made."""
     o, i = weight.shape[:2]
     weight = weight.reshape(o * i, 9).to(torch.promote_types(weight.dtype, torch.float32))
     both_sides = torch.kron(matrix, matrix).to(weight.dtype)  # (n*n, 9)
     filters = work.get("filters", (len(both_sides), o * i), weight.dtype)
     torch.mm(both_sides, weight.t(), out=filters)
-    return filters.view(-1, o, i).transpose(1, 2)
+    return filters.view(-1, o, i)
 
 
 def _filter_4() -> Tensor:

@@ -22,7 +22,7 @@ from .executor import Executor, pieces
 from .group_norm import Normalization, Statistics, copy
 from .memory import Workspace
 from .strips import Block, Strips
-from .winograd import FILTER_4, WinogradConv, input_tiles, output_gradient_tiles
+from .winograd import FILTER_4, WinogradConv, input_tiles, output_gradient_tiles, tiles_shape
 from .workers import Workers
 
 PIXELS_A_THREAD = 2048  # about what its share of the caches holds
@@ -40,7 +40,7 @@ class Tiles:
     up, down, tile, dtype = 1, 1, WinogradConv.tile, torch.float32
 
 
-class FewerProducts:
+class WinogradOps:
     """Stands in for `network.norm_silu_conv` and `network.upsample_conv`.
 
     torch's own threads share each operation, as in inference. Scratch memory belongs to the Python thread that
@@ -52,7 +52,7 @@ class FewerProducts:
         self.executor = Executor(torch.empty(0, device=device), Workers(1, device), strip_bytes=0)
 
     def __reduce__(self):
-        return FewerProducts, ()
+        return WinogradOps, ()
 
     @property
     def work(self) -> Workspace:
@@ -95,9 +95,11 @@ class FewerProducts:
         into, out = x.shape[3], dy.shape[3]
         total = torch.zeros((36, into, out), device="cpu")
         for block in self.blocks(dy.shape):
-            a = input_tiles(self.executor.window(x, block, Tiles, fill), self.work)
+            window = self.executor.window(x, block, Tiles, fill)
+            a = self.work.get("pixels", tiles_shape(window), window.dtype)
+            input_tiles(window, a, self.work)
             b = output_gradient_tiles(whole_tiles(inside(dy, block), self.work), self.work)
-            torch.baddbmm(total, a.transpose(1, 2), b, out=total)
+            torch.baddbmm(total, a.view(36, -1, into).mT, b, out=total)
         both_sides = torch.kron(FILTER_4, FILTER_4).float()  # (36, 9)
         gradient = both_sides.t() @ total.flatten(1)
         return gradient.view(3, 3, into, out).permute(3, 2, 0, 1)

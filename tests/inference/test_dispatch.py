@@ -38,7 +38,7 @@ def vae():
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch):
     """So that small networks, quick to test, are executed in pieces as large ones are."""
-    monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
 
 
 def latents(*shape):
@@ -295,7 +295,7 @@ def test_what_is_small_is_executed_whole_and_without_a_graph(vae, monkeypatch):
     monkeypatch.setattr(Executor, "run", lambda self, of, x: pieces.append(x.shape) or run(self, of, x))
     largest = 16 * 32 * 32 * 4  # bytes, behind the upsampling
     for small, in_pieces in ((largest, 0), (largest - 1, 1)):
-        monkeypatch.setattr(dispatch, "SMALL_BYTES", small)
+        monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", small // torch.get_num_threads())
         image = vae.decode(z).sample
         assert len(pieces) == in_pieces and image.requires_grad
         assert torch.equal(image, whole(vae, z)) == (not in_pieces)
@@ -304,9 +304,18 @@ def test_what_is_small_is_executed_whole_and_without_a_graph(vae, monkeypatch):
         image.sum().backward()
         assert vae.decoder.conv_in.weight.grad.abs().sum() > 0
     vae.enable_tiling()
-    monkeypatch.setattr(dispatch, "SMALL_BYTES", largest)
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", largest)
     vae.decode(z)
     assert len(pieces) == 2
+
+
+def test_what_is_small_costs_no_look_at_the_memory(vae, monkeypatch):
+    """Which takes as long as a small network."""
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 1 << 20)
+    monkeypatch.setattr(dispatch, "available_host_memory", lambda: pytest.fail("looked at the memory"))
+    with torch.no_grad():
+        z = latents(1, 4, 8, 8)
+        assert torch.equal(vae.decode(z).sample, whole(vae, z))
 
 
 def test_gradients_of_gradients_and_within_a_checkpoint(vae):

@@ -18,7 +18,13 @@ from kl_autoencoder.inference.dispatch import infer_in_pieces
 from kl_autoencoder.inference.executor import Executor
 from kl_autoencoder.inference.group_norm import Statistics
 from kl_autoencoder.inference.memory import Arena, Workspace
-from kl_autoencoder.inference.winograd import WinogradConv, WinogradUpsample
+from kl_autoencoder.inference.winograd import (
+    BatchedProducts,
+    GroupedProducts,
+    SeparateProducts,
+    WinogradConv,
+    WinogradUpsample,
+)
 from kl_autoencoder.inference.workers import Workers
 from tests.published import PUBLISHED, reduced
 
@@ -236,7 +242,7 @@ def up(x):
 @pytest.mark.parametrize("kernel", [WinogradConv, WinogradUpsample])
 @pytest.mark.parametrize("channels", [64, 512])
 def test_winograd_rounds_as_its_docstring_says(kernel, channels):
-    """Up to 4.5 times direct convolution in NCHW (upsampling: 2.2), up to twice that in channels_last."""
+    """Up to 6.5 times direct convolution in NCHW (upsampling: 2.6), up to twice that in channels_last."""
     torch.manual_seed(0)
     conv, work = nn.Conv2d(channels, channels, 3), Workspace(CPU)
     x = F.silu(torch.randn(1, channels, 16, 16) + 1)  # as what the network convolves
@@ -250,8 +256,21 @@ def test_winograd_rounds_as_its_docstring_says(kernel, channels):
         )
     rms = [((y - truth).square().mean() / truth.square().mean()).sqrt() for y in (ours, nchw, channels_last)]
     least = 1e-7  # another processor may sum more exactly than float32 promises
-    assert rms[0] <= (2.2 if kernel is WinogradUpsample else 4.5) * max(rms[1], 2 * least), rms
+    assert rms[0] <= (2.6 if kernel is WinogradUpsample else 6.5) * max(rms[1], 2 * least), rms
     assert rms[0] <= 2 * max(rms[2], 4 * least), rms
+
+
+@pytest.mark.parametrize("products", [BatchedProducts, GroupedProducts, SeparateProducts])
+@pytest.mark.parametrize("n, pixels", [(6, (2, 3, 5)), (3, (1, 1, 1)), (3, (1, 7, 1))])
+def test_products_are_those_at_each_position(products, n, pixels):
+    generator, work = torch.Generator().manual_seed(0), Workspace(CPU)
+    filters = torch.randn(n * n, 40, 24, generator=generator)
+    x = torch.randn(n, n, *pixels, 24, generator=generator)
+    multiply = products(filters)
+    tiles = multiply.tiles(x.shape, work)
+    y = multiply(tiles.copy_(x), work)
+    wanted = torch.einsum("klbrsc,kloc->klbrso", x.double(), filters.double().view(n, n, 40, 24))
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_merge_and_keep_small_variance_beside_a_large_mean():

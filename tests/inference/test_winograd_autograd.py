@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.inference.winograd_autograd import FewerProducts, is_profitable
+from kl_autoencoder.inference.winograd_autograd import WinogradOps, is_profitable
 from kl_autoencoder.networks.convolutional import norm_silu_conv, upsample_conv
 from train.autoencoder.model import choose_backward
 
@@ -18,7 +18,7 @@ from train.autoencoder.model import choose_backward
 def products(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield FewerProducts()
+    yield WinogradOps()
     torch.set_num_threads(before)
 
 
@@ -96,7 +96,7 @@ def test_where_it_does_not_pay_it_is_the_plain_way():
     norm, conv = layers(32, 32)
     x, dy = torch.randn(2, 32, 40, 40), torch.randn(2, 32, 40, 40)
     parameters = [*norm.parameters(), *conv.parameters()]
-    products = FewerProducts()
+    products = WinogradOps()
     ours = run(lambda x: products.norm_silu_conv(norm, conv, x), parameters, x, dy)
     for a, b in zip(ours, run(lambda x: norm_silu_conv(norm, conv, x), parameters, x, dy), strict=True):
         assert torch.equal(a, b)
@@ -107,7 +107,7 @@ def test_where_it_does_not_pay_it_is_the_plain_way():
 
 def test_threads_do_not_share_scratch_memory():
     """Each of three threads gets, again and again, the gradients that it gets alone."""
-    products, work = FewerProducts(), []
+    products, work = WinogradOps(), []
     for seed in range(3):
         norm, conv = layers(64, 64 + 8 * seed)
         x, dy = torch.randn(1, 64, 48, 48), torch.randn(1, 64 + 8 * seed, 48, 48)

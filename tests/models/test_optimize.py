@@ -22,7 +22,7 @@ from tests.models.tiny_pipelines import FAMILIES, run_pipeline, tiny_pipeline, t
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch):
     """So that small networks, quick to test, are executed in pieces as large ones are."""
-    monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
 
 
 @pytest.fixture(autouse=True)

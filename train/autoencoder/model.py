@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.inference.winograd_autograd import FewerProducts
+from kl_autoencoder.inference.winograd_autograd import WinogradOps
 from kl_autoencoder.models.autoencoder_kl import COMPACT
 from kl_autoencoder.models.folder import HUB_ID
 from kl_autoencoder.networks.bottlenecks import Code
@@ -54,7 +54,7 @@ def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
         vae.enable_gradient_checkpointing()
     if recompute != "norms":
         return
-    fewer = FewerProducts() if vae.device.type == "cpu" else None
+    fewer = WinogradOps() if vae.device.type == "cpu" else None
     for block in vae.modules():
         if isinstance(block, ResnetBlock):
             block.norm_silu_conv = fewer.norm_silu_conv if fewer else recomputed_norm_silu_conv

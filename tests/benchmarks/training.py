@@ -107,7 +107,7 @@ def measure_speed(options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config_for(options, folder), AutoencoderTask)
         batch, noise = a_batch(trainer.config)
-        trainer.task.noise = lambda _: noise.to(trainer.device)  # the same for both
+        trainer.task.noise = lambda _: noise.to(trainer.run.device)  # the same for both
         reference = Reference(trainer.config, options.device, options.precision)
         reference.vae.load_state_dict(trainer.task.vae.state_dict())
         batches = iter(trainer.loader)

@@ -19,7 +19,7 @@ LEVELS = {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "norm_n
 
 
 class Launcher:
-    """Stands for a Triton kernel: all tensors that it is launched with are on the GPU, and no axis of the grid is 0."""
+    """Stands for a Triton kernel: its tensors are on the GPU, and no axis of the grid is 0."""
 
     def __init__(self):
         self.launches = 0

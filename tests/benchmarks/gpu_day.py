@@ -65,8 +65,8 @@ class Part:
 
 
 def parts(options) -> list[Part]:
-    here, python = str(Path(__file__).resolve()), sys.executable
-    equality = [python, here, "--check", "-o", str(options.output)]
+    python = sys.executable
+    equality = [python, "tests/benchmarks/gpu_day.py", "--check", "-o", str(options.output)]
     if options.rehearse:
         inference = "--quick --model compact --dtypes float32 --directions decode --contenders diffusers ours"
         training = "--config configs/quickstart.yaml --resolution 32 --batch 2 --rounds 1"
@@ -102,7 +102,7 @@ def parts(options) -> list[Part]:
 
 def _benchmark(script: str, options, output: str, arguments: str) -> list[str]:
     to = ["-o", str(options.output / output)] if output else []
-    return [sys.executable, str(ROOT / "tests" / "benchmarks" / f"{script}.py"), *shlex.split(arguments), *to]
+    return [sys.executable, f"tests/benchmarks/{script}.py", *shlex.split(arguments), *to]
 
 
 def run(part: Part, folder: Path, deadline: float) -> str:
@@ -158,7 +158,7 @@ def about() -> dict[str, str]:
 def summary(options, done: dict) -> str:
     lines = [", ".join(f"{key} {value}" for key, value in about().items()), ""]
     for name, part in done.items():
-        command = shlex.join(part["command"]).replace(str(ROOT) + "/", "").replace(sys.executable, "python")
+        command = shlex.join(part["command"]).replace(sys.executable, "python")
         command = command.replace(str(options.output), "OUT")
         lines += [f"## {name}: {part['end']}, {part['seconds']} s", "", f"`{command}`", ""]
         log = options.output / f"{name}.txt"

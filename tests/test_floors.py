@@ -185,17 +185,30 @@ def test_a_page_says_what_its_room_may_import(folder):
 
 
 PAGES = sorted(
-    {*(folder / "README.md" for folder in FOLDERS), *(ROOT / ".github").glob("*.md"), ROOT / "README.md"}
+    {
+        *(folder / "README.md" for folder in FOLDERS),
+        *(ROOT / ".github").glob("*.md"),
+        *(ROOT / name / "README.md" for name in (".", "configs", "tests/benchmarks")),
+    }
 )
-LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 TREE = ("kl_autoencoder", "train", "configs", "tests", ".github", ".ci")
+
+
+def headings(page: Path) -> set[str]:
+    """What links to the parts of a page end with, as GitHub makes them of its headings."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=folder_name)
 def test_paths_on_a_page_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for link in LINK.findall(text):
-        assert (page.parent / link.partition("#")[0]).exists(), link
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
     roots = [ROOT, *(parent for parent in page.parents if parent.is_relative_to(ROOT))]
     for word in IN_CODE.findall(text):
         path = re.fullmatch(r"[\w.][\w./-]*/[\w./-]*", word)

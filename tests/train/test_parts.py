@@ -133,7 +133,10 @@ def test_parts_that_do_not_exist_are_named(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text("output_dir: a\ndata: {train: b}\n")
     for override, message in (
-        ("loss.view={kind: nose}", r"loss.view.kind: 'nose'; allowed: identity, noise.*did you mean noise"),
+        (
+            "loss.view={kind: nose}",
+            r"loss.view.kind: 'nose'; allowed: equivariance, identity, noise.*did you mean noise",
+        ),
         ("loss.view={kind: noise, hihg: 1}", r"loss.view.hihg: no such key; did you mean loss.view.high\?"),
         ("loss.view={kind: noise, low: 2, high: 1}", r"loss.view.low: 2.0; allowed: at most loss.view.high"),
         ("loss.view=noise", r"loss.view.kind: 'noise'"),

@@ -35,6 +35,7 @@ EVERYTHING = {
     "loss": {
         "reconstruction": "gaussian",
         "perceptual": {"weight": 0.0},
+        "view": {"kind": "equivariance", "smallest_side": 24},
         "adversarial": {
             "weight": 0.5, "disc_start": 2, "disc_warmup_steps": 1, "ramp_steps": 2, "channels": 4,
             "lecam_weight": 0.1, "r1_weight": 0.1, "r1_every": 2,

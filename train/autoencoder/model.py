@@ -64,7 +64,10 @@ def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
 
 @dataclass
 class Reconstruction:
-    """images: (B, 3, H, W); targets: the images that they should be; code: what the bottleneck made.
+    """images: (B, 3, H, W); targets: the images that they should be; code: what the bottleneck made of `encoded`.
+
+    encoded: the images that the encoder was given. They differ from the targets where a view transforms both
+    latents and images.
 
     log_scale: of the likelihood, None where it is fixed. features: what the decoder's last convolution read,
     (B, first width, H, W), without a graph.
@@ -74,6 +77,7 @@ class Reconstruction:
 
     images: Tensor
     targets: Tensor
+    encoded: Tensor
     code: Code
     log_scale: Tensor | None
     features: Tensor
@@ -106,6 +110,9 @@ class TrainedModel(nn.Module):
     def forward(self, images: Tensor, noise: Tensor, draws: Draws | None = None) -> Reconstruction:
         """Images (B, 3, H, W), noise for the bottleneck, random numbers for the view -> all that the loss needs."""
         vae = self.vae
+        if hasattr(self.view, "at_encoder"):
+            images = self.view.at_encoder(images, vae.downsampling, draws)
+            noise = self._cropped(noise, images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
             moments = vae.encode(images).latent_dist.parameters
         code = self.bottleneck(moments, noise, images[0].numel())
@@ -114,4 +121,10 @@ class TrainedModel(nn.Module):
         if torch.is_autocast_enabled(features.device.type):  # as the convolution would, and keep that alone
             features = features.to(torch.get_autocast_dtype(features.device.type))
         reconstruction = vae.decoder.conv_out(features)
-        return Reconstruction(reconstruction, targets, code, self.log_scale, features.detach())
+        return Reconstruction(reconstruction, targets, images, code, self.log_scale, features.detach())
+
+    def _cropped(self, noise: Tensor, images: Tensor) -> Tensor:
+        """The part of the noise for whole crops that the latents of smaller images need."""
+        height, width = (side // self.vae.downsampling for side in images.shape[2:])
+        shape = self.bottleneck.noise_shape((self.vae.config.latent_channels, height, width))
+        return noise[(slice(None), *map(slice, shape))]

@@ -75,7 +75,7 @@ class AutoencoderTask:
     def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
         """Move the autoencoder and, from its start on, the discriminator by one micro-batch of `TrainingData`."""
         images = batch["images"].to(self.run.device, memory_format=torch.channels_last, non_blocking=True)
-        draws = Draws(self.config.seed, batch["sample"], self.run.device)
+        draws = Draws(self.config.seed, batch["sample"], self.run.device, step=step)
         terms, reconstruction, targets = self.autoencoder_step(
             step, images, self.noise(batch["sample"]), draws
         )
@@ -236,6 +236,19 @@ class AutoencoderTask:
                 raise ValueError(
                     f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}, from 16 on"
                 )
+        self._check_smaller_images()
+
+    def _check_smaller_images(self) -> None:
+        """Refuse a view whose smallest images are below what the discriminator takes."""
+        if not hasattr(self.model.view, "smallest_side"):
+            return
+        smallest = self.model.view.smallest_side(self.config.data.resolution, self.vae.downsampling)
+        needed = self.adversary.player.module.smallest_side if self.adversary else 0
+        if smallest < needed:
+            raise ValueError(
+                f"loss.view.smallest_side: {self.config.loss.view.smallest_side}; allowed: at least {needed} for a "
+                f"discriminator of loss.adversarial.layers={self.config.loss.adversarial.layers}"
+            )
 
     def _read_held_out(self) -> tuple[validation.HeldOut, int]:
         """This rank's share of the held-out images, and the number of them over all ranks."""

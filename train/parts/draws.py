@@ -1,20 +1,24 @@
 """Random numbers of a sample: a function of the seed, the sample's number and their purpose, and of nothing else.
 
-So they are the same on any number of ranks and after any restart.
+So they are the same on any number of ranks and after any restart. What all images of a step have in common is a
+function of the seed and the step's number, the same on every rank and in every micro-batch.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-POSTERIOR_NOISE, VIEW = 1, 2  # purposes; the crops' random numbers have a stream of their own
+POSTERIOR_NOISE, VIEW, STEP = 1, 2, 3  # purposes; the crops' random numbers have a stream of their own
 
 
 class Draws:
-    """The random numbers of a batch for one purpose. `samples` (B,): the numbers of its samples in the run."""
+    """The random numbers of a batch for one purpose.
 
-    def __init__(self, seed: int, samples: Tensor, device: torch.device, purpose: int = VIEW):
-        self.device = device
+    samples: (B,), the numbers of its samples in the run. step: the step that it is part of, counted from 0.
+    """
+
+    def __init__(self, seed: int, samples: Tensor, device: torch.device, purpose: int = VIEW, step: int = 0):
+        self.seed, self.device, self.step = seed, device, step
         keys = [np.random.SeedSequence((seed, n, purpose)) for n in samples.tolist()]
         self.generators = [np.random.Generator(np.random.Philox(key)) for key in keys]
 
@@ -29,3 +33,11 @@ class Draws:
         """A number in [low, high) for each image: (B,), float32."""
         numbers = [generator.uniform(low, high) for generator in self.generators]
         return torch.tensor(numbers, dtype=torch.float32).to(self.device, non_blocking=True)
+
+    def whole(self, low: int, high: int) -> list[int]:
+        """A whole number from low to high for each image, both included."""
+        return [int(generator.integers(low, high + 1)) for generator in self.generators]
+
+    def of_step(self) -> np.random.Generator:
+        """Random numbers that all images of the step share; each call gives the same ones again."""
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.step, STEP))))

@@ -16,8 +16,8 @@ class Term:
     """A scalar that is added to the loss.
 
     name: what it is logged as. at: "pixels", called with (reconstruction, images), (B, 3, H, W) each, or
-    "latents", called with (z, images), z (B, C, h, w). weight: a function of the step's number, which counts
-    from 0; a weight of 0 costs nothing.
+    "latents", called with (z, images), z (B, C, h, w) and what the encoder was given. weight: a function of the
+    step's number, which counts from 0; a weight of 0 costs nothing.
     """
 
     name: str

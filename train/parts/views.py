@@ -1,6 +1,10 @@
 """Views: what happens to the latents, and alike to the images they stand for, between encoder and decoder.
 
-A view is a callable (z, images, draws) -> (z, images), in training alone.
+A view is a callable (z, images, draws) -> (z, images), in training alone. It may have two methods more:
+
+- `at_encoder(images, multiple, draws) -> images`: what the encoder is given, with sides that are multiples of
+  `multiple`, the network's downsampling, and at most those that it was given;
+- `smallest_side(resolution, multiple) -> int`: the side of the smallest images that it makes of such crops.
 """
 
 from collections.abc import Callable

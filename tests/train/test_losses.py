@@ -9,6 +9,8 @@ from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal
 from kl_autoencoder import DiagonalGaussian
 from kl_autoencoder.networks.bottlenecks import kl_per_dimension
 from train.autoencoder.likelihoods import reconstruction_nll
+from train.autoencoder.objective import weighted_kl
+from train.config import KLConfig
 from train.loop.schedules import ramp
 
 
@@ -126,3 +128,31 @@ def test_the_elbo_never_exceeds_the_log_likelihood():
 def test_ramp():
     assert [ramp(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0]
     assert ramp(0, 0) == 1.0
+
+
+# ------------------------------------------------------------------ the weight of the KL
+
+
+def parts_of_the_loss(kl, steps, **values):
+    config = KLConfig(weight=0.5, **values)
+    return [weighted_kl(config, torch.tensor(kl), step, dimensions=100).item() for step in steps]
+
+
+def test_the_weight_of_the_kl_rises_as_its_papers_say():
+    """Linear (Bowman et al.), half a cosine, and in cycles (Fu et al. 2019, eq. 6, R = 1/2, cycles of 8 steps)."""
+    assert parts_of_the_loss(2.0, (0, 1, 7)) == [1, 1, 1]
+    assert parts_of_the_loss(2.0, range(6), warmup_steps=4) == [0, 0.25, 0.5, 0.75, 1, 1]
+    cosine = [(1 - math.cos(math.pi * min(1, t / 4))) / 2 for t in range(6)]
+    assert parts_of_the_loss(2.0, range(6), warmup_steps=4, warmup="cosine") == pytest.approx(cosine)
+    cycles = [min(1, (t % 8) / 8 / 0.5) for t in range(24)]
+    assert parts_of_the_loss(2.0, range(24), warmup_steps=4, cycle_steps=8) == pytest.approx(cycles)
+
+
+def test_a_capacity_is_what_the_kl_is_drawn_to():
+    """Burgess et al. 2018: C rises linearly; below it the gradient raises the KL, above it lowers it."""
+    found = parts_of_the_loss(0.2, range(5), capacity=40.0, capacity_steps=4)  # C / D: 0, .1, .2, .3, .4
+    assert found == pytest.approx([0.5 * abs(0.2 - 0.1 * t) for t in range(5)], abs=1e-7)
+    for nats, sign in ((0.1, -1), (0.9, 1)):
+        kl = torch.tensor(nats, requires_grad=True)
+        weighted_kl(KLConfig(weight=2.0, capacity=40.0), kl, 0, dimensions=100).backward()
+        assert kl.grad.item() == 2 * sign

@@ -11,6 +11,7 @@ divide both sums by the batch alone), at any resolution; and `gaussian` with `kl
 nats per dimension (Kingma & Welling 2013, eq. 3).
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,7 +20,7 @@ from torch.profiler import record_function
 
 from kl_autoencoder.evaluation.metrics import LPIPS
 
-from ..config import LossConfig
+from ..config import KLConfig, LossConfig
 from ..loop.schedules import ramp
 from ..parts import Term
 from .adversary import Adversary
@@ -51,7 +52,9 @@ class Objective:
         with record_function("autoencoder"):
             nll = self._nll(reconstruction, images, output.log_scale)
             penalties = {name: penalty.mean() for name, penalty in output.code.penalties.items()}
-            penalty = sum(self._penalty_weight(name, step) * value for name, value in penalties.items())
+            penalty = sum(
+                self._weighted(name, value, step, images[0].numel()) for name, value in penalties.items()
+            )
             (gradient,) = torch.autograd.grad(nll, reconstruction)
         terms, loss = {"reconstruction": nll, **penalties}, nll + penalty
         for name, weight, at_pixels in self._at_pixels(step):
@@ -75,15 +78,12 @@ class Objective:
                 terms["log_scale"] = output.log_scale
         return surrogate, {"loss": loss, **terms}, reconstruction.detach()
 
-    def kl_weight(self, step: int) -> float:
-        return self.config.kl.weight * ramp(step, self.config.kl.warmup_steps)
-
     def _nll(self, reconstruction: Tensor, images: Tensor, log_scale: Tensor | None) -> Tensor:
         return reconstruction_nll(self.config.reconstruction, reconstruction, images, log_scale).mean()
 
-    def _penalty_weight(self, name: str, step: int) -> float:
-        """Of a bottleneck's penalty: the KL has a schedule, others are weighted where they are computed."""
-        return self.kl_weight(step) if name == "kl" else 1.0
+    def _weighted(self, name: str, penalty: Tensor, step: int, dimensions: int) -> Tensor:
+        """A bottleneck's mean penalty as part of the loss; all but the KL are weighted where they are computed."""
+        return weighted_kl(self.config.kl, penalty, step, dimensions) if name == "kl" else penalty
 
     def _at_pixels(self, step: int) -> Iterator[tuple[str, float, AtPixels]]:
         """Name, weight, value and gradient of the terms at the pixels, beside the likelihood."""
@@ -107,6 +107,22 @@ class Objective:
                 gradients += torch.autograd.grad(distance, part)
                 distances.append(distance.detach())
             return torch.stack(distances).sum(), torch.cat(gradients)
+
+
+def weighted_kl(config: KLConfig, kl: Tensor, step: int, dimensions: int) -> Tensor:
+    """The KL's part of the loss in a step; `kl` in nats a pixel dimension, of which an image has `dimensions`.
+
+    beta(step) KL (Higgins et al. 2017), where beta may rise from 0, linearly or as half a cosine, once or in each
+    cycle (Bowman et al. 2016; Fu et al. 2019, "Cyclical Annealing Schedule"). With a capacity C(step), which rises
+    linearly, beta |KL - C / D| (Burgess et al. 2018, eq. 8, with the mean over the batch inside).
+    """
+    since = step % config.cycle_steps if config.cycle_steps else step
+    rise = ramp(since, config.warmup_steps)
+    if config.warmup == "cosine":
+        rise = 0.5 * (1 - math.cos(math.pi * rise))
+    if config.capacity is not None:
+        kl = (kl - config.capacity * ramp(step, config.capacity_steps) / dimensions).abs()
+    return config.weight * rise * kl
 
 
 def with_gradient(compute: Callable[[Tensor, Tensor], Tensor]) -> AtPixels:

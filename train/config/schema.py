@@ -110,7 +110,18 @@ class KLConfig:
     """KL(q(z|x) || N(0, I)), summed over an image, beside the reconstruction summed over it."""
 
     weight: float = key(1e-6, "beta: multiplies the KL", low=0, high=LARGE)
-    warmup_steps: int = key(0, "the weight rises linearly over so many steps", low=0, high=STEPS)
+    warmup_steps: int = key(0, "the weight rises from 0 over so many steps", low=0, high=STEPS)
+    warmup: Literal["linear", "cosine"] = choice("linear", "how it rises")
+    cycle_steps: int | None = key(
+        None, "it falls to 0 again each so many steps (cyclical annealing, Fu et al. 2019)", low=1, high=STEPS
+    )
+    capacity: float | None = key(
+        None,
+        "nats an image: the weight multiplies |KL - capacity| instead (Burgess et al. 2018)",
+        low=0,
+        high=1e9,
+    )
+    capacity_steps: int = key(0, "the capacity rises from 0 over so many steps", low=0, high=STEPS)
     free_bits: float = key(0.0, "bits a latent value that each channel has for nothing", low=0, high=LARGE)
 
 

@@ -1,5 +1,6 @@
 """What is trained: the autoencoder with its bottleneck, its view and the scale of its likelihood."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.inference.winograd_autograd import WinogradOps
-from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.autoencoder_kl import COMPACT, ExactAutoencoder
+from kl_autoencoder.models.autoencoder_kl_flux2 import CLASSES, class_of, class_of_file
 from kl_autoencoder.models.folder import HUB_ID
 from kl_autoencoder.networks.bottlenecks import Code
 from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
@@ -19,7 +21,7 @@ from ..parts.views import View
 from .start import damp_residual_branches, start_as_enlargement
 
 
-def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
+def build_autoencoder(config: ModelConfig) -> ExactAutoencoder:
     """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
 
     Raises ValueError naming the key for what gives no network of RGB images.
@@ -27,13 +29,18 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     source = config.pretrained
     try:
         if source is None:
-            vae = damp_residual_branches(KLAutoencoder(**config.network()))
+            vae = damp_residual_branches(CLASSES[config.kind](**config.network()))
         elif Path(source).is_file():
-            vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
-        elif Path(source).is_dir() or source == COMPACT.name or HUB_ID.fullmatch(source):
-            vae = KLAutoencoder.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
+            vae = class_of_file(source).from_single_file(source, torch_dtype=torch.float32)
+        elif source == COMPACT.name and not Path(source).is_dir():
+            vae = KLAutoencoder.from_pretrained(source, torch_dtype=torch.float32)
+        elif Path(source).is_dir() or HUB_ID.fullmatch(source):
+            cls = class_of(source, config.subfolder or "")
+            vae = cls.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
         else:
             raise ValueError("no such folder or file, and no hub id (owner/name)")
+        if source is not None and config.decoder_block_out_channels is not None:
+            vae = with_new_decoder(vae, config.decoder_block_out_channels)
     except (ValueError, OSError) as error:
         what = f"model.pretrained: {source!r} cannot be loaded: " if source else "model."
         raise ValueError(f"{what}{error}") from error
@@ -43,6 +50,20 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     if config.start == "enlargement":
         start_as_enlargement(vae)
     return vae
+
+
+def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoencoder:
+    """The model with an untrained decoder of other widths; its encoder and the scaling of its latents are kept."""
+    if "decoder_block_out_channels" not in vae.rules:
+        raise ValueError(
+            f"model.decoder_block_out_channels beside an {vae.stands_for.__name__}; allowed: an AutoencoderKLFlux2"
+        )
+    config = {key: value for key, value in vae.config.items() if key in vae.rules}
+    new = damp_residual_branches(type(vae)(**{**config, "decoder_block_out_channels": tuple(widths)}))
+    decodes = ("decoder.", "post_quant_conv.")
+    kept = {name: tensor for name, tensor in vae.state_dict().items() if not name.startswith(decodes)}
+    new.load_state_dict(kept, strict=False)
+    return new
 
 
 def choose_backward(vae: KLAutoencoder, recompute: str) -> None:

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.latents.statistics import LatentStatistics
+from kl_autoencoder.models.scaling import patchify
 
 from ..data.training_data import TrainingData
 from ..loop.context import RunContext
@@ -131,20 +132,22 @@ class AutoencoderTask:
         return len(self.held_out) > 0
 
     def measure(self, grouped: Grouped) -> dict[str, Any]:
-        """Statistics of the latents; sets the model's scaling_factor by them unless its encoder was pretrained."""
+        """Statistics of the latents; sets the model's scaling by them unless its encoder was pretrained."""
         statistics = self.measure_latents(grouped)
         if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
-            self.exported.register_to_config(scaling_factor=statistics.scaling_factor)
+            self.exported.set_scaling(statistics)
         return {"held_out": self.held_out_images, "statistics": statistics}
 
     @torch.no_grad()
     def measure_latents(self, grouped: Grouped) -> LatentStatistics:
-        """Of the first samples of the training data, over all ranks."""
-        statistics = LatentStatistics(self.exported.config.latent_channels)
+        """Of the first samples of the training data, over all ranks; of patches where these are normalised."""
+        patch = self.exported.scaling.get("patch_size")
+        statistics = LatentStatistics(self.exported.config.latent_channels * math.prod(patch or (1,)))
         groups = -(-self.statistics_samples // (self.config.data.batch_size * self.run.ranks))
         loader = self.data.loader(0, self.run.rank, self.run.ranks, self.run.device)
         for [batch] in grouped(loader, groups, 1):
-            statistics.update(self.latents(batch["images"], batch["sample"]))
+            latents = self.latents(batch["images"], batch["sample"])
+            statistics.update(patchify(latents, patch))
         return statistics.reduced(lambda total: self.run.accelerator.reduce(total.to(self.run.device), "sum"))
 
     @torch.no_grad()
@@ -231,7 +234,7 @@ class AutoencoderTask:
 
     def _check_resolutions(self) -> None:
         for key in ("resolution", "validation_resolution"):
-            side, f = getattr(self.config.data, key), self.vae.downsampling
+            side, f = getattr(self.config.data, key), self.vae.size_multiple
             if side and (side % f or side < 16):  # SSIM's window has 11 pixels
                 raise ValueError(
                     f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}, from 16 on"

@@ -28,7 +28,7 @@ def pair(widths):
 @pytest.mark.parametrize("pieces", [False, True])
 def test_answers_and_gradients_are_those_of_diffusers(widths, pieces, monkeypatch):
     if pieces:
-        monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
+        monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
     ours, theirs = pair(widths)
     x = images()
     with torch.no_grad():

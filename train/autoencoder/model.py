@@ -91,7 +91,8 @@ class Reconstruction:
     latents and images.
 
     log_scale: of the likelihood, None where it is fixed. features: what the decoder's last convolution read,
-    (B, first width, H, W), without a graph.
+    (B, first width, H, W), without a graph. learned: what the learned layers of terms made of the latents, by the
+    name of the term.
 
     No tuple, whose half-precision tensors accelerate would convert to float32.
     """
@@ -102,6 +103,7 @@ class Reconstruction:
     code: Code
     log_scale: Tensor | None
     features: Tensor
+    learned: dict[str, Tensor]
 
 
 class TrainedModel(nn.Module):
@@ -111,12 +113,19 @@ class TrainedModel(nn.Module):
     """
 
     def __init__(
-        self, vae: KLAutoencoder, bottleneck: nn.Module, view: View, learn_scale: bool, decoder_only: bool
+        self,
+        vae: KLAutoencoder,
+        bottleneck: nn.Module,
+        view: View,
+        learn_scale: bool,
+        decoder_only: bool,
+        learned: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
         self.bottleneck, self.view = bottleneck, view
         self.vae = vae.train()  # from_pretrained's is not; gradients then cost a second forward pass
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
+        self.learned = nn.ModuleDict(learned)
         self.decoder_only = decoder_only
         if decoder_only:
             vae.encoder.requires_grad_(False)
@@ -142,7 +151,10 @@ class TrainedModel(nn.Module):
         if torch.is_autocast_enabled(features.device.type):  # as the convolution would, and keep that alone
             features = features.to(torch.get_autocast_dtype(features.device.type))
         reconstruction = vae.decoder.conv_out(features)
-        return Reconstruction(reconstruction, targets, images, code, self.log_scale, features.detach())
+        learned = {name: layer(code.z) for name, layer in self.learned.items()}
+        return Reconstruction(
+            reconstruction, targets, images, code, self.log_scale, features.detach(), learned
+        )
 
     def _cropped(self, noise: Tensor, images: Tensor) -> Tensor:
         """The part of the noise for whole crops that the latents of smaller images need."""

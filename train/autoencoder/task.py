@@ -19,7 +19,7 @@ from ..data.training_data import TrainingData
 from ..loop.context import RunContext
 from ..loop.player import MovingAverage, Player, Tensors
 from ..loop.task import Grouped
-from ..parts import BOTTLENECKS, TERMS, VIEWS, Draws
+from ..parts import BOTTLENECKS, TERMS, VIEWS, Draws, Term
 from ..parts.draws import POSTERIOR_NOISE
 from . import size, validation
 from .adversary import Adversary
@@ -47,9 +47,9 @@ class AutoencoderTask:
         self.memory = size.device_memory(run.device)
         size.check_weights(self.config, self.memory)
         perceptual, self.lpips = self._load_perceptual()
+        terms = self._build_terms()
         torch.manual_seed(self.config.seed)
-        model = self._build_model(perceptual)
-        terms = [TERMS.build(term, self.config) for term in self.config.loss.terms]
+        model = self._build_model(perceptual, terms)
         self.autoencoder = Player(model, run, run.learning_rate)
         self.adversary = None
         if self.config.loss.adversarial.weight:
@@ -193,14 +193,24 @@ class AutoencoderTask:
 
     # ---------------------------------------------------------------- setting up
 
-    def _build_model(self, perceptual: LPIPS | None) -> TrainedModel:
+    def _build_terms(self) -> list[Term]:
+        with self.run.accelerator.main_process_first():  # one download, not one a rank
+            terms = [TERMS.build(term, self.config) for term in self.config.loss.terms]
+        names = [term.name for term in terms]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"loss.terms: {min(twice)} is there twice; allowed: each term once")
+        return terms
+
+    def _build_model(self, perceptual: LPIPS | None, terms: list[Term]) -> TrainedModel:
         """The autoencoder with its bottleneck and view, on the device; compiled, with LPIPS, where asked."""
         config = self.config
         self.vae = build_autoencoder(config.model).to(memory_format=torch.channels_last)
         learn_scale = config.loss.reconstruction in LEARNED_SCALE
         bottleneck = BOTTLENECKS.build(config.model.bottleneck, config)
         view = VIEWS.build(config.loss.view, config)
-        model = TrainedModel(self.vae, bottleneck, view, learn_scale, config.train.decoder_only)
+        channels = self.vae.config.latent_channels
+        learned = {term.name: term.learned(channels) for term in terms if term.learned}
+        model = TrainedModel(self.vae, bottleneck, view, learn_scale, config.train.decoder_only, learned)
         self.model = model.to(self.run.device)
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
         choose_backward(self.vae, config.train.gradient_checkpointing)

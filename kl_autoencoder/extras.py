@@ -20,6 +20,7 @@ EXTRAS = {
         "skimage": "scikit-image",
         "tensorboard": "tensorboard",
     },
+    "alignment": {"transformers": "transformers"},
 }
 
 

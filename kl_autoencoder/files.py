@@ -20,6 +20,7 @@ FLOATING = {  # what a model's tensors may be, in safetensors' words and torch's
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
+COUNTER = ".num_batches_tracked"  # how the name of a batch norm's whole number ends
 
 
 @contextmanager
@@ -142,7 +143,10 @@ def read_header(path: str | os.PathLike) -> "dict[str, Tensor]":
     check_tensor_file(path)
     with _opened(path, "pt") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        types = {name: FLOATING.get(part.get_dtype()) for name, part in parts.items()}
+        types = {
+            name: "int64" if name.endswith(COUNTER) else FLOATING.get(part.get_dtype())
+            for name, part in parts.items()
+        }
         for name, dtype in types.items():
             if dtype is None:
                 held = parts[name].get_dtype()

@@ -35,7 +35,8 @@ def test_without_the_extras(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("chelsea", "coffee"):
         Image.fromarray(getattr(data, name)()[:64, :64]).save(tmp_path / "in" / f"{name}.png")
-    modules = sorted({module for modules in EXTRAS.values() for module in modules})
+    # transformers stays: diffusers imports it wherever it is installed, hidden or not
+    modules = sorted({module for modules in EXTRAS.values() for module in modules} - {"transformers"})
     done = run(
         f"""
 import sys

@@ -113,7 +113,11 @@ def _small_network(config: ModelConfig) -> ModelConfig:
         return config if _is_here(config.pretrained) else ModelConfig(pretrained=COMPACT.name)
     levels = len(config.block_out_channels or (1,))  # AutoencoderKL's default is one level
     widths = (WIDTHS[0], *[WIDTHS[1]] * (levels - 1))
-    return replace(config, block_out_channels=widths, norm_num_groups=GROUPS)
+    decoder = (
+        config.decoder_block_out_channels and (WIDTHS[0],) * levels
+    )  # narrower where the recipe says others
+    small = {"block_out_channels": widths, "decoder_block_out_channels": decoder, "norm_num_groups": GROUPS}
+    return replace(config, **small)
 
 
 def _early(config: AdversarialConfig) -> AdversarialConfig:

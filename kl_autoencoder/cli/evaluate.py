@@ -180,7 +180,7 @@ def _about(model: "Model", given: str) -> dict[str, Any]:
         "downsampling": model.vae.downsampling,
         "latent_channels": config.latent_channels,
         "parameters": sum(parameter.numel() for parameter in model.vae.parameters()),
-        "scaling_factor": config.scaling_factor,
+        "scaling_factor": model.vae.scaling["scaling_factor"],
     }
 
 

@@ -75,7 +75,7 @@ def fp16_check(arguments: argparse.Namespace) -> int:
     print(float16_check.verdict(before))
     if unsafe:
         print("--fix -o FOLDER writes the same model, rescaled to be safe")
-    elif vae.config.force_upcast:
+    elif vae.config.get("force_upcast"):
         print("force_upcast in its config is not needed; --fix -o FOLDER writes it without")
     return int(bool(unsafe))
 

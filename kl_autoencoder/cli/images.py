@@ -59,7 +59,7 @@ def encode(arguments: argparse.Namespace) -> None:
         sizes.append(tuple(images.shape[2:]))
     if latents:
         output.parent.mkdir(parents=True, exist_ok=True)
-        about = {"config": vae.config, "model": arguments.model, "scaled": arguments.scaled}
+        about = {"config": vae.scaling, "model": arguments.model, "scaled": arguments.scaled}
         save_latents(output, latents, names, sizes, **about)
         print(f"{output}: {len(latents)} photograph{'s' * (len(latents) > 1)}")
     refuse_unread(unread, photographs)

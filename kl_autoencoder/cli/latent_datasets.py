@@ -155,6 +155,11 @@ def set_scaling(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{arguments.latents}: was made by a model with other weights than {arguments.model}"
         )
+    if "patch_size" in vae.scaling:
+        raise ValueError(
+            f"{arguments.model}: is normalised by its own tensors (bn), which the training measured, and not by "
+            "keys of its config"
+        )
     set_to = scaling.from_statistics(manifest["statistics"], arguments.pipeline, arguments.per_channel)
     content = read_json(config) | set_to
     with replacing(config) as temporary:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..console import say
 from ..data.image_io import image_size, load_image, pad_to_multiple, save_image
-from ..models.autoencoder_kl import KLAutoencoder
+from ..models.autoencoder_kl import ExactAutoencoder
+from ..models.autoencoder_kl_flux2 import class_of, class_of_file
 from ..models.folder import CONFIG, WEIGHTS, read_headers, read_json
 from ..models.large_images import prepare_for
 from ..models.run_folder import described, newer_checkpoint, weights_in
@@ -20,7 +21,7 @@ from ..progress import Progress, tracked, write
 from .paths import check_model, model_folder, model_path
 
 
-def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencoder:
+def load_model(name: str, device: str | None, dtype: str | None) -> ExactAutoencoder:
     """Load a folder, run, single file, hub id or "compact" for inference on `device`.
 
     Of a run whose export is missing or older, the newest checkpoint's weights are loaded, and a line on stderr says
@@ -35,36 +36,36 @@ def load_model(name: str, device: str | None, dtype: str | None) -> KLAutoencode
         return move_model(vae, device, dtype).eval().requires_grad_(False)
 
 
-def move_model(vae: KLAutoencoder, device: str, dtype: str | None) -> KLAutoencoder:
+def move_model(vae: ExactAutoencoder, device: str, dtype: str | None) -> ExactAutoencoder:
     """The same model, on `device` and in the type `dtype` (None: as it is)."""
     with _quiet_diffusers():
         return vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
 
 
-def _load(name: str) -> KLAutoencoder:
+def _load(name: str) -> ExactAutoencoder:
     check_model(name)
     path = model_path(name)
     if path.is_dir():
         if checkpoint := newer_checkpoint(path):
             return _load_checkpoint(path, checkpoint)
         folder = model_folder(path)
-        return KLAutoencoder.from_pretrained(folder, torch_dtype=_stored_dtype(folder))
+        return class_of(folder).from_pretrained(folder, torch_dtype=_stored_dtype(folder))
     if path.is_file():
-        return KLAutoencoder.from_single_file(path)
+        return class_of_file(path).from_single_file(path)
     try:
-        return KLAutoencoder.from_pretrained(name)
+        return class_of(name).from_pretrained(name)
     except OSError as error:
         try:  # not a VAE's own repository: perhaps a pipeline's
-            return KLAutoencoder.from_pretrained(name, subfolder="vae")
+            return class_of(name, "vae").from_pretrained(name, subfolder="vae")
         except OSError:
             message = "no such folder or file, and no model on the hub could be loaded under that name"
             raise FileNotFoundError(f"{name}: {message} ({error})") from error
 
 
-def _load_checkpoint(folder: Path, checkpoint: Path) -> KLAutoencoder:
+def _load_checkpoint(folder: Path, checkpoint: Path) -> ExactAutoencoder:
     """The weights that a run would export now; says on stderr which they are."""
     config = {key: v for key, v in read_json(checkpoint / CONFIG).items() if not key.startswith("_")}
-    vae = KLAutoencoder.from_single_file(weights_in(checkpoint), **config)
+    vae = class_of(checkpoint).from_single_file(weights_in(checkpoint), **config)
     print(described(folder, checkpoint), file=sys.stderr)
     return vae
 
@@ -74,7 +75,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     tensors = read_headers(folder)
     if not tensors:
         raise FileNotFoundError(f"{folder}: no .safetensors file in it that is called {WEIGHTS}")
-    dtype = next(iter(tensors.values())).dtype
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype != torch.int64)
     return dtype if dtype.itemsize > 1 else torch.float32
 
 
@@ -94,7 +95,7 @@ def read_photographs(
     size: int | None,
     unread: list[Path],
     what: str,
-    vae: KLAutoencoder | None = None,
+    vae: ExactAutoencoder | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (index, images (1, 3, H, W)); of several photographs, one that cannot be read is told and skipped.
 
@@ -121,7 +122,7 @@ def refuse_unread(unread: Sequence[Path], photographs: Sequence) -> None:
         raise ValueError(f"{len(unread)} of {len(photographs)} photographs could not be read")
 
 
-def prepare_memory(vae: KLAutoencoder, path: Path | str, size: tuple[int, int]) -> None:
+def prepare_memory(vae: ExactAutoencoder, path: Path | str, size: tuple[int, int]) -> None:
     """Tile the model for an image of `size` (H, W) if it is large. ValueError, naming `path`, if it cannot fit."""
     try:
         prepare_for(vae, *size)
@@ -129,9 +130,9 @@ def prepare_memory(vae: KLAutoencoder, path: Path | str, size: tuple[int, int]) 
         raise ValueError(f"{path}: {error}") from error
 
 
-def padded(images: Tensor, vae: KLAutoencoder) -> Tensor:
-    """Images (B, 3, H, W) as `vae` takes them: sides of multiples of its factor, its device, its type."""
-    return pad_to_multiple(images, vae.downsampling).to(vae.device, vae.dtype)
+def padded(images: Tensor, vae: ExactAutoencoder) -> Tensor:
+    """Images (B, 3, H, W) as `vae` takes them: sides of multiples of what it needs, its device, its type."""
+    return pad_to_multiple(images, vae.size_multiple).to(vae.device, vae.dtype)
 
 
 def write_picture(

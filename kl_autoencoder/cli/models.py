@@ -12,6 +12,9 @@ from .parser import MODEL, Command, Parser, add_dtype, add_json, add_output
 from .paths import check_model, model_path, readable_folder, refuse_existing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from torch import nn
 
     from ..models.autoencoder_kl import KLAutoencoder
@@ -21,6 +24,12 @@ CONFIG_KEYS = (
     "sample_size", "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
     "norm_num_groups", "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "force_upcast",
 )  # fmt: skip
+FLUX2_KEYS = ("decoder_block_out_channels", "patch_size", "batch_norm_eps")
+FORCE_UPCAST = {
+    True: "yes, pipelines decode in float32",
+    False: "no, made for float16 too",
+    None: "no such key in this class",
+}
 
 
 def export_arguments(parser: Parser) -> None:
@@ -124,14 +133,14 @@ def _described(name: str, vae: "KLAutoencoder") -> dict[str, str]:
         "made for": f"{side}x{side} images",
         "images": f"(B, {c.in_channels}, H, W) in [-1, 1], H and W multiples of {f}",
         "latents": f"(B, {c.latent_channels}, H/{f}, W/{f}), {fewer:g} times fewer values",
-        "network": f"widths {', '.join(map(str, c.block_out_channels))}; {c.layers_per_block} layers a block; "
+        "network": f"widths {_widths(c)}; {c.layers_per_block} layers a block; "
         f"{c.norm_num_groups} groups; {'attention' if c.mid_block_add_attention else 'no attention'}; "
         f"{' and '.join(convs) or 'no quant_conv'}",
         "parameters": f"{_size(vae):,} (encoder {_size(vae.encoder):,}, decoder {_size(vae.decoder):,})",
         "tensors": f"{' and '.join(_dtypes(vae))}, {megabytes:.1f} MB",
-        "scaling": scaling.described(c),
-        "read by": f"{' and '.join(scaling.pipelines_of(c)) or 'none of the'} pipelines of diffusers",
-        "force_upcast": "yes, pipelines decode in float32" if c.force_upcast else "no, made for float16 too",
+        "scaling": scaling.described(vae.scaling),
+        "read by": f"{' and '.join(scaling.pipelines_of(vae.scaling)) or 'none of the'} pipelines of diffusers",
+        "force_upcast": FORCE_UPCAST[c.get("force_upcast")],
     }
 
 
@@ -140,6 +149,7 @@ def _facts(name: str, vae: "KLAutoencoder") -> dict:
     from ..models import scaling
     from ..models.single_file import family_of
 
+    keys = [*CONFIG_KEYS, *(key for key in FLUX2_KEYS if key in vae.config)]
     return {
         "model": name,
         "family": family_of(vae.config),
@@ -147,10 +157,18 @@ def _facts(name: str, vae: "KLAutoencoder") -> dict:
         "parameters": {"all": _size(vae), "encoder": _size(vae.encoder), "decoder": _size(vae.decoder)},
         "dtypes": _dtypes(vae),
         "bytes": sum(p.nbytes for p in vae.parameters()),
-        "scaling": {key: vae.config.get(key) for key in scaling.SCALING_KEYS},
-        "pipelines": list(scaling.pipelines_of(vae.config)),
-        "config": {key: vae.config.get(key) for key in CONFIG_KEYS},
+        "scaling": vae.scaling,
+        "pipelines": list(scaling.pipelines_of(vae.scaling)),
+        "config": {key: vae.config.get(key) for key in keys},
     }
+
+
+def _widths(config: "Mapping[str, Any]") -> str:
+    widths, decoder = (
+        ", ".join(map(str, config.get(key) or ()))
+        for key in ("block_out_channels", "decoder_block_out_channels")
+    )
+    return f"{widths}, decoder {decoder}" if decoder else widths
 
 
 def _size(module: "nn.Module") -> int:

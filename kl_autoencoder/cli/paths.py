@@ -13,6 +13,8 @@ from ..models.compact import COMPACT
 from ..models.folder import CONFIG, HUB_ID, read_json
 from ..models.run_folder import newer_checkpoint
 
+MODELS = ("AutoencoderKL", "AutoencoderKLFlux2")  # diffusers' names of the models that commands read
+
 
 def check_model(name: str) -> None:
     """Refuse a name that leads to no model, as far as can be seen without opening a large file.
@@ -45,8 +47,9 @@ def model_folder(path: Path) -> Path:
             kind = read_json(folder / CONFIG).get("_class_name")
             if kind is None:
                 raise ValueError(f"{folder / CONFIG}: not the config of a diffusers model (no _class_name)")
-            if kind != "AutoencoderKL":
-                raise ValueError(f"{folder}: holds a {clipped(str(kind), 60)}, expected an AutoencoderKL")
+            if kind not in MODELS:
+                held = clipped(str(kind), 60)
+                raise ValueError(f"{folder}: holds a {held}, expected an {' or '.join(MODELS)}")
             return folder
     raise ValueError(
         f"{path}: no model in it (no config.json here, in vae/ or in export/, no whole checkpoint in checkpoints/)"

@@ -1,4 +1,4 @@
-"""What a decoder makes of latents that are not quite the encoder's: noise, rounding, paths, flips and turns.
+"""What a decoder makes of latents that are not quite the encoder's: noise, rounding, paths, flips, turns, scales.
 
 Each study looks at few images, since each costs a dozen passes through the network. Images are (1, 3, H, W) in
 [-1, 1], with sides that are multiples of 2f; latents are the posterior's mode.
@@ -17,12 +17,19 @@ from ..models.autoencoder_kl import KLAutoencoder
 from .metrics import LPIPS, MAX_PSNR, psnr
 
 SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # of noise, in deviations of the latents over all channels
+SCALES = (0.25, 0.375, 0.5, 0.75)  # of latents and images alike
 STEPS = 8  # from one image to another
+SCALE_MEASURES = ("psnr", "lpips", "psnr_encoded", "lpips_encoded")  # of `Study.scales`
+LPIPS_SIDE = 32  # pixels: AlexNet needs 31
 HISTOGRAM_EDGES = np.linspace(-5.0, 5.0, 51)  # of latents, each channel with mean 0 and deviation 1
 
 
+def _resized(x: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
 def _halved(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False)
+    return _resized(x, x.shape[-2] // 2, x.shape[-1] // 2)
 
 
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,7 +51,7 @@ class Study:
     @torch.inference_mode()
     def of_pair(self, pair: list[tuple[int, Tensor]]) -> dict[str, list]:
         """(number, image) of one or two images -> what each study found, an entry an image, or of `path` a pair."""
-        found = {name: [] for name in ("noise", "eight_bits", "equivariance", "histogram", "path")}
+        found = {name: [] for name in ("noise", "eight_bits", "equivariance", "scales", "histogram", "path")}
         ends = []
         for number, image in pair:
             image = image.to(self.vae.device)
@@ -53,22 +60,42 @@ class Study:
             found["noise"].append(self.noise(number, image, z, decoded))
             found["eight_bits"].append(_capped(psnr(self._decode(rounded_to_8_bits(z)), image)))
             found["equivariance"].append(self.equivariance(image, z, decoded))
+            found["scales"].append(self.scales(image, z))
             found["histogram"].append(self.histogram(z))
             ends.append((z, decoded))
         if len(ends) == 2 and self.lpips is not None:
             found["path"].append(self.path(*ends))
         return found
 
-    def noise(self, number: int, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float]]:
+    def noise(
+        self, number: int, image: Tensor, z: Tensor, decoded: Tensor
+    ) -> list[tuple[float, float, float]]:
         """PSNR of what is decoded from z + sigma e, for each of `SIGMAS`; e is the same for every sigma.
 
         Against the image, and against what is decoded from z: where a model is far from the image, the first
-        hardly moves.
+        hardly moves. And LPIPS against the image.
         """
         generator = torch.Generator().manual_seed(self.seed + number)
         e = torch.randn(z.shape, generator=generator).to(z.device) * self.spread
         noisy = [decoded, *(self._decode(z + sigma * e) for sigma in SIGMAS[1:])]
-        return [(_capped(psnr(one, image)), _capped(psnr(one, decoded))) for one in noisy]
+        return [
+            (_capped(psnr(one, image)), _capped(psnr(one, decoded)), self._lpips(one, image)) for one in noisy
+        ]
+
+    def scales(self, image: Tensor, z: Tensor) -> list[tuple[float, float, float, float]]:
+        """For each of `SCALES` T, against T x: PSNR and LPIPS of D(T z), and of D(E(T x)), which T z stands in for.
+
+        What EQ-VAE trains for is judged by what is decoded; the encoder's own latents of a small image may differ.
+        """
+        (height, width), results = z.shape[2:], []
+        for scale in SCALES:
+            h, w = max(1, round(scale * height)), max(1, round(scale * width))
+            wanted = _resized(image, h * image.shape[2] // height, w * image.shape[3] // width).clamp(-1, 1)
+            made = self._decode(_resized(z, h, w)), self._decode(self._encode(wanted))
+            results.append(
+                tuple(v for one in made for v in (_capped(psnr(one, wanted)), self._lpips(one, wanted)))
+            )
+        return results
 
     def path(self, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> list[float]:
         """(latents, decoded) of two images -> LPIPS of each of `STEPS` equal steps on the straight line between
@@ -95,6 +122,12 @@ class Study:
         values = (values - self.mean[:, None]) / np.maximum(self.std, 1e-12)[:, None]
         return np.histogram(values, HISTOGRAM_EDGES)[0]
 
+    def _lpips(self, made: Tensor, image: Tensor) -> float:
+        """NaN where there is no LPIPS, or not of images so small."""
+        if self.lpips is None or min(image.shape[2:]) < LPIPS_SIDE:
+            return float("nan")
+        return float(self.lpips(made, image))
+
     def _encode(self, image: Tensor) -> Tensor:
         return self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float()
 
@@ -112,7 +145,8 @@ def rounded_to_8_bits(z: Tensor) -> Tensor:
 def summary(found: list[dict[str, list]]) -> dict[str, Any]:
     """The means over what `Study.of_pair` found, in the order of the images, ready for JSON."""
     together = {name: [entry for one in found for entry in one[name]] for name in found[0]}
-    noise = np.array(together["noise"]).mean(axis=0)  # (sigmas, 2)
+    noise = np.array(together["noise"]).mean(axis=0)  # (sigmas, 3)
+    scales = np.array(together["scales"]).mean(axis=0)  # (scales, 4)
     equivariance = np.array(together["equivariance"]).mean(axis=0)
     names = ("latent_error", "image_psnr")
     result = {
@@ -121,7 +155,10 @@ def summary(found: list[dict[str, list]]) -> dict[str, Any]:
             "sigma": list(SIGMAS),
             "psnr": noise[:, 0].tolist(),
             "psnr_to_noiseless": [None, *noise[1:, 1].tolist()],
+            "lpips": _listed(noise[:, 2]),
         },
+        "scale": {"scale": list(SCALES)}
+        | {name: _listed(scales[:, i]) for i, name in enumerate(SCALE_MEASURES)},
         "eight_bit_latents": {
             "psnr": float(np.mean(together["eight_bits"])),
             "psnr_unrounded": float(noise[0, 0]),
@@ -147,6 +184,11 @@ def summary(found: list[dict[str, list]]) -> dict[str, Any]:
             "unevenness": float((steps.max(axis=1) / np.maximum(steps.mean(axis=1), 1e-12)).mean()),
         }
     return result
+
+
+def _listed(values: np.ndarray) -> list[float | None]:
+    """NaN, which JSON does not have, becomes None."""
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
 def _capped(decibels: Tensor) -> float:

@@ -91,8 +91,9 @@ class LatentSums:
 
     def summary(self) -> dict[str, Any]:
         """Of each channel `mean`, `std`, `kurtosis` (3 for a normal distribution), `kl` in nats a value, `logvar`
-        (mean); `active_channels`; `correlation` (C x C); the factors of `scale` that would give all channels
-        together mean 0 and deviation 1; `logvar_histogram`; `spectrum`. ValueError if nothing was added."""
+        (mean); `active_channels`; `effective_dimension`; `correlation` (C x C); the factors of `scale` that would
+        give all channels together mean 0 and deviation 1; `logvar_histogram`; `spectrum`. ValueError if nothing was
+        added."""
         if not self.count:
             raise ValueError("no latents that are finite")
         first, second, third, fourth = self.powers / self.count
@@ -112,9 +113,17 @@ class LatentSums:
             "kl": kl.tolist(),
             "logvar": (self.logvar / self.count).tolist(),
             "active_channels": int((kl > ACTIVE_NATS).sum()),
+            "effective_dimension": effective_dimension(covariance),
             "correlation": correlation.tolist(),
             "shift_factor": shift,
             "scaling_factor": 1 / spread if spread else None,
             "logvar_histogram": {"edges": LOGVAR_EDGES.tolist(), "counts": self.histogram.tolist()},
             "spectrum": self.spectrum.summary(),
         }
+
+
+def effective_dimension(covariance: np.ndarray) -> float | None:
+    """The participation ratio (sum of eigenvalues)^2 / sum of their squares, of a covariance (C, C): from 1, where
+    all channels are one, to C, where they are independent and equally strong. None where nothing varies."""
+    squares = float(np.square(covariance).sum())
+    return float(np.trace(covariance)) ** 2 / squares if squares else None

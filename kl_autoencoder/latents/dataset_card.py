@@ -25,7 +25,7 @@ row = load_dataset("path/to/this/folder", split="train")[0]
 
 They are raw: not scaled. Scaled{drawn} they come of
 
-    kl_autoencoder.LatentDataset("path/to/this/folder", vae.config)
+    kl_autoencoder.LatentDataset("path/to/this/folder", vae.scaling)
 
 | over all images | {channels} |
 |---|{lines}

@@ -22,7 +22,6 @@ from ..data.sources import encoded_file
 from ..distributed import end_with_the_parent
 from ..inference.workers import Workers
 from ..models.autoencoder_kl import KLAutoencoder
-from ..models.scaling import SCALING_KEYS
 from ..progress import Progress
 from .shard_encoder import EncodeSettings, ShardEncoder, little_endian, rng_for
 from .shards import ShardFolder
@@ -158,7 +157,7 @@ def finish(shards: ShardFolder, channels: int) -> dict:
 
 
 def scaling_of(vae: KLAutoencoder) -> dict:
-    return {key: vae.config.get(key) for key in SCALING_KEYS}
+    return vae.scaling
 
 
 def _sampled_hash(photographs: datasets.Dataset, column: str) -> str:

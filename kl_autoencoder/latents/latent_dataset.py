@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..models.scaling import SCALING_KEYS, scale
+from ..models.scaling import KEPT_KEYS, scale
 from ..networks.distributions import DiagonalGaussian
 from .shards import read_manifest
 
@@ -28,14 +28,17 @@ class LatentDataset(Dataset):
 
     Args:
         folder: the output of `encode-dataset`.
-        config: the model's, whose scaling is applied (see `latents.scale`): `vae.config`.
+        config: the model's scaling, which is applied (see `scaling.scale`): `vae.scaling`, or `vae.config` where
+            that holds it.
 
     Raises FileNotFoundError or ValueError for a folder that is no complete data set of latents.
     """
 
     def __init__(self, folder: str | os.PathLike, config: Mapping[str, Any], seed: int = 0):
         self.manifest = read_manifest(folder)
-        self.config, self.seed = {key: value for key, value in config.items() if key in SCALING_KEYS}, seed
+        self.config, self.seed = {key: value for key, value in config.items() if key in KEPT_KEYS}, seed
+        if "scaling_factor" not in self.config:
+            raise ValueError("config: no scaling_factor; allowed: vae.scaling, of the model that encoded")
         self.content = self.manifest["settings"]["content"]
         self.kept = self.manifest["settings"]["keep"]
         files = sorted(str(path) for path in (Path(folder) / "data").glob("*.parquet"))

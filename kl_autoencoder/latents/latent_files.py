@@ -1,6 +1,7 @@
 """Latent files: the latents of images of any sizes in one .safetensors file, with names, sizes and scaling."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..data.formats import LATENTS_KEY
 from ..files import read_tensors, save_tensors, shown
-from ..models.config import SCALING, check_rules, is_size
+from ..models.config import SCALING, check_rules, is_patch, is_size
 from ..models.scaling import SCALING_KEYS, unscale
 
 
@@ -53,12 +54,17 @@ def save_latents(
     for name, z in zip(names, latents, strict=True):
         if z.ndim != 3:
             raise ValueError(f"{name}: latents must be (C, h, w), not {tuple(z.shape)}")
+    scaling = {key: config.get(key) for key in SCALING_KEYS}
+    if config.get("patch_size") is not None:
+        if scaling["latents_std"] is None:
+            raise ValueError("config: patch_size without latents_std; allowed: vae.scaling, of such a model")
+        scaling["patch_size"] = list(config["patch_size"])
     about = {
         "names": [str(name) for name in names],
         "sizes": [[int(side) for side in size] for size in sizes],
         "scaled": bool(scaled),
         "model": str(model),
-        "config": {key: config.get(key) for key in SCALING_KEYS},
+        "config": scaling,
     }
     tensors = {_key(i): z for i, z in enumerate(latents)}
     save_tensors(path, tensors, {LATENTS_KEY: json.dumps(about)})
@@ -102,8 +108,12 @@ def _check_entries(
         if not isinstance(value, kind):
             raise ValueError(f"{key}: {shown(value)}; allowed: {kind.__name__}")
     check_rules({key: config.get(key) for key in SCALING}, SCALING)
+    patch = config.get("patch_size")
+    if patch is not None and not is_patch(patch):
+        raise ValueError(f"patch_size: {shown(patch)}; allowed: null or two whole numbers")
+    values = math.prod(patch) if patch and not scaled else 1  # statistics of a channel of raw latents
     for key in ("latents_mean", "latents_std"):
-        if config.get(key) is not None and {len(config[key])} != {z.shape[0] for z in latents}:
+        if config.get(key) is not None and {len(config[key])} != {z.shape[0] * values for z in latents}:
             raise ValueError(
                 f"{key}: {len(config[key])} values; allowed: one for each channel of the latents"
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -15,9 +15,11 @@ from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..files import sync_files
 from ..inference.dispatch import infer
@@ -26,8 +28,8 @@ from ..networks.convolutional import Decoder, Encoder
 from ..networks.distributions import DiagonalGaussian
 from . import scaling, single_file
 from .compact import COMPACT
-from .compatibility import SAME_ATTENTION, EqualsAutoencoderKL, OwnAttention
-from .config import RULES, check_config
+from .compatibility import SAME_ATTENTION, EqualsDiffusersClass, OwnAttention
+from .config import RULES, Rule, check_config, decoder_block_out_channels
 from .folder import CONFIG, read_headers, read_json
 
 HUB_ARGUMENTS = {"token", "cache_dir", "revision", "proxies", "force_download", "local_files_only"}
@@ -44,84 +46,68 @@ class KLAutoencoderOutput(BaseOutput):
     latent_dist: DiagonalGaussian
 
 
-class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
-    """A KL-regularised autoencoder with diffusers' configuration, parameter names and calling conventions.
+if TYPE_CHECKING:  # what diffusers' classes have that this is one half of, to a type checker
+    _Diffusers = AutoencoderKL
+else:
+    _Diffusers = ModelMixin
 
-    In evaluation mode, as `from_pretrained` gives it, encode and decode keep nothing for a backward pass, which
-    costs another forward pass if there is one; to train, call `train()` first.
 
-    Args (all by name; published values in README):
-        in_channels, out_channels: channels of the images read and written.
-        block_out_channels: width of each level, highest resolution first; f = 2 ** (levels - 1).
-        layers_per_block: ResNet blocks a level in the encoder (the decoder has one more).
-        latent_channels: channels of the latents.
-        norm_num_groups: groups of every GroupNorm; must divide every width.
-        sample_size: the image size that the model is made for.
-        scaling_factor, shift_factor, latents_mean, latents_std: what `scale` and `unscale` apply.
-        force_upcast: tells pipelines to decode in float32 where they run in float16.
-        use_quant_conv, use_post_quant_conv: 1x1 convolutions on the moments and the latents (SD 1, 2, SDXL).
-        mid_block_add_attention: self-attention at the lowest resolution.
+class ExactAutoencoder(_Diffusers, metaclass=EqualsDiffusersClass):
+    """What our autoencoders have in common: the network, its execution, loading and saving.
 
-    Raises ValueError for a configuration that no network can have, naming the key.
+    A class derived from it is also derived from the class of diffusers that it `stands_for`, has `rules` for the
+    keys of its config, and an `__init__` with that class's arguments, which calls `_build`.
     """
 
     _no_split_modules = ["ResnetBlock", "AttentionBlock"]  # noqa: RUF012  (of device maps)
+
+    stands_for: type  # the class of diffusers that this is one of, by name and in files
+    rules: dict[str, Rule]  # of the keys of the config
 
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
     encoder: Encoder  # type: ignore[assignment]  # in place of diffusers'
     decoder: Decoder  # type: ignore[assignment]
 
-    @_registers_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
-        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
-        block_out_channels: tuple[int, ...] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 4,
-        norm_num_groups: int = 32,
-        sample_size: int = 32,
-        scaling_factor: float = 0.18215,
-        shift_factor: float | None = None,
-        latents_mean: tuple[float, ...] | None = None,
-        latents_std: tuple[float, ...] | None = None,
-        force_upcast: bool = True,
-        use_quant_conv: bool = True,
-        use_post_quant_conv: bool = True,
-        mid_block_add_attention: bool = True,
-    ) -> None:
-        super(AutoencoderKL, self).__init__()  # diffusers' own networks are not built
-        check_config(self.config)
+    def _build(self) -> None:
+        """Make the networks of the config, and what else diffusers' class has; its own networks are not built."""
+        ModelMixin.__init__(self)
+        check_config(self.config, self.rules)
+        block_out_channels, latent_channels = self.config.block_out_channels, self.config.latent_channels
         levels = len(block_out_channels)
         kinds = {key: (self.config[key][0],) * levels for key in ("down_block_types", "up_block_types")}
         # One kind stands for all levels; it is no default, which from_config(vae.config) would restore.
         defaults = [key for key in self.config.get("_use_default_values", ()) if key not in kinds]
         self.register_to_config(**kinds, _use_default_values=defaults)
 
-        shape = (tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention)
-        self.encoder = Encoder(in_channels, latent_channels, *shape)
-        self.decoder = Decoder(latent_channels, out_channels, *shape)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        shape = [
+            self.config[key] for key in ("layers_per_block", "norm_num_groups", "mid_block_add_attention")
+        ]
+        widths, decoder_widths = tuple(block_out_channels), tuple(decoder_block_out_channels(self.config))
+        self.encoder = Encoder(self.config.in_channels, latent_channels, widths, *shape)
+        self.decoder = Decoder(latent_channels, self.config.out_channels, decoder_widths, *shape)
+        quant, post_quant = self.config.use_quant_conv, self.config.use_post_quant_conv
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if post_quant else None
 
         self.use_slicing = self.use_tiling = self.use_offload = False
         # diffusers' sizes of approximate tiles: here for those who read or set them, nothing depends on them
-        side = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
+        size = self.config.sample_size
+        side = size[0] if isinstance(size, (list, tuple)) else size
         self.tile_sample_min_size, self.tile_latent_min_size = side, side // self.downsampling
         self.tile_overlap_factor = 0.25
         self.set_default_attn_processor()
-        self.__module__ = AutoencoderKL.__module__  # see the end of this file
+        self.__module__ = self.stands_for.__module__  # see `__init_subclass__`
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Name a derived class as diffusers', so that what it saves loads everywhere too, as an AutoencoderKL.
+        """Name a class as diffusers', so that what it saves loads where this package is unknown, as diffusers'.
 
-        (Pipelines cannot load a component of a class that is not diffusers' or transformers'.)
+        What diffusers writes into config.json and a pipeline's model_index.json is the class's __name__ and the
+        instance's __module__. (Pipelines cannot load a component of a class that is not diffusers' or
+        transformers'.) Pickling, repr and documentation go by __qualname__ and the class's own __module__, which
+        stay ours.
         """
         super().__init_subclass__(**arguments)
-        cls.__name__ = AutoencoderKL.__name__
+        cls.__name__ = cls.stands_for.__name__
 
     def _get_name(self) -> str:
         return type(self).__qualname__.rpartition(".")[2]  # which repr() says
@@ -130,6 +116,11 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
     def downsampling(self) -> int:
         """Image pixels a latent pixel, per side: f = 2 ** (levels - 1)."""
         return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of an image must be multiples of, for its latents to be scaled."""
+        return self.downsampling * max(self.scaling.get("patch_size", (1,)))
 
     # ---------------------------------------------------------------- images <-> latents
 
@@ -174,13 +165,22 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
         images = self.decode(z).sample
         return KLAutoencoderOutput(images, posterior) if return_dict else (images,)
 
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """What `scale` and `unscale` apply, as files of latents keep it."""
+        return {key: self.config.get(key) for key in scaling.SCALING_KEYS}
+
+    def set_scaling(self, statistics: Any) -> None:
+        """Set what gives latents with these `LatentStatistics` unit variance."""
+        self.register_to_config(scaling_factor=statistics.scaling_factor)
+
     def scale(self, z: Tensor) -> Tensor:
         """Raw latents -> the latents that a diffusion model works on (about zero mean, unit variance)."""
-        return scaling.scale(z, self.config)
+        return scaling.scale(z, self.scaling)
 
     def unscale(self, z: Tensor) -> Tensor:
         """The inverse of `scale`."""
-        return scaling.unscale(z, self.config)
+        return scaling.unscale(z, self.scaling)
 
     def _encode(self, x: Tensor, tiling: bool = False) -> DiagonalGaussian:
         self._check_images(x)
@@ -292,9 +292,7 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
     # ---------------------------------------------------------------- reading and writing
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "KLAutoencoder":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """A folder in diffusers' layout, "compact" or a hub id -> the model, in evaluation mode.
 
         "compact" is the small model that comes with the package; a local folder of that name goes first.
@@ -320,26 +318,25 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
             return
         config = read_json(folder / CONFIG)
         if not (config | options).get("quantization_config"):
-            given = {key: value for key, value in options.items() if key in RULES}
+            given = {key: value for key, value in options.items() if key in cls.rules}
             tensors = {single_file.modern_name(name): tensor for name, tensor in tensors.items()}
             cls._on_meta(config | given, tensors, folder)
 
     @classmethod
-    def _on_meta(
-        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: object
-    ) -> "KLAutoencoder":
+    def _on_meta(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: object) -> Self:
         """The model of a config without memory for its tensors, once the config is known to fit `tensors`.
 
         Raises ValueError naming `source` and the key or the tensors at fault, before anything large is built.
         """
-        defaults = inspect.signature(KLAutoencoder.__init__).parameters
+        family = next(base for base in cls.__mro__ if "rules" in vars(base))
+        defaults = inspect.signature(vars(family)["__init__"]).parameters
         try:
-            whole = {key: config.get(key, defaults[key].default) for key in RULES}
-            check_config(whole)
+            whole = {key: config.get(key, defaults[key].default) for key in cls.rules}
+            check_config(whole, cls.rules)
             single_file.compare_with_tensors(whole, tensors)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        known = RULES.keys() | inspect.signature(cls.__init__).parameters
+        known = cls.rules.keys() | inspect.signature(cls.__init__).parameters
         with torch.device("meta"):
             model: Any = cls.from_config({key: value for key, value in config.items() if key in known})
         single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, source)
@@ -357,7 +354,7 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
         sync_files([folder / "config.json", *folder.glob("diffusion_pytorch_model*")])
 
     @classmethod
-    def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> "KLAutoencoder":
+    def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> Self:
         """The same model around our network: shares every tensor with `autoencoder_kl`, copies nothing.
 
         Tiling, slicing and attention processors of one's own are taken over; fused projections are not needed.
@@ -382,21 +379,21 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
         pretrained_model_link_or_path: str | os.PathLike,
         torch_dtype: torch.dtype | None = None,
         **config: Any,
-    ) -> "KLAutoencoder":
+    ) -> Self:
         """An LDM-layout .safetensors or .ckpt, the VAE alone or inside a full checkpoint -> the model.
 
         The configuration comes from the file's metadata or its tensors' shapes; what neither tells can be
         given by name (`scaling_factor=0.13025`). No hub is asked, so that diffusers' arguments about it (`token`,
         `cache_dir` ...) change nothing. Raises ValueError naming the file, or an argument that is not known.
         """
-        unknown = [name for name in config if name not in RULES.keys() | HUB_ARGUMENTS]
+        unknown = [name for name in config if name not in cls.rules.keys() | HUB_ARGUMENTS]
         if unknown:
-            near = get_close_matches(unknown[0], RULES, 1)
+            near = get_close_matches(unknown[0], cls.rules, 1)
             hint = f"; perhaps {near[0]}" if near else ""
             raise ValueError(
-                f"{unknown[0]}: no such argument; allowed: {', '.join(list(RULES)[:4])} ...{hint}"
+                f"{unknown[0]}: no such argument; allowed: {', '.join(list(cls.rules)[:4])} ...{hint}"
             )
-        config = {name: value for name, value in config.items() if name in RULES}
+        config = {name: value for name, value in config.items() if name in cls.rules}
         path = os.fspath(pretrained_model_link_or_path)
         found, tensors = single_file.load_single_file(path, **config)
         model: Any = cls._on_meta(found, tensors, path)
@@ -409,7 +406,50 @@ class KLAutoencoder(AutoencoderKL, metaclass=EqualsAutoencoderKL):
         single_file.save_single_file(path, self.state_dict(), config)
 
 
-# What diffusers writes into config.json and a pipeline's model_index.json is the class's __name__ and the
-# instance's __module__. Both are given diffusers' names, so that whatever is saved loads where this package is
-# unknown. Pickling, repr and documentation go by __qualname__ and the class's own __module__, which stay ours.
-KLAutoencoder.__name__ = AutoencoderKL.__name__
+class KLAutoencoder(ExactAutoencoder, AutoencoderKL):  # type: ignore[misc]  # as diffusers' own bases
+    """A KL-regularised autoencoder with diffusers' configuration, parameter names and calling conventions.
+
+    In evaluation mode, as `from_pretrained` gives it, encode and decode keep nothing for a backward pass, which
+    costs another forward pass if there is one; to train, call `train()` first.
+
+    Args (all by name; published values in README):
+        in_channels, out_channels: channels of the images read and written.
+        block_out_channels: width of each level, highest resolution first; f = 2 ** (levels - 1).
+        layers_per_block: ResNet blocks a level in the encoder (the decoder has one more).
+        latent_channels: channels of the latents.
+        norm_num_groups: groups of every GroupNorm; must divide every width.
+        sample_size: the image size that the model is made for.
+        scaling_factor, shift_factor, latents_mean, latents_std: what `scale` and `unscale` apply.
+        force_upcast: tells pipelines to decode in float32 where they run in float16.
+        use_quant_conv, use_post_quant_conv: 1x1 convolutions on the moments and the latents (SD 1, 2, SDXL).
+        mid_block_add_attention: self-attention at the lowest resolution.
+
+    Raises ValueError for a configuration that no network can have, naming the key.
+    """
+
+    stands_for = AutoencoderKL
+    rules = RULES
+
+    @_registers_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        self._build()

@@ -3,7 +3,6 @@
 from typing import Any
 
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from ..networks.attention import AttentionBlock
@@ -25,14 +24,16 @@ class OwnAttention(AttnProcessor2_0):
 SAME_ATTENTION = (OwnAttention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
-class EqualsAutoencoderKL(type):
-    """The type of our class and of those derived from it, which compare equal to AutoencoderKL.
+class EqualsDiffusersClass(type):
+    """The type of our classes and of those derived from them, which compare equal to diffusers' (`stands_for`).
 
     `from_pipe` takes a component over if `type(component) in (AutoencoderKL, ...)`, where a subclass would not do.
     Hashes stay different, so that dictionaries and sets keep the classes apart.
     """
 
+    stands_for: type
+
     def __eq__(cls, other: object) -> bool:
-        return cls is other or other is AutoencoderKL
+        return cls is other or other is getattr(cls, "stands_for", cls)
 
     __hash__ = type.__hash__

@@ -3,7 +3,7 @@
 A config.json is a stranger's file. Everything here looks at numbers alone; no network is built.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..files import shown
@@ -25,6 +25,11 @@ def _number(value: Any, above: float = -LARGEST_SCALE) -> bool:
 def is_size(value: Any) -> bool:
     """Whether a value is an image's [height, width]."""
     return _several(value, lambda side: _whole(side, LARGEST_IMAGE), 2) and len(value) == 2
+
+
+def is_patch(value: Any) -> bool:
+    """Whether a value is the [height, width] of patches of latents."""
+    return _several(value, lambda side: _whole(side, 64), 2) and len(value) == 2
 
 
 def _several(value: Any, check: Callable[[Any], bool], most: int) -> bool:
@@ -75,9 +80,25 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+WIDTHS: Rule = RULES["block_out_channels"]
+# Of an AutoencoderKLFlux2, whose latents are normalised by tensors of its own: statistics of patches of them.
+FLUX2_RULES: dict[str, Rule] = {
+    **{key: rule for key, rule in RULES.items() if key not in (*SCALING, "force_upcast")},
+    "decoder_block_out_channels": (lambda value: value is None or WIDTHS[0](value), f"null or {WIDTHS[1]}"),
+    "batch_norm_eps": (lambda value: _number(value, 0), f"a number above 0 and below {LARGEST_SCALE:g}"),
+    "batch_norm_momentum": (lambda value: _number(value, 0) and value <= 1, "a number above 0, at most 1"),
+    "patch_size": (is_patch, "two whole numbers from 1 to 64"),
+}
+
+
+def decoder_block_out_channels(config: Mapping[str, Any]) -> Sequence[int]:
+    """The widths of the decoder's levels: those of the encoder unless the config says others."""
+    return config.get("decoder_block_out_channels") or config["block_out_channels"]
+
+
+def check_config(config: Mapping[str, Any], rules: Mapping[str, Rule] = RULES) -> None:
     """Hold a whole config to what a network can have; ValueError naming the key, its value and what is allowed."""
-    check_rules(config, RULES)
+    check_rules(config, rules)
     widths, groups, channels = (
         config[key] for key in ("block_out_channels", "norm_num_groups", "latent_channels")
     )
@@ -85,12 +106,16 @@ def check_config(config: Mapping[str, Any]) -> None:
         if set(config[key]) != {kind} or len(config[key]) not in (1, len(widths)):
             allowed = f"({kind!r},) or {kind!r} {len(widths)} times"
             raise ValueError(f"{key}: {shown(tuple(config[key]))}; allowed: {allowed}")
-    if any(width % groups for width in widths):
-        raise ValueError(
-            f"block_out_channels: {shown(tuple(widths))}; allowed: multiples of norm_num_groups ({groups})"
-        )
+    for key in ("block_out_channels", "decoder_block_out_channels"):
+        given = config.get(key) or widths
+        if any(width % groups for width in given):
+            raise ValueError(
+                f"{key}: {shown(tuple(given))}; allowed: multiples of norm_num_groups ({groups})"
+            )
+        if len(given) != len(widths):
+            raise ValueError(f"{key}: {len(given)} levels; allowed: {len(widths)}, as block_out_channels has")
     for key in ("latents_mean", "latents_std"):
-        if config[key] is not None and len(config[key]) != channels:
+        if config.get(key) is not None and len(config[key]) != channels:
             raise ValueError(f"{key}: {len(config[key])} values; allowed: {channels}, one a channel")
     if (parameters := count_parameters(config)) > MOST_PARAMETERS:
         raise ValueError(
@@ -109,17 +134,17 @@ def check_rules(config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
 def count_parameters(config: Mapping[str, Any]) -> int:
     """Parameters of the network that a config describes, from its numbers alone."""
     widths, layers, z = (config[key] for key in ("block_out_channels", "layers_per_block", "latent_channels"))
-    first, last = widths[0], widths[-1]
-    middle = 2 * _resnet(last, last)
-    if config["mid_block_add_attention"]:
-        middle += 2 * last + 4 * (last**2 + last)
-    encoder = _conv(config["in_channels"], first) + middle + 2 * last + _conv(last, 2 * z)
-    decoder = _conv(z, last) + middle + 2 * first + _conv(first, config["out_channels"])
-    for before, width in zip((first, *widths), widths, strict=False):
+    out, attention = decoder_block_out_channels(config), config["mid_block_add_attention"]
+    encoder = _conv(config["in_channels"], widths[0]) + _middle(widths[-1], attention)
+    encoder += 2 * widths[-1] + _conv(widths[-1], 2 * z)
+    decoder = (
+        _conv(z, out[-1]) + _middle(out[-1], attention) + 2 * out[0] + _conv(out[0], config["out_channels"])
+    )
+    for before, width in zip((widths[0], *widths), widths, strict=False):
         encoder += _resnet(before, width) + (layers - 1) * _resnet(width, width)
-    for before, width in zip((last, *reversed(widths)), reversed(widths), strict=False):
+    for before, width in zip((out[-1], *reversed(out)), reversed(out), strict=False):
         decoder += _resnet(before, width) + layers * _resnet(width, width)
-    resampling = sum(_conv(width, width) for width in widths[:-1]) + sum(_conv(w, w) for w in widths[1:])
+    resampling = sum(_conv(width, width) for width in widths[:-1]) + sum(_conv(w, w) for w in out[1:])
     quant = (2 * z) ** 2 + 2 * z if config["use_quant_conv"] else 0
     post_quant = z**2 + z if config["use_post_quant_conv"] else 0
     return encoder + decoder + resampling + quant + post_quant
@@ -127,6 +152,10 @@ def count_parameters(config: Mapping[str, Any]) -> int:
 
 def _conv(a: int, b: int) -> int:
     return 9 * a * b + b
+
+
+def _middle(width: int, attention: bool) -> int:
+    return 2 * _resnet(width, width) + (2 * width + 4 * (width**2 + width) if attention else 0)
 
 
 def _resnet(a: int, b: int) -> int:

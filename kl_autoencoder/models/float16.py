@@ -264,7 +264,11 @@ def copied(vae: KLAutoencoder, dtype: torch.dtype, **config) -> KLAutoencoder:
     """The model for inference with tensors of its own, of `dtype`, and other `config` entries."""
     given = {key: value for key, value in vae.config.items() if key not in config and key[0] != "_"}
     with torch.device("meta"):  # without the private entries: one of them brings defaults back over `config`
-        copy = KLAutoencoder.from_config({**given, **config})
-    tensors = {name: tensor.to(dtype, copy=True) for name, tensor in vae.state_dict().items()}
+        known = {key: value for key, value in config.items() if key in vae.rules}
+        copy = type(vae).from_config({**given, **known})
+    tensors = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in vae.state_dict().items()
+    }
     copy.load_state_dict(tensors, assign=True)
     return copy.eval().requires_grad_(False)

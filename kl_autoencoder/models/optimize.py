@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from ..inference.dispatch import infer_exactly, why_whole
-from .autoencoder_kl import KLAutoencoder
+from .autoencoder_kl import ExactAutoencoder
 
 Optimized = TypeVar("Optimized")
 UNUSED = ("condition_encoder",)  # by MaskConditionDecoder, without a mask
@@ -39,7 +39,7 @@ def optimize(pipe_or_vae: Optimized, tiling: bool | None = None, offload: bool =
 
     Raises ValueError if it has no autoencoder that can be optimized.
     """
-    ours = [module for module in _modules(pipe_or_vae) if isinstance(module, KLAutoencoder)]
+    ours = [module for module in _modules(pipe_or_vae) if isinstance(module, ExactAutoencoder)]
     for vae in ours:
         vae.enable_tiling(vae.use_tiling if tiling is None else tiling, offload=offload)
     networks = [(owner, network) for owner, network in _networks(pipe_or_vae) if owner not in ours]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of the config of a model
+KEPT_KEYS = (*SCALING_KEYS, "patch_size")  # what `vae.scaling` may have, and files of latents keep
 READ_BY = {  # what diffusers' pipelines read of them, and the channels of their published latents
     "sd": (("scaling_factor",), 4),
     "sdxl": (("scaling_factor", "latents_mean", "latents_std"), 4),
@@ -20,9 +21,11 @@ def scale(z: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Raw latents (B, C, h, w) -> what a diffusion model works on, as diffusers' pipelines compute it.
 
     With `latents_mean` and `latents_std` in the config (SDXL pipelines): (z - mean) * scaling_factor / std per
-    channel; otherwise (z - shift_factor) * scaling_factor (SD3, FLUX), without a shift in SD.
-    Raises ValueError if C is not the length of mean and std.
+    channel; otherwise (z - shift_factor) * scaling_factor (SD3, FLUX), without a shift in SD. With `patch_size`
+    (FLUX.2) mean and std are those of patches (B, C*p*q, h/p, w/q), which come out.
+    Raises ValueError if C is not the length of mean and std, and for latents that no patches fit into.
     """
+    z = patchify(z, config.get("patch_size"))
     factor, shift = config["scaling_factor"], config.get("shift_factor")
     if _per_channel(config):
         mean, std = _channel_values(config, z)
@@ -35,8 +38,26 @@ def unscale(z: Tensor, config: Mapping[str, Any]) -> Tensor:
     factor, shift = config["scaling_factor"], config.get("shift_factor")
     if _per_channel(config):
         mean, std = _channel_values(config, z)
-        return z * std / factor + mean
+        return unpatchify(z * std / factor + mean, config.get("patch_size"))
     return z / factor if shift is None else z / factor + shift
+
+
+def patchify(z: Tensor, patch: Sequence[int] | None) -> Tensor:
+    """(B, C, h, w) -> (B, C*p*q, h/p, w/q): the channels of a patch, row by row, behind one another."""
+    if patch is None:
+        return z
+    (p, q), (b, c, h, w) = patch, z.shape
+    if h % p or w % q:
+        raise ValueError(f"latents of {h}x{w}; allowed: multiples of the patches' {p}x{q}")
+    return z.view(b, c, h // p, p, w // q, q).permute(0, 1, 3, 5, 2, 4).reshape(b, c * p * q, h // p, w // q)
+
+
+def unpatchify(z: Tensor, patch: Sequence[int] | None) -> Tensor:
+    """The inverse of `patchify`."""
+    if patch is None:
+        return z
+    (p, q), (b, c, h, w) = patch, z.shape
+    return z.view(b, c // (p * q), p, q, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, h * p, w * q)
 
 
 def from_statistics(
@@ -61,6 +82,8 @@ def from_statistics(
 
 def pipelines_of(config: Mapping[str, Any]) -> list[str]:
     """The kinds of pipelines, of READ_BY, that scale latents as `scale` does with this config."""
+    if config.get("patch_size") is not None:
+        return ["flux2"]
     is_set = {key for key in SCALING_KEYS if config.get(key) is not None}
     is_set -= {"shift_factor"} if _per_channel(config) else set(PER_CHANNEL)  # what `scale` leaves aside
     needed = {"sd3": "shift_factor", "flux": "shift_factor"}  # they add it, None or not
@@ -73,6 +96,9 @@ def pipelines_of(config: Mapping[str, Any]) -> list[str]:
 
 def described(config: Mapping[str, Any]) -> str:
     """The scaling that is set, with five digits: "scaling_factor 0.70067, shift_factor 0.30054"."""
+    if config.get("patch_size") is not None:
+        p, q = config["patch_size"]
+        return f"mean and deviation of {len(config['latents_mean'])} channels of {p}x{q} patches"
     return ", ".join(f"{key} {rounded(config[key])}" for key in SCALING_KEYS if config.get(key) is not None)
 
 

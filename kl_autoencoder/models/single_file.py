@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files import clipped, read_tensors, save_tensors, shown
+from .config import decoder_block_out_channels
 
 CONFIG_KEY = "kl_autoencoder.config"  # in the metadata of the single files written here
 
@@ -130,13 +131,17 @@ def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict:
 
     levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
     widths = [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(max(levels, 1))]
-    common = math.gcd(*widths)
+    decoder = [
+        shape(f"decoder.up_blocks.{i}.resnets.0.conv1.weight")[0] for i in reversed(range(len(widths)))
+    ]
+    common = math.gcd(*widths, *decoder)
     return {
         "in_channels": shape("encoder.conv_in.weight")[1],
         "out_channels": shape("decoder.conv_out.weight")[0],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": widths,
+        **({"decoder_block_out_channels": decoder} if decoder != widths else {}),
         "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "act_fn": "silu",
         "latent_channels": shape("decoder.conv_in.weight")[1],
@@ -157,8 +162,9 @@ def compare_with_tensors(config: Mapping, tensors: Mapping[str, Tensor]) -> None
         told = config_from_tensors(tensors)
     except ValueError:
         return
-    for key in STRUCTURE:
-        said, found = (tuple(c[key]) if isinstance(c[key], (list, tuple)) else c[key] for c in (config, told))
+    sides = [{**c, "decoder_block_out_channels": decoder_block_out_channels(c)} for c in (config, told)]
+    for key in (*STRUCTURE, "decoder_block_out_channels"):
+        said, found = (tuple(c[key]) if isinstance(c[key], (list, tuple)) else c[key] for c in sides)
         if said != found:
             raise ValueError(
                 f"{key}: {shown(said)} in the config; the tensors are of a model with {shown(found)}"
@@ -184,7 +190,9 @@ def scaling_from_checkpoint(tensors: Mapping[str, Tensor], config: dict) -> dict
 
 
 def family_of(config: Mapping) -> str:
-    """Which published model an AutoencoderKL config describes, by network and scaling, in words."""
+    """Which published model a config describes, by network and scaling, in words."""
+    if "patch_size" in config:
+        return "FLUX.2" if config["latent_channels"] == 32 and _is_kl_f8(config) else "custom (as FLUX.2's)"
     published = [
         name
         for name, family in FAMILIES.items()
@@ -320,7 +328,8 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 def _is_kl_f8(config: Mapping) -> bool:
     """Whether this is the network of Stable Diffusion and FLUX, but for the channels of its latents."""
-    small = config["latent_channels"] == 4  # these have the 1x1 convolutions, those of 16 channels do not
+    # FLUX.2 and those of 4 channels have the 1x1 convolutions, those of 16 do not
+    small = config["latent_channels"] in (4, 32)
     return (
         tuple(config["block_out_channels"]) == (128, 256, 512, 512)
         and (config["in_channels"], config["out_channels"], config["layers_per_block"]) == (3, 3, 2)

@@ -105,6 +105,9 @@ def test_latents_are_in_the_metrics(metrics):
         latents = metrics["latents"][name]
         assert len(latents["mean"]) == channels and np.shape(latents["correlation"]) == (channels, channels)
         assert latents["study"]["images"] == 2 and len(latents["study"]["noise"]["psnr"]) == 6
+        assert (latents["study"]["noise"]["lpips"][5] is None) == (NET is None)
+        assert 1 <= latents["effective_dimension"] <= channels
+        assert all(value > 5 for value in latents["study"]["scale"]["psnr"])
         assert (
             sum(latents["logvar_histogram"]["counts"]) == 5 * channels * (SIZE // {4: 8, 2: 4}[channels]) ** 2
         )

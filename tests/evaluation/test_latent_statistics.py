@@ -62,6 +62,25 @@ def test_active_channels_and_images_that_are_not_finite():
         empty.summary()
 
 
+@pytest.mark.parametrize("mixture, dimension", [
+    (np.eye(3), 3), (np.diag([2.0, 1.0, 0.0]), 25 / 17), (np.ones((3, 1)) * [[1.0, 0, 0]], 1),
+    (np.linalg.qr(np.arange(9.0).reshape(3, 3) ** 2 + 1)[0] @ np.diag([3.0, 3.0, 0.0]), 2),
+])  # fmt: skip
+def test_the_effective_dimension_counts_independent_directions(mixture, dimension):
+    """Of white noise that a matrix has mixed: (4 + 1)^2 / (16 + 1) for deviations of 2 and 1, and for any turn."""
+    white = np.random.default_rng(0).normal(size=(3, 4, 100, 100))
+    mean = torch.from_numpy(np.einsum("ij,jbhw->bihw", mixture, white) + 5.0)
+    sums = LatentSums(3)
+    sums.update(DiagonalGaussian(torch.cat([mean, torch.zeros_like(mean)], dim=1)))
+    assert sums.summary()["effective_dimension"] == pytest.approx(dimension, abs=0.02)
+
+
+def test_what_does_not_vary_has_no_dimension():
+    sums = LatentSums(2)
+    sums.update(DiagonalGaussian(torch.zeros(1, 4, 4, 4)))
+    assert sums.summary()["effective_dimension"] is None
+
+
 def spectrum(fields):
     sums = SpectrumSum()
     for field in fields:
@@ -128,9 +147,38 @@ def test_studies_of_a_model_that_commutes():
         )  # of noise of that deviation on pixels from -1 to 1
         assert decibels == pytest.approx(expected, abs=0.3)
     assert found["noise"]["psnr"][0] == 100 and found["images"] == 4
+    # the distance of this study is the mean absolute difference; E|noise| is sqrt(2 / pi) deviations
+    for sigma, distance in zip(found["noise"]["sigma"][1:3], found["noise"]["lpips"][1:3], strict=True):
+        assert distance == pytest.approx(0.25 * sigma * np.sqrt(2 / np.pi), rel=0.1)
     # equal steps of a line are equal in a linear model
     assert found["path"]["unevenness"] == pytest.approx(1, abs=1e-4) and found["path"]["pairs"] == 2
     assert sum(found["path"]["lpips_of_steps"]) == pytest.approx(found["path"]["lpips_of_ends"], rel=1e-4)
+
+
+def test_scaled_latents_are_compared_with_the_scaled_image():
+    """Flat images have no error at any scale. Of others the toy gives blocks, the scaled image is what it was."""
+    flat = torch.full((1, 3, 128, 128), 3 / 127.5 - 1)
+    found = study_of([flat, flat])["scale"]
+    assert found["scale"] == [0.25, 0.375, 0.5, 0.75]
+    assert found["psnr"] == found["psnr_encoded"] == [100] * 4
+    assert found["lpips"] == pytest.approx([0] * 4, abs=1e-6)
+    ramp = torch.linspace(-0.9, 0.9, 128).expand(1, 3, 128, 128)
+    found = study_of([ramp, ramp])["scale"]
+    for i, scale in enumerate(found["scale"]):
+        side = round(128 * scale)
+        small = F.interpolate(ramp, (side, side), mode="bicubic", antialias=True)
+        z = F.interpolate(F.avg_pool2d(ramp, 8), (side // 8, side // 8), mode="bicubic", antialias=True)
+        of_latents, encoded = (
+            F.interpolate(latents, scale_factor=8) for latents in (z, F.avg_pool2d(small, 8))
+        )
+        assert found["lpips"][i] == pytest.approx((of_latents - small).abs().mean().item(), rel=1e-4)
+        assert found["lpips_encoded"][i] == pytest.approx((encoded - small).abs().mean().item(), rel=1e-4)
+        assert 100 > found["psnr"][i] > 20
+
+
+def test_images_that_are_too_small_for_lpips_have_none():
+    found = study_of(list(0.5 * torch.rand(2, 1, 3, 64, 64)))["scale"]
+    assert found["lpips"][:2] == [None, None] and found["lpips"][2] > 0 and found["psnr"][0] > 0
 
 
 def test_a_shift_is_an_error_of_equivariance(monkeypatch):

@@ -101,7 +101,7 @@ ASYMMETRIC = {
 )
 def test_others_give_the_same_in_pieces(make, networks, monkeypatch):
     calls, execute = [], dispatch.infer_in_pieces
-    monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
     monkeypatch.setattr(dispatch, "infer_in_pieces", lambda *a, **k: (calls.append(1), execute(*a, **k))[1])
     torch.manual_seed(0)
     model, x = make().eval(), images()
@@ -134,7 +134,7 @@ def test_others_give_the_same_in_pieces(make, networks, monkeypatch):
     ids=["temporal", "consistency"],
 )
 def test_others_have_an_encoder_to_optimize(make, monkeypatch):
-    monkeypatch.setattr(dispatch, "SMALL_BYTES", 0)
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
     torch.manual_seed(0)
     model, x = make().eval(), images()
     with torch.no_grad():

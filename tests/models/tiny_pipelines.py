@@ -67,18 +67,18 @@ FAMILIES = {
     "sdxl": (StableDiffusionXLPipeline, sdxl, "sdxl", {}),
     "sd3": (StableDiffusion3Pipeline, sd3, "sd3", {}),
     "flux": (FluxPipeline, flux, "flux", {}),
-    "flux2": (Flux2Pipeline, flux2, None, {"image": PHOTOGRAPH}),
+    "flux2": (Flux2Pipeline, flux2, "flux2", {"image": PHOTOGRAPH}),
     "img2img": (StableDiffusionImg2ImgPipeline, sd, "sd", CHANGED),
     "inpaint": (StableDiffusionInpaintPipeline, sd, "sd", CHANGED | {"mask_image": MASK}),
 }
 
 
-def tiny_vae(shape):
-    """diffusers' autoencoder with narrow levels and random weights, in evaluation mode."""
+def tiny_vae(shape, **more):
+    """diffusers' autoencoder with narrow levels and random weights, in evaluation mode; `more` of its keys."""
     torch.manual_seed(0)
-    if shape is not None:
-        return AutoencoderKL(**reduced(PUBLISHED[shape])).eval()
-    vae = AutoencoderKLFlux2(block_out_channels=(32, 64, 96, 96), **FLUX2).eval()
+    if shape != "flux2":
+        return AutoencoderKL(**reduced(PUBLISHED[shape]) | more).eval()
+    vae = AutoencoderKLFlux2(block_out_channels=(32, 64, 96, 96), **FLUX2 | more).eval()
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
     return vae

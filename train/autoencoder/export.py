@@ -5,7 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.latents.statistics import LatentStatistics
+from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder
 from kl_autoencoder.models.run_folder import TRAINED
 
 from ..config import Config, to_yaml
@@ -22,8 +23,8 @@ A KL-regularised autoencoder: images of {size}x{size} (any multiple of {f}) to l
 {latent}x{latent}x{channels}; {parameters:.2f} M parameters. It loads in plain diffusers:
 
 ```python
-from diffusers import AutoencoderKL
-vae = AutoencoderKL.from_pretrained("{folder}")
+from diffusers import {class_name}
+vae = {class_name}.from_pretrained("{folder}")
 ```
 
 ## Data
@@ -39,8 +40,7 @@ Posterior mode, 8 bits, {weights}.
 |---|---|---|---|
 {rows}
 
-Latents of the training data: mean {mean}, standard deviation {std} a channel; `scaling_factor` {scaling:.6g}
-makes their common deviation one.
+{latents}
 
 ## Recipe
 
@@ -52,7 +52,7 @@ reconstruction must be exact (text, medical or legal evidence).
 """
 
 
-def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict, training_state=None) -> None:
+def export(folder: Path, vae: ExactAutoencoder, config: Config, facts: dict, training_state=None) -> None:
     """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
 
     facts: step, samples, held_out (number of images), statistics (LatentStatistics), and the metrics
@@ -74,9 +74,8 @@ def export(folder: Path, vae: KLAutoencoder, config: Config, facts: dict, traini
     os.replace(beside, folder)
 
 
-def model_card(folder: Path, vae: KLAutoencoder, config: Config, facts: dict) -> str:
+def model_card(folder: Path, vae: ExactAutoencoder, config: Config, facts: dict) -> str:
     size, f = config.data.resolution, vae.downsampling
-    statistics = facts["statistics"]
     return CARD.format(
         name=config.output_dir.rstrip("/").rsplit("/", 1)[-1],
         folder=folder,
@@ -91,10 +90,23 @@ def model_card(folder: Path, vae: KLAutoencoder, config: Config, facts: dict) ->
         weights="the EMA weights" if config.ema.enabled else "the last weights",
         lpips_net=config.validation.lpips_net,
         rows="\n".join(_row(name, facts[name]) for name in ("before", "after")),
-        mean=_numbers(statistics.mean),
-        std=_numbers(statistics.std),
-        scaling=vae.config.scaling_factor,
+        class_name=vae.stands_for.__name__,
+        latents=_latents(vae, facts["statistics"]),
         recipe=to_yaml(config),
+    )
+
+
+def _latents(vae: ExactAutoencoder, statistics: LatentStatistics) -> str:
+    mean, std = _numbers(statistics.mean), _numbers(statistics.std)
+    if "patch_size" in vae.scaling:
+        p, q = vae.scaling["patch_size"]
+        return (
+            f"Pipelines normalise {p}x{q} patches of latents by `bn.running_mean` and `bn.running_var`.\n"
+            f"Those of the training data: mean {mean}, standard deviation {std} a channel."
+        )
+    return (
+        f"Latents of the training data: mean {mean}, standard deviation {std} a channel; `scaling_factor` "
+        f"{vae.config.scaling_factor:.6g}\nmakes their common deviation one."
     )
 
 

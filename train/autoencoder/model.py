@@ -1,5 +1,6 @@
 """What is trained: the autoencoder with its bottleneck, its view and the scale of its likelihood."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.inference.winograd_autograd import WinogradOps
-from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.autoencoder_kl import COMPACT, ExactAutoencoder
+from kl_autoencoder.models.autoencoder_kl_flux2 import CLASSES, class_of, class_of_file
 from kl_autoencoder.models.folder import HUB_ID
 from kl_autoencoder.networks.bottlenecks import Code
 from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
@@ -19,7 +21,7 @@ from ..parts.views import View
 from .start import damp_residual_branches, start_as_enlargement
 
 
-def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
+def build_autoencoder(config: ModelConfig) -> ExactAutoencoder:
     """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
 
     Raises ValueError naming the key for what gives no network of RGB images.
@@ -27,13 +29,18 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     source = config.pretrained
     try:
         if source is None:
-            vae = damp_residual_branches(KLAutoencoder(**config.network()))
+            vae = damp_residual_branches(CLASSES[config.kind](**config.network()))
         elif Path(source).is_file():
-            vae = KLAutoencoder.from_single_file(source, torch_dtype=torch.float32)
-        elif Path(source).is_dir() or source == COMPACT.name or HUB_ID.fullmatch(source):
-            vae = KLAutoencoder.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
+            vae = class_of_file(source).from_single_file(source, torch_dtype=torch.float32)
+        elif source == COMPACT.name and not Path(source).is_dir():
+            vae = KLAutoencoder.from_pretrained(source, torch_dtype=torch.float32)
+        elif Path(source).is_dir() or HUB_ID.fullmatch(source):
+            cls = class_of(source, config.subfolder or "")
+            vae = cls.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
         else:
             raise ValueError("no such folder or file, and no hub id (owner/name)")
+        if source is not None and config.decoder_block_out_channels is not None:
+            vae = with_new_decoder(vae, config.decoder_block_out_channels)
     except (ValueError, OSError) as error:
         what = f"model.pretrained: {source!r} cannot be loaded: " if source else "model."
         raise ValueError(f"{what}{error}") from error
@@ -43,6 +50,20 @@ def build_autoencoder(config: ModelConfig) -> KLAutoencoder:
     if config.start == "enlargement":
         start_as_enlargement(vae)
     return vae
+
+
+def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoencoder:
+    """The model with an untrained decoder of other widths; its encoder and the scaling of its latents are kept."""
+    if "decoder_block_out_channels" not in vae.rules:
+        raise ValueError(
+            f"model.decoder_block_out_channels beside an {vae.stands_for.__name__}; allowed: an AutoencoderKLFlux2"
+        )
+    config = {key: value for key, value in vae.config.items() if key in vae.rules}
+    new = damp_residual_branches(type(vae)(**{**config, "decoder_block_out_channels": tuple(widths)}))
+    decodes = ("decoder.", "post_quant_conv.")
+    kept = {name: tensor for name, tensor in vae.state_dict().items() if not name.startswith(decodes)}
+    new.load_state_dict(kept, strict=False)
+    return new
 
 
 def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
@@ -70,7 +91,8 @@ class Reconstruction:
     latents and images.
 
     log_scale: of the likelihood, None where it is fixed. features: what the decoder's last convolution read,
-    (B, first width, H, W), without a graph.
+    (B, first width, H, W), without a graph. learned: what the learned layers of terms made of the latents, by the
+    name of the term.
 
     No tuple, whose half-precision tensors accelerate would convert to float32.
     """
@@ -81,6 +103,7 @@ class Reconstruction:
     code: Code
     log_scale: Tensor | None
     features: Tensor
+    learned: dict[str, Tensor]
 
 
 class TrainedModel(nn.Module):
@@ -90,12 +113,19 @@ class TrainedModel(nn.Module):
     """
 
     def __init__(
-        self, vae: KLAutoencoder, bottleneck: nn.Module, view: View, learn_scale: bool, decoder_only: bool
+        self,
+        vae: KLAutoencoder,
+        bottleneck: nn.Module,
+        view: View,
+        learn_scale: bool,
+        decoder_only: bool,
+        learned: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
         self.bottleneck, self.view = bottleneck, view
         self.vae = vae.train()  # from_pretrained's is not; gradients then cost a second forward pass
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
+        self.learned = nn.ModuleDict(learned)
         self.decoder_only = decoder_only
         if decoder_only:
             vae.encoder.requires_grad_(False)
@@ -121,7 +151,10 @@ class TrainedModel(nn.Module):
         if torch.is_autocast_enabled(features.device.type):  # as the convolution would, and keep that alone
             features = features.to(torch.get_autocast_dtype(features.device.type))
         reconstruction = vae.decoder.conv_out(features)
-        return Reconstruction(reconstruction, targets, images, code, self.log_scale, features.detach())
+        learned = {name: layer(code.z) for name, layer in self.learned.items()}
+        return Reconstruction(
+            reconstruction, targets, images, code, self.log_scale, features.detach(), learned
+        )
 
     def _cropped(self, noise: Tensor, images: Tensor) -> Tensor:
         """The part of the noise for whole crops that the latents of smaller images need."""

@@ -70,7 +70,7 @@ class Objective:
             # a scalar whose gradient in the output is `gradient`
             surrogate = (output.images.float() * gradient.detach()).sum() + penalty
             for term, weight in self._active("latents", step):
-                value = term.compute(output.code.z, output.encoded)
+                value = term.compute(output.learned.get(term.name, output.code.z), output.encoded)
                 surrogate = surrogate + weight * value
                 terms[term.name], loss = value, loss + weight * value
             if output.log_scale is not None:

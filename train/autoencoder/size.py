@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.inference.memory import total_host_memory
+from kl_autoencoder.models.autoencoder_kl_flux2 import CLASSES
 
 from ..config import Config
 from .discriminator import PatchDiscriminator
@@ -23,7 +23,7 @@ def check_weights(config: Config, memory: int) -> None:
     if config.model.pretrained is None:
         try:
             with torch.device("meta"):
-                network = KLAutoencoder(**config.model.network())
+                network = CLASSES[config.model.kind](**config.model.network())
         except ValueError as error:
             raise ValueError(f"model.{error}") from error
         # weight, gradient and Adam's two moments; and the moving average

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.models.config import decoder_block_out_channels
 from kl_autoencoder.networks.convolutional import AttentionBlock, ResnetBlock
 
 # Red, green, blue in [-1, 1] -> brightness, blue-yellow and green-magenta, each of about unit deviation over
@@ -45,10 +46,11 @@ def start_as_enlargement(vae: KLAutoencoder) -> KLAutoencoder:
     Raises ValueError for a network that has no room for this.
     """
     config, groups, latents = vae.config, vae.config.norm_num_groups, vae.config.latent_channels
-    smallest = min(config.block_out_channels)
+    widths, decoder_widths = config.block_out_channels, decoder_block_out_channels(config)
+    smallest = min(*widths, *decoder_widths)
     if latents < 3 or smallest // groups < 4 or smallest - groups < 6:
         raise ValueError(
-            f"model.start: enlargement with block_out_channels={list(config.block_out_channels)}, "
+            f"model.start: enlargement with block_out_channels={list(widths)}, "
             f"norm_num_groups={groups}, latent_channels={latents}; allowed: 3 latent channels and more, widths "
             "of 4 channels a group and more, with 6 besides one a group"
         )
@@ -56,10 +58,11 @@ def start_as_enlargement(vae: KLAutoencoder) -> KLAutoencoder:
     _carry_colours(encoder, encoder.mid_block.resnets[-1], groups)
     _carry_colours(decoder, decoder.up_blocks[-1].resnets[-1], groups)
     signs = torch.stack([torch.eye(3), -torch.eye(3)], dim=2).flatten(1)  # (3, 6): c+ - c-
-    first, last = (_carriers(config.block_out_channels[level], groups) for level in (0, -1))
+    first, last = (_carriers(widths[level], groups) for level in (0, -1))
     _set(encoder.conv_in, first, range(3), signs.T @ COLOURS, _tap(3))
     _set(encoder.conv_out, range(3), last, signs, _tap(3))
     encoder.conv_out.weight[latents:], encoder.conv_out.bias[latents:] = 0, LOG_VARIANCE
+    first, last = (_carriers(decoder_widths[level], groups) for level in (0, -1))
     _set(decoder.conv_in, last, range(3), signs.T, _tap(3))
     _set(decoder.conv_out, range(3), first, COLOURS.inverse() @ signs, _tap(3))
     for conv in filter(None, (vae.quant_conv, vae.post_quant_conv)):

@@ -13,12 +13,13 @@ from torch.profiler import record_function
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.latents.statistics import LatentStatistics
+from kl_autoencoder.models.scaling import patchify
 
 from ..data.training_data import TrainingData
 from ..loop.context import RunContext
 from ..loop.player import MovingAverage, Player, Tensors
 from ..loop.task import Grouped
-from ..parts import BOTTLENECKS, TERMS, VIEWS, Draws
+from ..parts import BOTTLENECKS, TERMS, VIEWS, Draws, Term
 from ..parts.draws import POSTERIOR_NOISE
 from . import size, validation
 from .adversary import Adversary
@@ -46,9 +47,9 @@ class AutoencoderTask:
         self.memory = size.device_memory(run.device)
         size.check_weights(self.config, self.memory)
         perceptual, self.lpips = self._load_perceptual()
+        terms = self._build_terms()
         torch.manual_seed(self.config.seed)
-        model = self._build_model(perceptual)
-        terms = [TERMS.build(term, self.config) for term in self.config.loss.terms]
+        model = self._build_model(perceptual, terms)
         self.autoencoder = Player(model, run, run.learning_rate)
         self.adversary = None
         if self.config.loss.adversarial.weight:
@@ -131,20 +132,22 @@ class AutoencoderTask:
         return len(self.held_out) > 0
 
     def measure(self, grouped: Grouped) -> dict[str, Any]:
-        """Statistics of the latents; sets the model's scaling_factor by them unless its encoder was pretrained."""
+        """Statistics of the latents; sets the model's scaling by them unless its encoder was pretrained."""
         statistics = self.measure_latents(grouped)
         if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
-            self.exported.register_to_config(scaling_factor=statistics.scaling_factor)
+            self.exported.set_scaling(statistics)
         return {"held_out": self.held_out_images, "statistics": statistics}
 
     @torch.no_grad()
     def measure_latents(self, grouped: Grouped) -> LatentStatistics:
-        """Of the first samples of the training data, over all ranks."""
-        statistics = LatentStatistics(self.exported.config.latent_channels)
+        """Of the first samples of the training data, over all ranks; of patches where these are normalised."""
+        patch = self.exported.scaling.get("patch_size")
+        statistics = LatentStatistics(self.exported.config.latent_channels * math.prod(patch or (1,)))
         groups = -(-self.statistics_samples // (self.config.data.batch_size * self.run.ranks))
         loader = self.data.loader(0, self.run.rank, self.run.ranks, self.run.device)
         for [batch] in grouped(loader, groups, 1):
-            statistics.update(self.latents(batch["images"], batch["sample"]))
+            latents = self.latents(batch["images"], batch["sample"])
+            statistics.update(patchify(latents, patch))
         return statistics.reduced(lambda total: self.run.accelerator.reduce(total.to(self.run.device), "sum"))
 
     @torch.no_grad()
@@ -190,14 +193,24 @@ class AutoencoderTask:
 
     # ---------------------------------------------------------------- setting up
 
-    def _build_model(self, perceptual: LPIPS | None) -> TrainedModel:
+    def _build_terms(self) -> list[Term]:
+        with self.run.accelerator.main_process_first():  # one download, not one a rank
+            terms = [TERMS.build(term, self.config) for term in self.config.loss.terms]
+        names = [term.name for term in terms]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"loss.terms: {min(twice)} is there twice; allowed: each term once")
+        return terms
+
+    def _build_model(self, perceptual: LPIPS | None, terms: list[Term]) -> TrainedModel:
         """The autoencoder with its bottleneck and view, on the device; compiled, with LPIPS, where asked."""
         config = self.config
         self.vae = build_autoencoder(config.model).to(memory_format=torch.channels_last)
         learn_scale = config.loss.reconstruction in LEARNED_SCALE
         bottleneck = BOTTLENECKS.build(config.model.bottleneck, config)
         view = VIEWS.build(config.loss.view, config)
-        model = TrainedModel(self.vae, bottleneck, view, learn_scale, config.train.decoder_only)
+        channels = self.vae.config.latent_channels
+        learned = {term.name: term.learned(channels) for term in terms if term.learned}
+        model = TrainedModel(self.vae, bottleneck, view, learn_scale, config.train.decoder_only, learned)
         self.model = model.to(self.run.device)
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
         choose_backward(self.vae, config.train.gradient_checkpointing)
@@ -231,7 +244,7 @@ class AutoencoderTask:
 
     def _check_resolutions(self) -> None:
         for key in ("resolution", "validation_resolution"):
-            side, f = getattr(self.config.data, key), self.vae.downsampling
+            side, f = getattr(self.config.data, key), self.vae.size_multiple
             if side and (side % f or side < 16):  # SSIM's window has 11 pixels
                 raise ValueError(
                     f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}, from 16 on"

@@ -22,15 +22,19 @@ Shares = tuple[Annotated[Number, Field(ge=0, le=1)], ...]
 
 @section
 class ModelConfig:
-    """A new network by the keys of diffusers' AutoencoderKL, or a pretrained one to go on from.
+    """A new network by the keys of diffusers' class, or a pretrained one to go on from.
 
-    What is left out is AutoencoderKL's default, or what the pretrained model says.
+    What is left out is that class's default, or what the pretrained model says.
     """
 
     pretrained: str | None = key(
         None, "start from this folder, single file, hub id, or compact, the model in the package"
     )
     subfolder: str | None = key(None, "where in `pretrained` the autoencoder is, such as vae")
+    kind: Literal["AutoencoderKL", "AutoencoderKLFlux2"] = choice(
+        "AutoencoderKL",
+        "diffusers' class of a new network; the second normalises patches of latents by statistics of its own",
+    )
     start: Literal["random", "enlargement"] = choice(
         "random",
         "what a new network computes: random numbers, or the shrunk image enlarged again, which saves much of a "
@@ -44,6 +48,11 @@ class ModelConfig:
     down_block_types: tuple[Text, ...] | None = key(None, "one DownEncoderBlock2D a level")
     up_block_types: tuple[Text, ...] | None = key(None, "one UpDecoderBlock2D a level")
     block_out_channels: Widths | None = key(None, "width of each level; f = 2^(levels - 1)")
+    decoder_block_out_channels: Widths | None = key(
+        None,
+        "widths of the decoder's levels, of AutoencoderKLFlux2; beside model.pretrained a new decoder for its "
+        "encoder",
+    )
     layers_per_block: Count = key(
         None, "ResNet blocks a level of the encoder; the decoder has one more", low=1, high=DEEPEST
     )
@@ -68,8 +77,8 @@ class ModelConfig:
     mid_block_add_attention: bool | None = key(None, "attention in the middle of encoder and decoder")
 
     def network(self) -> dict[str, Any]:
-        """The AutoencoderKL keys that were given."""
-        own = ("pretrained", "subfolder", "start", "bottleneck")
+        """The keys of diffusers' class that were given."""
+        own = ("pretrained", "subfolder", "kind", "start", "bottleneck")
         given = dataclasses.asdict(self)
         return {name: value for name, value in given.items() if value is not None and name not in own}
 
@@ -77,16 +86,29 @@ class ModelConfig:
         levels = len(self.block_out_channels or (1,))
         if not 1 <= levels <= LEVELS:
             raise ValueError(f"model.block_out_channels: {levels} levels; allowed: 1 to {LEVELS}")
-        if self.pretrained is not None and self.network():
+        given = [name for name in self.network() if name != "decoder_block_out_channels"]
+        given += ["kind"] if self.kind != "AutoencoderKL" else []
+        if self.pretrained is not None and given:
             raise ValueError(
-                f"model.{next(iter(self.network()))}: given beside model.pretrained; allowed: one of the two "
+                f"model.{given[0]}: given beside model.pretrained; allowed: one of the two "
                 "(a pretrained model brings its own configuration)"
             )
+        if self.pretrained is None:
+            self._check_kind()
         if self.pretrained is not None and self.start != "random":
             raise ValueError(
                 f"model.start: {self.start} beside model.pretrained; allowed: one of the two "
                 "(a pretrained model starts from its own weights)"
             )
+
+    def _check_kind(self) -> None:
+        is_flux2 = self.kind == "AutoencoderKLFlux2"
+        scaling = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+        others = scaling if is_flux2 else ("decoder_block_out_channels",)
+        for name in others:
+            if getattr(self, name) is not None:
+                allowed = "AutoencoderKL" if is_flux2 else "AutoencoderKLFlux2"
+                raise ValueError(f"model.{name}: no key of {self.kind}; allowed: with model.kind={allowed}")
 
 
 @section

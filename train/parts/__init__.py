@@ -1,8 +1,18 @@
 """Parts of training that a configuration chooses by `kind:`."""
 
-from . import bottlenecks, equivariance, views
+from . import alignment, bottlenecks, equivariance, views
 from .draws import Draws
 from .registry import BOTTLENECKS, TERMS, VIEWS
 from .terms import Term
 
-__all__ = ["BOTTLENECKS", "TERMS", "VIEWS", "Draws", "Term", "bottlenecks", "equivariance", "views"]
+__all__ = [
+    "BOTTLENECKS",
+    "TERMS",
+    "VIEWS",
+    "Draws",
+    "Term",
+    "alignment",
+    "bottlenecks",
+    "equivariance",
+    "views",
+]

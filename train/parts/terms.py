@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,13 @@ class Term:
 
     name: what it is logged as. at: "pixels", called with (reconstruction, images), (B, 3, H, W) each, or
     "latents", called with (z, images), z (B, C, h, w) and what the encoder was given. weight: a function of the
-    step's number, which counts from 0; a weight of 0 costs nothing.
+    step's number, which counts from 0; a weight of 0 costs nothing. learned: of a term at the latents, makes a
+    layer for latents of so many channels that is trained with the autoencoder and saved in its checkpoints, under
+    the term's name; `compute` is then called with what the layer makes of z, and the weight must never be 0.
     """
 
     name: str
     at: Literal["pixels", "latents"]
     weight: Callable[[int], float]
     compute: Callable[[Tensor, Tensor], Tensor]
+    learned: Callable[[int], nn.Module] | None = None

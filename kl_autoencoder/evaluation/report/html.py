@@ -92,7 +92,12 @@ def render(metrics: dict[str, Any], evaluation: Evaluation) -> str:
     )
     shown, (column, leader) = columns(metrics), _ranking(metrics)
     models = {
-        name: {**about, **metrics["latents"][name], "colour": plots.colour(i)}
+        name: {
+            **about,
+            **metrics["latents"][name],
+            **_kurtosis(metrics["latents"][name]),
+            "colour": plots.colour(i),
+        }
         for i, (name, about) in enumerate(metrics["models"].items())
     }
     return environment.get_template("report.html").render(
@@ -106,6 +111,12 @@ def render(metrics: dict[str, Any], evaluation: Evaluation) -> str:
         plots={name: Markup(svg) for name, svg in _plots(metrics, evaluation).items()},
         today=date.today().isoformat(),
     )
+
+
+def _kurtosis(latents: dict[str, Any]) -> dict[str, float | None]:
+    """The extremes over the channels that have one."""
+    values = [value for value in latents["kurtosis"] if value is not None and np.isfinite(value)]
+    return {"least_kurtosis": min(values, default=None), "largest_kurtosis": max(values, default=None)}
 
 
 # -------------------------------------------------------------------- pictures
@@ -213,11 +224,38 @@ def _plots(metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, str]:
         found[f"noise_{key}"] = plots.lines(
             curves, "noise, in deviations of the latents", "PSNR (dB)", markers=True
         )
+    found |= _diffusability_plots(studies, drawn)
     paths = {name: s["path"]["lpips_of_steps"] for name, s in studies.items() if s["path"]}
     if paths:
         steps = {n: (np.arange(len(v)) + 0.5) / len(v) for n, v in paths.items()}
         curves = [(drawn[name], (steps[name], values)) for name, values in paths.items()]
         found["path"] = plots.lines(curves, "place on the path", "LPIPS of a step", markers=True)
+    return found
+
+
+def _diffusability_plots(studies: dict[str, dict[str, Any]], drawn: dict[str, str]) -> dict[str, str]:
+    """LPIPS over noise, PSNR and LPIPS over scale; those without a value are left out."""
+    found = {}
+    for plot, study, x, key, y in (
+        ("noise_lpips", "noise", "sigma", "lpips", "LPIPS"),
+        ("scale_psnr", "scale", "scale", "psnr", "PSNR (dB)"),
+        ("scale_lpips", "scale", "scale", "lpips", "LPIPS"),
+    ):
+        of_models = {
+            name: s[study] for name, s in studies.items() if any(v is not None for v in s[study][key])
+        }
+        if of_models:
+            found[plot] = plots.lines(
+                [(drawn[name], (s[x], s[key])) for name, s in of_models.items()],
+                "noise, in deviations of the latents" if study == "noise" else "scale",
+                y,
+                quiet=[
+                    (s[x], np.asarray(s[f"{key}_encoded"], dtype=float))
+                    for s in of_models.values()
+                    if study == "scale"
+                ],
+                markers=True,
+            )
     return found
 
 

@@ -14,6 +14,11 @@ EXTRAS = {
         "skimage": "scikit-image",
         "torch_fidelity": "torch-fidelity",
     },
+    "onnx": {
+        "onnx": "onnx",
+        "onnxruntime": "onnxruntime",
+        "onnxscript": "onnxscript",
+    },
     "train": {
         "lpips": "lpips",
         "pydantic": "pydantic",

@@ -55,6 +55,7 @@ for command in (
 print("REFUSED", file=sys.stderr)
 assert main("evaluate --model compact --data in --size 64 -o report".split()) == 2
 assert main("fp16-check compact".split()) == 2
+assert main("export compact --onnx -o onnx".split()) == 2
 assert main("sample compact --fit channel --data sample-photographs --size 64 -o c.png".split()) == 2
 assert train(["any.yaml"]) == 2
 """,
@@ -62,11 +63,12 @@ assert train(["any.yaml"]) == 2
     )
     assert done.returncode == 0, done.stderr
     told = done.stderr.partition("REFUSED\n")[2].splitlines()
-    assert len(told) == 4
+    assert len(told) == 5
     assert "lpips, matplotlib, pytorch-msssim, scikit-image, torch-fidelity are not installed" in told[0]
     assert "pip install 'kl-autoencoder[eval]'" in told[0] and "'kl-autoencoder[eval]'" in told[1]
-    assert "scikit-image is not installed; pip install 'kl-autoencoder[train]'" in told[2]
-    assert "scikit-image, tensorboard are not installed; pip install 'kl-autoencoder[train]'" in told[3]
+    assert "onnx, onnxscript are not installed; pip install 'kl-autoencoder[onnx]'" in told[2]
+    assert "scikit-image is not installed; pip install 'kl-autoencoder[train]'" in told[3]
+    assert "scikit-image, tensorboard are not installed; pip install 'kl-autoencoder[train]'" in told[4]
 
 
 @pytest.fixture(scope="module")

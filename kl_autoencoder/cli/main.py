@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   kl-autoencoder decode latents.safetensors -o decoded/
   kl-autoencoder evaluate --model runs/quickstart --data photos/ --size 256 -o report/
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
+  kl-autoencoder export compact -o onnx/ --onnx
   kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
   accelerate launch -m kl_autoencoder encode-dataset --model vae/ --data photos/ --size 512 -o latents/
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png

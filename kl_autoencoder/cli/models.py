@@ -1,4 +1,4 @@
-"""export, info: a model written for use elsewhere, and what a model is."""
+"""export, info: a model written for use elsewhere, also by other runtimes, and what a model is."""
 
 import argparse
 import json
@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..console import say
+from ..extras import require
 from ..files import temporary_beside
+from ..progress import Progress
 from .parser import MODEL, Command, Parser, add_dtype, add_json, add_output
 from .paths import check_model, model_path, readable_folder, refuse_existing
 
@@ -35,7 +38,13 @@ FORCE_UPCAST = {
 def export_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="RUN", help=MODEL)
     parser.add_argument("--single-file", action="store_true", help="one .safetensors in LDM layout")
-    add_dtype(parser, None, "store in this type (default: as it is)")
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="vae_encoder/model.onnx and vae_decoder/model.onnx, as optimum reads them; any size and batch; with "
+        "--dtype float16 the weights are rescaled, exactly, where float16 would overflow",
+    )
+    add_dtype(parser, None, "store in this type (default: as it is; with --onnx float32)")
     add_output(parser, "OUT", "a folder for diffusers, or with --single-file a .safetensors file")
 
 
@@ -44,7 +53,9 @@ def check_export(arguments: argparse.Namespace) -> None:
     check_model(arguments.model)
     source, output = model_path(arguments.model), Path(arguments.output)
     arguments.output, arguments.folder = output, readable_folder(source) if source.is_dir() else None
-    if arguments.single_file:
+    if arguments.onnx:
+        check_onnx(arguments)
+    elif arguments.single_file:
         if output.suffix != ".safetensors":
             raise ValueError(f"{output}: a single file is written to a .safetensors file")
         inputs = arguments.folder.iterdir() if arguments.folder else [source]
@@ -53,6 +64,23 @@ def check_export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{output}: is a file; without --single-file a folder is written")
     else:
         check_model_output(output, arguments.folder, arguments.overwrite)
+
+
+def check_onnx(arguments: argparse.Namespace) -> None:
+    if arguments.single_file:
+        raise ValueError("--onnx and --single-file: one of them; --onnx writes a folder")
+    if arguments.dtype == "bfloat16":
+        raise ValueError("--dtype: 'bfloat16'; allowed with --onnx: float32, float16")
+    output = arguments.output
+    if output.is_file():
+        raise ValueError(f"{output}: is a file; with --onnx a folder is written")
+    there = [path for path in (output / "vae_encoder", output / "vae_decoder") if path.exists()]
+    if there and not arguments.overwrite:
+        raise ValueError(f"{there[0]}: exists already; --overwrite replaces it")
+    refuse_existing([output / "config.json"], [], overwrite=True)
+    require("onnx", "onnx", "onnxscript")
+    if arguments.dtype == "float16":
+        require("eval", "skimage")  # whose photographs the activations are measured on
 
 
 def check_model_output(output: Path, model: Path | None, overwrite: bool) -> None:
@@ -71,6 +99,9 @@ def export(arguments: argparse.Namespace) -> None:
     from .loading import load_model
 
     output, folder = arguments.output, arguments.folder
+    if arguments.onnx:
+        export_to_onnx(arguments.model, output, arguments.dtype)
+        return
     vae = load_model(arguments.model, "cpu", arguments.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.single_file:
@@ -78,6 +109,40 @@ def export(arguments: argparse.Namespace) -> None:
     else:
         write_model_folder(vae, output, model_card=folder / "README.md" if folder else None)
     print(output)
+
+
+def export_to_onnx(model: str, output: Path, dtype: str | None) -> None:
+    """Write both graphs beside `output`, compare them with torch if onnxruntime is there, and move them into it."""
+    from ..models import onnx_export
+    from .loading import load_model
+
+    vae = load_model(model, "cpu", "float32")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(output)
+    try:
+        with Progress("exporting to ONNX"):
+            vae = onnx_export.safe_in_float16(vae) if dtype == "float16" else vae
+            onnx_export.export_onnx(vae, temporary)
+        if onnx_export.can_be_checked():
+            with Progress("checking in onnxruntime"):
+                found = onnx_export.differences(vae, temporary)
+            print(onnx_export.described(found))
+        else:
+            say("warning", "onnxruntime is not installed: not checked against torch (kl-autoencoder[onnx])")
+        _replace_folders(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(output)
+
+
+def _replace_folders(new: Path, output: Path) -> None:
+    """Move each folder in `new` into `output`, in place of one of that name; what else is there stays."""
+    output.mkdir(exist_ok=True)
+    for folder in list(new.iterdir()):
+        old = new / f"old-{folder.name}"
+        if (output / folder.name).exists():
+            os.replace(output / folder.name, old)
+        os.replace(folder, output / folder.name)
 
 
 def write_model_folder(vae: "KLAutoencoder", output: Path, model_card: Path | None) -> None:

@@ -353,6 +353,12 @@ class ExactAutoencoder(_Diffusers, metaclass=EqualsDiffusersClass):
         super().save_pretrained(save_directory, *arguments, **options)
         sync_files([folder / "config.json", *folder.glob("diffusion_pytorch_model*")])
 
+    def to_json_string(self) -> str:
+        """The config as it is saved, without the path that the model was read from on this machine."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
     @classmethod
     def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> Self:
         """The same model around our network: shares every tensor with `autoencoder_kl`, copies nothing.

@@ -142,7 +142,7 @@ def test_lines_that_cannot_be_written_wait_for_room(tmp_path):
     """In their order, each whole; the file is named once."""
     said, path = [], tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")
-    journal = Journal(tmp_path, Accelerator(), tensorboard=False, say=said.append)
+    journal = Journal(tmp_path, Accelerator(), trackers=(), say=said.append)
     for step in (1, 2):
         journal.write(step, 8 * step, {"train/loss": 0.5})
     assert said == [f"WARNING: {path}: cannot be written (No space left on device); training goes on"]

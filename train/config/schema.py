@@ -246,10 +246,20 @@ class TrainConfig:
 
 @section
 class LogConfig:
-    """metrics.jsonl and TensorBoard."""
+    """metrics.jsonl, TensorBoard and other trackers."""
 
     every: int = key(50, "steps between two lines", low=1, high=STEPS)
-    tensorboard: bool = key(True, "write for TensorBoard, too")
+    tensorboard: bool = key(True, "write for TensorBoard, too; so does naming it in log.trackers")
+    trackers: tuple[Text, ...] = key(
+        (),
+        "others that accelerate knows, with pictures, such as wandb, mlflow, aim, or that a plugin registers",
+    )
+
+    @property
+    def all_trackers(self) -> tuple[str, ...]:
+        """Those named, and TensorBoard unless it is switched off and not named."""
+        board = ("tensorboard",) if self.tensorboard else ()
+        return tuple(dict.fromkeys((*board, *self.trackers)))
 
 
 @section

@@ -13,6 +13,7 @@ from kl_autoencoder.distributed import ranks_on_cpus
 from ..config import Config
 from .launch import hold, refuse_plugins
 from .schedules import LearningRate
+from .trackers import check_trackers
 
 
 class RunContext:
@@ -26,6 +27,7 @@ class RunContext:
         self.config, self.folder = config, Path(config.output_dir)
         cpu = ranks_on_cpus()
         refuse_plugins(os.environ)
+        check_trackers(config.log.all_trackers)
         if config.train.mixed_precision == "fp16" and PartialState(cpu=cpu).device.type == "cpu":
             raise ValueError("train.mixed_precision: fp16 on a CPU; allowed there: no, bf16")
         hook = DDPCommunicationHookType.BF16 if config.train.bf16_gradients else DDPCommunicationHookType.NO
@@ -33,7 +35,6 @@ class RunContext:
             cpu=cpu,
             mixed_precision=config.train.mixed_precision,
             gradient_accumulation_steps=config.train.gradient_accumulation,
-            log_with="tensorboard" if config.log.tensorboard else None,
             project_dir=self.folder,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
         )

@@ -1,21 +1,20 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, and the sums between two lines of them."""
+"""What a run writes down: metrics.jsonl, its trackers, and the sums between two lines of them."""
 
 import contextlib
 import json
 import math
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
+
+from .trackers import Trackers
 
 MOST_UNWRITTEN = 10_000  # lines of metrics.jsonl that are kept for a disk with room
 
@@ -27,15 +26,17 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, tensorboard: bool, say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        trackers: tuple[str, ...],
+        say: Callable[[str], None] = print,
+        config: Mapping[str, Any] | None = None,
     ):
-        self.path, self.accelerator, self.tensorboard = folder / "metrics.jsonl", accelerator, tensorboard
-        self.say, self.warned = say, set()
+        self.path, self.accelerator = folder / "metrics.jsonl", accelerator
+        self.say, self.warned = say, False
         self.unwritten: deque[str] = deque(maxlen=MOST_UNWRITTEN)  # lines that wait for room on the disk
-        if tensorboard and accelerator.is_main_process:
-            (folder / "logs").mkdir(exist_ok=True)
-            _hush_tensorboard_thread()
-        accelerator.init_trackers("logs")
+        self.trackers = Trackers(folder, accelerator, trackers, say, config)
         self.start_window(step=0)
 
     def start_window(self, step: int) -> None:
@@ -72,7 +73,7 @@ class Journal:
         return dict(zip(totals, means, strict=True)), rate
 
     def write(self, step: int, samples: int, values: dict) -> None:
-        """A line of metrics.jsonl, null for what is not finite; numbers go to TensorBoard too.
+        """A line of metrics.jsonl, null for what is not finite; numbers go to the trackers too.
 
         What a full disk refuses is warned of and kept: lines are written with the next that there is room for.
         """
@@ -83,40 +84,19 @@ class Journal:
         try:
             append_whole(self.path, "".join(self.unwritten))
         except OSError as error:
-            self._warn(self.path, error)
+            if not self.warned:  # a disk that is full is so at every step
+                self.say(f"WARNING: {self.path}: cannot be written ({error.strerror}); training goes on")
+            self.warned = True
             return
         self.unwritten.clear()
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        self._to_tensorboard(lambda: self.accelerator.log(numbers, step=step))
+        self.trackers.log(numbers, step)
 
     def show(self, name: str, picture: Path, step: int) -> None:
-        if self.tensorboard and self.accelerator.is_main_process:
-            image = np.asarray(Image.open(picture))
-            writer = self.accelerator.get_tracker("tensorboard").writer
-            self._to_tensorboard(lambda: writer.add_image(name, image, step, dataformats="HWC"))
+        self.trackers.show(name, picture, step)
 
     def close(self) -> None:
-        """TensorBoard's last two minutes are in memory until then."""
-        if self.tensorboard and self.accelerator.is_main_process:
-            self._to_tensorboard(lambda: self.accelerator.get_tracker("tensorboard").writer.flush())
-        self.accelerator.end_training()
-
-    def _to_tensorboard(self, write: Callable[[], None]) -> None:
-        """After a failure the writer's thread is dead: the next call opens a file of its own."""
-        try:
-            write()
-        except OSError as error:
-            self._warn(self.path.parent / "logs", error)
-            writer = self.accelerator.get_tracker("tensorboard").writer
-            with contextlib.suppress(OSError):
-                writer.close()
-            writer.file_writer = writer.all_writers = None
-
-    def _warn(self, path: Path, error: OSError) -> None:
-        """Once a file: a disk that is full is so at every step."""
-        if path not in self.warned:
-            self.say(f"WARNING: {path}: cannot be written ({error.strerror}); training goes on")
-        self.warned.add(path)
+        self.trackers.close()
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that a continued run will take again, and a line that was cut off."""
@@ -157,16 +137,3 @@ def append_whole(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):  # of a device
                 os.ftruncate(file.fileno(), before)
             raise
-
-
-@cache
-def _hush_tensorboard_thread() -> None:
-    """Leave out the traceback of a TensorBoard thread that a full disk ends: the journal says its error."""
-    print_traceback = threading.excepthook
-
-    def hook(failure) -> None:
-        of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
-        if not (of_tensorboard and issubclass(failure.exc_type, OSError)):
-            print_traceback(failure)
-
-    threading.excepthook = hook

@@ -1,6 +1,7 @@
 """The training loop, and what happens around a step: logs, validation, checkpoints, export."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +41,9 @@ class Trainer:
         self.run = RunContext(config)
         self.folder, self.accelerator, self.say = self.run.folder, self.run.accelerator, self.run.say
         self.skipped = SkippedImages()
-        self.journal = Journal(self.folder, self.accelerator, config.log.tensorboard, self.say)
+        self.journal = Journal(
+            self.folder, self.accelerator, config.log.all_trackers, self.say, dataclasses.asdict(config)
+        )
         self.bad_steps = BadSteps(self.run.samples_per_step, self.journal, self.say)
         self.task = make_task(self.run)
         self.saver = Saver(self.run, self.task)

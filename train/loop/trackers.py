@@ -1,0 +1,157 @@
+"""Trackers that accelerate knows (TensorBoard, Weights & Biases, MLflow ...): scalars and pictures of a run."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from PIL import Image
+
+PROJECT = "kl-autoencoder"  # the project, or experiment, that runs appear in
+TENSORBOARD, FOLDER = "tensorboard", "logs"
+BUILT_IN = (
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+)  # fmt: skip
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """ValueError for a name that accelerate does not know, or whose package is not installed."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            allowed = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
+            raise ValueError(f"log.trackers: {name!r}; allowed: {allowed}, and what a plugin registers")
+        if name in BUILT_IN and name not in map(str, get_available_trackers()):
+            raise ValueError(f"log.trackers: {name!r} is not installed; pip install {name.replace('_', '-')}")
+
+
+class Trackers:
+    """The trackers of a run, on its main rank; elsewhere nothing is written.
+
+    A tracker that fails is warned of, once, and training goes on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        names: tuple[str, ...],
+        say: Callable[[str], None],
+        config: Mapping[str, Any] | None = None,
+    ):
+        """config: the run's, nested, which the trackers other than TensorBoard show beside its curves."""
+        self.folder, self.accelerator, self.say, self.warned = folder, accelerator, say, set()
+        names = tuple(dict.fromkeys(names))
+        if TENSORBOARD in names and accelerator.is_main_process:
+            (folder / FOLDER).mkdir(exist_ok=True)
+            _hush_tensorboard_thread()
+        accelerator.log_with = [_made(name, folder) for name in names]
+        accelerator.init_trackers(PROJECT)
+        for tracker in self._others():
+            self._to_other(tracker, lambda t=tracker: t.store_init_configuration(dict(_flat(config or {}))))
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        if board := self._tensorboard():
+            self._to_tensorboard(lambda: board.log(numbers, step=step))
+        for tracker in self._others():
+            self._to_other(tracker, lambda t=tracker: t.log(numbers, step=step))
+
+    def show(self, name: str, picture: Path, step: int) -> None:
+        """A picture, by each tracker that has any."""
+        if not self.accelerator.is_main_process or not self.accelerator.trackers:
+            return
+        image = np.asarray(Image.open(picture))
+        if board := self._tensorboard():
+            self._to_tensorboard(lambda: board.writer.add_image(name, image, step, dataformats="HWC"))
+        for tracker in self._others():
+            self._to_other(tracker, lambda t=tracker: _show(t, name, picture, image, step))
+
+    def close(self) -> None:
+        """TensorBoard's last two minutes are in memory until then."""
+        if board := self._tensorboard():
+            self._to_tensorboard(lambda: board.writer.flush())
+        self.accelerator.end_training()
+
+    def _tensorboard(self) -> Any:
+        return next((t for t in self._mine() if t.name == TENSORBOARD), None)
+
+    def _others(self) -> list[GeneralTracker]:
+        return [t for t in self._mine() if t.name != TENSORBOARD]
+
+    def _mine(self) -> list[Any]:
+        return self.accelerator.trackers if self.accelerator.is_main_process else []
+
+    def _to_tensorboard(self, write: Callable[[], None]) -> None:
+        """After a failure the writer's thread is dead: the next call opens a file of its own."""
+        try:
+            write()
+        except OSError as error:
+            self._warn(str(self.folder / FOLDER), error.strerror or str(error))
+            writer = self._tensorboard().writer
+            with contextlib.suppress(OSError):
+                writer.close()
+            writer.file_writer = writer.all_writers = None
+
+    def _to_other(self, tracker: GeneralTracker, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:  # of a library of its own, mostly about its network
+            self._warn(tracker.name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+    def _warn(self, what: str, reason: str) -> None:
+        """Once a tracker: one that cannot be reached is not at every step."""
+        if what not in self.warned:
+            self.say(f"WARNING: {what}: cannot be written ({reason}); training goes on")
+        self.warned.add(what)
+
+
+def _made(name: str, folder: Path) -> GeneralTracker:
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    project = FOLDER if name == TENSORBOARD else PROJECT  # TensorBoard's is the name of its folder
+    return kind(project, folder) if kind.requires_logging_directory else kind(project)
+
+
+def _show(tracker: Any, name: str, picture: Path, image: np.ndarray, step: int) -> None:
+    """accelerate has no common way: each of its trackers, and any that a plugin registers with `log_images`."""
+    if tracker.name == "mlflow":
+        tracker.log_artifact(str(picture), name)
+    elif tracker.name == "comet_ml":
+        tracker.writer.log_image(image, name=name, step=step)
+    elif tracker.name == "dvclive":
+        tracker.live.log_image(f"{name}-{step:06d}.png", image)
+    elif tracker.name == "trackio":
+        import trackio
+
+        tracker.log({name: trackio.Image(str(picture))}, step=step)
+    elif tracker.name in ("aim", "clearml"):
+        tracker.log_images({name: image}, step=step)
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({name: [image]}, step=step)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """{"a": {"b": 1}} -> [("a.b", 1)]; lists as text."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", str(value) if isinstance(value, (list, tuple)) else value))
+    return pairs
+
+
+@cache
+def _hush_tensorboard_thread() -> None:
+    """Leave out the traceback of a TensorBoard thread that a full disk ends: its error is said already."""
+    print_traceback = threading.excepthook
+
+    def hook(failure) -> None:
+        of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and issubclass(failure.exc_type, OSError)):
+            print_traceback(failure)
+
+    threading.excepthook = hook

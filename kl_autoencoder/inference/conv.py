@@ -68,7 +68,7 @@ class DirectUpsample:
 
 
 class CalledConv:
-    """The layer itself, called: for one that is more than its weights. Its own padding is what gets cut off.
+    """Call the layer itself, for one that is more than its weights (an adapter), and cut off what it padded.
 
     `dtype`: of what it gets and returns.
     """
@@ -88,7 +88,7 @@ class CalledConv:
 
 
 class CalledDownsample(CalledConv):
-    """Has no padding of its own."""
+    """Call a downsampling layer, which pads nothing."""
 
     up, down, tile = 1, 2, 1
 
@@ -105,5 +105,5 @@ class CalledUpsample(CalledConv):
 
 
 def laid_out(weight: Tensor) -> Tensor:
-    """Once a layer rather than once a call; nothing to do in a model that is channels_last."""
+    """The weight in channels_last, so that no call has to convert it; the weight itself if it is already."""
     return weight.contiguous(memory_format=torch.channels_last)

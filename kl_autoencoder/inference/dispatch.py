@@ -39,11 +39,12 @@ LARGEST_ACTIVATIONS = 2.5  # held at once, scratch memory included
 def infer(
     network: net.Encoder | net.Decoder, x: Tensor, tiling: bool = False, offload: bool = False
 ) -> Tensor:
-    """network(x), the same to rounding, in pieces unless it is small or something needs it whole (`why_whole`).
+    """network(x), the same to rounding: in pieces, or whole if it is small or if `why_whole` gives a reason.
 
-    Outside of training mode gradients do not: the network is executed in pieces all the same, keeping x alone,
-    and once more, whole, if a backward pass asks for them. Autocast, adapters (LoRA) and layerwise casting
-    make it whole too, but not when it is tiled or when memory runs out.
+    In evaluation mode a call that may need gradients is executed in pieces too. It keeps x alone, and a backward
+    pass, if there is one, begins with executing the network once more, whole. In training mode gradients need
+    all activations: the network is executed whole. Autocast, adapters (LoRA) and layerwise casting are reasons
+    too, except where it is tiled or where memory runs out.
 
     Args:
         tiling: the least memory: one image at a time, on a GPU also in smaller strips. Chosen by itself where a
@@ -65,7 +66,7 @@ def infer(
 
 
 def infer_exactly(network: nn.Module, x: Tensor, least: bool, offload: bool) -> Tensor:
-    """`infer` where nothing needs the network whole."""
+    """`infer` for a network that nothing needs whole, with the retry when memory runs out."""
     if not least and is_small(network, x) and not is_differentiated(network, x):
         return network(x)  # before anything that takes as long as a small network
     try:
@@ -84,7 +85,7 @@ def infer_exactly(network: nn.Module, x: Tensor, least: bool, offload: bool) -> 
 
 
 def without_graph(network: nn.Module, x: Tensor, least: bool, offload: bool = False) -> Tensor:
-    """network(x) in pieces, or whole where it is small, keeping nothing for gradients that may be asked for."""
+    """network(x) in pieces, or whole where it is small; a backward pass, if there is one, computes it again."""
     if not least and is_small(network, x):
         execute = partial(infer_whole, network, x)
     else:
@@ -101,7 +102,7 @@ def infer_whole(network: nn.Module, x: Tensor) -> Tensor:
 def infer_in_pieces(
     network: nn.Module, x: Tensor, least: bool = False, offload: bool = False, rows: int | None = None
 ) -> Tensor:
-    """`rows` fixes the height of all strips, a multiple of 4, instead of their size in bytes."""
+    """network(x) in strips of about a fixed number of bytes, or of `rows` rows, a multiple of 4."""
     device = execution_device(network, x)
     if device.type == "cpu":
         strip_bytes = STRIP_BYTES_A_THREAD * (2 if least else max(2, torch.get_num_threads()))
@@ -125,7 +126,7 @@ def infer_in_pieces(
 
 
 def why_whole(network: nn.Module, x: Tensor) -> str | None:
-    """What executing the network in pieces would not do, or None: then it does what calling it would do."""
+    """The reason why executing the network in pieces would differ from calling it, or None if it would not."""
     device = execution_device(network, x)
     if device.type not in ("cpu", "cuda"):
         return f"the device is {device}"
@@ -156,7 +157,7 @@ META = torch.device("meta")  # where the weights of a module are that accelerate
 
 
 def is_faster_whole(network: nn.Module, x: Tensor) -> bool:
-    """Whether it is compiled, or its layers would have to be called on every strip."""
+    """Whether the network is compiled, or has layers that would have to be called on every strip."""
     compiled = network._compiled_call_impl is not None
     return compiled or torch.is_autocast_enabled(x.device.type) or not are_plain(network)
 
@@ -210,7 +211,7 @@ def largest_activation(network: nn.Module, x: Tensor) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On a CPU torch raises a plain RuntimeError."""
+    """Whether the error says that memory ran out; on a CPU torch raises a plain RuntimeError."""
     said = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(words in str(error) for words in said)

@@ -171,13 +171,16 @@ class Executor:
         return out
 
     def apply(self, kernel, x: Strips, block: Block, fill: Callable) -> Tensor:
-        """The block of kernel(fill(x)), zeros around the image."""
+        """The part `block` of kernel(fill(x)), where zeros surround the image."""
         window = self.window(x, block.scaled(kernel.down, kernel.up), kernel, fill)
         height, width = block.bottom - block.top, x.shape[2] * kernel.up // kernel.down
         return kernel(window, self.work)[:, :height, :width]
 
     def window(self, x: Strips, inside: Block, kernel, fill: Callable) -> Tensor:
-        """fill(x) on the rows and one pixel around them, with zeros outside the image and up to whole tiles."""
+        """fill(x) on the rows of `inside` and one pixel around them, with zeros outside of the image.
+
+        Rows and columns are rounded up to whole tiles of the kernel.
+        """
         b, height, width, channels = x.shape
         rows, columns = (-(-n // kernel.tile) * kernel.tile + 2 for n in (inside.bottom - inside.top, width))
         window = self.work.get("window", (b, rows, columns, channels), kernel.dtype)
@@ -192,7 +195,7 @@ class Executor:
         return window
 
     def sweep(self, task: Callable, out: Strips, kernel, consumes: Strips | None) -> None:
-        """task(block) for blocks that cover `out`; strips of `consumes` are freed when the last reader is done."""
+        """Run task(block) on all blocks of `out`; free each strip of `consumes` when its last reader is done."""
         blocks = pieces(out)
         if consumes is None:
             return self.workers.run(task, blocks)
@@ -229,7 +232,7 @@ class Executor:
 
 
 def pieces(x: Strips) -> list[Block]:
-    """One a strip."""
+    """The blocks of x, one for each strip."""
     height = x.shape[1]
     tops = range(0, height, x.rows)
     return [Block(number, top, min(top + x.rows, height)) for number, top in enumerate(tops)]

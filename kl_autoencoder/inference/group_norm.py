@@ -22,7 +22,7 @@ class Statistics:
         self.pieces: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # pixels (P,), mean and variance (P, B, C)
 
     def add_and_measure(self, number: int, y: Tensor, residual: Tensor | None, work: Workspace) -> None:
-        """Adds the residual, if there is one, to y in place, and y to the statistics."""
+        """Add the residual, if there is one, to y in place, and the moments of y to the statistics."""
         if triton_group_norm.usable(y) and y.is_contiguous():
             self.pieces[number] = triton_group_norm.measure(y, residual)
             return
@@ -70,7 +70,7 @@ class Normalization:
 
 
 def copy(x: Tensor, out: Tensor, work: Workspace) -> None:
-    """Fills the window of a convolution that has no normalisation in front."""
+    """Fill the window of a convolution that has no normalisation in front."""
     out.copy_(x)
 
 

@@ -21,7 +21,7 @@ from .module_kinds import is_plain
 
 
 class Projection(NamedTuple):
-    """A third of a fused projection."""
+    """The query, key or value part of a fused projection."""
 
     weight: Tensor
     bias: Tensor
@@ -82,5 +82,5 @@ def projections(block: nn.Module) -> list[nn.Module | Projection]:
 
 
 def out_channels(conv: nn.Module) -> int:
-    """Of an adapter's layer too."""
+    """The number of channels that a convolution, or an adapter around one, returns."""
     return conv.weight.shape[0]

@@ -97,7 +97,7 @@ def _blocks_of(stage: nn.Module) -> list[nn.Module | None]:
 
 
 def has_global_hooks() -> bool:
-    """Whether somebody watches the forward calls of all modules there are."""
+    """Whether torch's global hooks are in use, which see the forward calls of all modules."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
@@ -152,7 +152,7 @@ def offloading_hook(module: nn.Module):
 
 @contextmanager
 def weights_on_device(block: nn.Module) -> Iterator[None]:
-    """Within it, the weights of the block are on the device, also if accelerate keeps them elsewhere."""
+    """Keep the weights of the block on the device for a `with` statement, where accelerate offloads them."""
     hooks = [(m, offloading_hook(m)) for m in block.modules() if offloading_hook(m)]
     for module, hook in hooks:
         hook.pre_forward(module)

@@ -36,7 +36,7 @@ class Strips:
         self.lock = threading.Lock()
 
     def put(self, block: Block, y: Tensor, work: Workspace, add: bool = False) -> None:
-        """Takes y (B, rows, columns, channels), which is overwritten, into the block and into the statistics.
+        """Store y (B, rows, columns, channels) as the block, and add it to the statistics. y is overwritten.
 
         With `add` y is added to what the block holds. A block lies within one strip.
         """
@@ -51,7 +51,7 @@ class Strips:
         return self.place(block)
 
     def read(self, top: int, bottom: int) -> Iterator[tuple[int, Tensor]]:
-        """The rows from top to bottom, strip by strip: the number of its first row, and what of it is asked for."""
+        """Yield the rows [top, bottom) strip by strip: the number of the first one, and the rows."""
         for i in self.covering(top, bottom):
             first = i * self.rows
             yield max(top, first), self.strips[i][:, max(top - first, 0) : bottom - first]

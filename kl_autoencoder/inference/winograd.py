@@ -140,11 +140,11 @@ class BatchedProducts:
         self.filters, self.dtype, self.out_channels = filters, filters.dtype, filters.shape[1]
 
     def tiles(self, shape: tuple[int, ...], work: Workspace) -> Tensor:
-        """Memory for what gets multiplied."""
+        """Memory of this shape, to be filled with what gets multiplied."""
         return work.get("pixels", shape, self.dtype)
 
     def __call__(self, tiles: Tensor, work: Workspace) -> Tensor:
-        """The products of `tiles`, which the next step may overwrite, as may who gets them."""
+        """The products of `tiles`. The caller may overwrite them; the next call does."""
         products = work.get("products", (*tiles.shape[:-1], self.out_channels), self.dtype)
         positions = tiles.flatten(0, 1).flatten(1, -2)
         self.multiply(positions, products.view(len(positions), -1, self.out_channels))
@@ -185,13 +185,13 @@ class GroupedProducts(BatchedProducts):
 
 
 def tiles_shape(x: Tensor) -> tuple[int, ...]:
-    """Of the tiles of a window (B, rows, columns, channels) that `input_tiles` fills."""
+    """The shape of what `input_tiles` makes of a window (B, rows, columns, channels)."""
     b, height, width, c = x.shape
     return 6, 6, b, (height - 2) // 4, (width - 2) // 4, c
 
 
 def input_tiles(x: Tensor, pixels: Tensor, work: Workspace) -> None:
-    """B^T d B of each tile d of a window, into `pixels`."""
+    """Write B^T d B of each tile d of a window into `pixels`, of the shape `tiles_shape`."""
     _, n, b, r, _, c = pixels.shape
     half = work.get("half", (n, b, r, x.shape[2], c), x.dtype)  # rows transformed, columns not yet
     _inputs(x.unfold(1, 6, 4).unbind(-1), half.unbind(), work)

@@ -35,13 +35,13 @@ class Filters(NamedTuple):
 
 
 class Tiles:
-    """What a convolution in tiles reads."""
+    """What `Executor.window` asks of a kernel: whole tiles of pixels."""
 
     up, down, tile, dtype = 1, 1, WinogradConv.tile, torch.float32
 
 
 class WinogradOps:
-    """Stands in for `network.norm_silu_conv` and `network.upsample_conv`.
+    """Winograd forms of `norm_silu_conv` and `upsample_conv` of `networks.convolutional`, with gradients.
 
     torch's own threads share each operation, as in inference. Scratch memory belongs to the Python thread that
     computes, so that several may train at once; a copy of a model or a pickled one begins without any.
@@ -91,7 +91,7 @@ class WinogradOps:
         return y
 
     def filter_gradient(self, x: Strips, fill, dy: Strips) -> Tensor:
-        """(out, in, 3, 3)"""
+        """The gradient (out, in, 3, 3) in the filters that convolve fill(x), from that in the result, dy."""
         into, out = x.shape[3], dy.shape[3]
         total = torch.zeros((36, into, out), device="cpu")
         for block in self.blocks(dy.shape):
@@ -177,7 +177,7 @@ def upsampled(x: Tensor) -> Strips:
 
 
 def mirrored(weight: Tensor) -> Filters:
-    """Of the transposed convolution."""
+    """The filters of the transposed convolution, which computes the gradient in the input."""
     return Filters(weight.flip(2, 3).transpose(0, 1), weight.new_zeros(weight.shape[1]))
 
 
@@ -186,7 +186,7 @@ def inside(x: Strips, block: Block) -> Tensor:
 
 
 def whole_tiles(y: Tensor, work: Workspace) -> Tensor:
-    """y with zeros up to whole tiles, which is what a window's tiles beyond the image have to be multiplied by."""
+    """y padded by zeros to whole tiles: beyond the image the gradient is zero."""
     b, height, width, c = y.shape
     rows, columns = (-(-n // 4) * 4 for n in (height, width))
     if (rows, columns) == (height, width):

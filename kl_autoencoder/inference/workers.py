@@ -36,7 +36,7 @@ class Workers:
             self.pool = None
 
     def submit(self, task: Callable, *arguments) -> Future:
-        """task(*arguments), begun as soon as a thread is free; by a lone worker, the calling thread, at once."""
+        """Run task(*arguments) as soon as a thread is free; a lone worker, the calling thread, runs it at once."""
         if self.pool is None:
             done = Future()
             done.set_result(task(*arguments))
@@ -50,7 +50,7 @@ class Workers:
         return self.pool.submit(one)
 
     def run(self, task: Callable, items: Iterable) -> None:
-        """task(item) for every item, begun in order; raises the first exception that one raises."""
+        """Run task(item) for every item, begun in order. Raises the first exception that one raises."""
         if self.device.type == "cuda" and self.pool is not None:
             torch.cuda.current_stream(self.device).synchronize()
         for done in [self.submit(task, item) for item in items]:

@@ -16,10 +16,11 @@ from ..extras import require
 from ..files import replacing
 from ..progress import Progress
 from .parser import DTYPES, IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
-from .paths import check_model, refuse_existing
+from .paths import MODELS, OTHERS, check_model, refuse_existing
 
 if TYPE_CHECKING:
     from ..evaluation.methods import Model
+    from ..evaluation.other_autoencoders import OtherAutoencoder
     from ..evaluation.runner import Evaluation
 
 REPORT_FILES = ("images.csv", "report.html", "metrics.json")  # in this order: where the last is, all are
@@ -27,7 +28,12 @@ REPORT_FILES = ("images.csv", "report.html", "metrics.json")  # in this order: w
 
 def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--model", required=True, action="append", metavar="MODEL", help=MODEL + "; may be repeated"
+        "--model",
+        required=True,
+        action="append",
+        metavar="MODEL",
+        help=MODEL + "; or a folder or hub id of "
+        "another autoencoder of diffusers (AutoencoderTiny, AutoencoderDC ...); may be repeated",
     )
     parser.add_argument(
         "--data", required=True, metavar="SOURCE",
@@ -77,7 +83,7 @@ def check_evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.output}: is a file; a folder is written")
     refuse_existing([arguments.output / name for name in reversed(REPORT_FILES)], [], arguments.overwrite)
     for model in arguments.model:
-        check_model(model)
+        check_model(model, (*MODELS, *OTHERS))
     locate(arguments.data, "--data", "validation")
 
 
@@ -115,9 +121,8 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
     import torch
 
     from ..data.image_dataset import Photographs
-    from ..evaluation.methods import Model, baselines_of, short_names
+    from ..evaluation.methods import baselines_of, short_names
     from ..evaluation.runner import Evaluation, MetricSuite
-    from .loading import load_model
 
     names, place = short_names(arguments.model), distributed.join(arguments.device)
     # of several processes each has a device of its own
@@ -127,7 +132,7 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
             arguments.data, arguments.size, arguments.image_column, arguments.split, arguments.limit
         )
         models = [
-            Model(name, load_model(given, str(device), dtype), arguments.seed)
+            _load(name, given, str(device), dtype, arguments.seed)
             for name, given in zip(names, arguments.model, strict=True)
             for dtype in dict.fromkeys(arguments.dtype)
         ]
@@ -140,6 +145,17 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
     )
 
 
+def _load(name: str, given: str, device: str, dtype: str | None, seed: int) -> "Model | OtherAutoencoder":
+    """The model that was `given`: ours, or another autoencoder of diffusers."""
+    from ..evaluation.methods import Model
+    from ..evaluation.other_autoencoders import OtherAutoencoder
+    from .loading import load_model, load_other_model, other_kind
+
+    if kind := other_kind(given):
+        return OtherAutoencoder(name, load_other_model(given, kind, device, dtype), seed)
+    return Model(name, load_model(given, device, dtype), seed)
+
+
 def _metrics(
     arguments: argparse.Namespace, evaluation: "Evaluation", given: dict[str, str], latents: dict[str, Any]
 ) -> dict[str, Any]:
@@ -147,6 +163,7 @@ def _metrics(
 
     `given`: the models as the user named them, by their short names. `latents`: of `Evaluation.study`.
     """
+    from ..evaluation.other_autoencoders import OtherAutoencoder
     from ..evaluation.runner import FORMAT, STUDY_SIZE
 
     photographs = evaluation.photographs
@@ -166,6 +183,11 @@ def _metrics(
         },
         "notes": evaluation.suite.notes,
         "models": {model.name: _about(model, given[model.name]) for model in evaluation.models},
+        "others": {
+            method.name: {"model": given[method.name], "class": type(method.vae).__name__, **_shape(method)}
+            for method in evaluation.methods
+            if isinstance(method, OtherAutoencoder)
+        },
         "results": evaluation.results(),
         "latents": latents,
         "images": {"spectrum": evaluation.spectrum.summary()},
@@ -174,13 +196,14 @@ def _metrics(
 
 
 def _about(model: "Model", given: str) -> dict[str, Any]:
-    config = model.vae.config
+    return {"model": given, **_shape(model), "scaling_factor": model.vae.scaling["scaling_factor"]}
+
+
+def _shape(model: "Model | OtherAutoencoder") -> dict[str, int]:
     return {
-        "model": given,
-        "downsampling": model.vae.downsampling,
-        "latent_channels": config.latent_channels,
+        "downsampling": model.downsampling,
+        "latent_channels": model.latent_channels,
         "parameters": sum(parameter.numel() for parameter in model.vae.parameters()),
-        "scaling_factor": model.vae.scaling["scaling_factor"],
     }
 
 

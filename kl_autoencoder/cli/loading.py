@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -13,12 +14,12 @@ from torch import Tensor
 from ..console import say
 from ..data.image_io import image_size, load_image, pad_to_multiple, save_image
 from ..models.autoencoder_kl import ExactAutoencoder
-from ..models.autoencoder_kl_flux2 import class_of, class_of_file
+from ..models.autoencoder_kl_flux2 import class_of, class_of_file, hub_config
 from ..models.folder import CONFIG, WEIGHTS, read_headers, read_json
 from ..models.large_images import prepare_for
 from ..models.run_folder import described, newer_checkpoint, weights_in
 from ..progress import Progress, tracked, write
-from .paths import check_model, model_folder, model_path
+from .paths import MODELS, OTHERS, check_model, model_folder, model_path
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> ExactAutoencoder:
@@ -34,6 +35,33 @@ def load_model(name: str, device: str | None, dtype: str | None) -> ExactAutoenc
         with _quiet_diffusers():
             vae = _load(name)
         return move_model(vae, device, dtype).eval().requires_grad_(False)
+
+
+def other_kind(name: str) -> str | None:
+    """Which of the other autoencoders (`paths.OTHERS`) a folder or hub id holds; None: one of ours, or none."""
+    path = model_path(name)
+    if path.is_file() or newer_checkpoint(path):
+        return None
+    try:
+        config = (
+            read_json(model_folder(path, (*MODELS, *OTHERS)) / CONFIG) if path.is_dir() else hub_config(name)
+        )
+    except OSError:
+        return None
+    kind = config.get("_class_name")
+    return kind if kind in OTHERS else None
+
+
+def load_other_model(name: str, kind: str, device: str, dtype: str | None) -> Any:
+    """Load a folder or hub id of another autoencoder of diffusers, for inference on `device`."""
+    from ..evaluation.other_autoencoders import load_other
+
+    path = model_path(name)
+    folder = model_folder(path, OTHERS) if path.is_dir() else name
+    with Progress(f"loading {name}"), _quiet_diffusers():
+        vae = load_other(folder, kind)
+        vae = vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
+        return vae.eval().requires_grad_(False)
 
 
 def move_model(vae: ExactAutoencoder, device: str, dtype: str | None) -> ExactAutoencoder:

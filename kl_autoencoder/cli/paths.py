@@ -14,16 +14,21 @@ from ..models.folder import CONFIG, HUB_ID, read_json
 from ..models.run_folder import newer_checkpoint
 
 MODELS = ("AutoencoderKL", "AutoencoderKLFlux2")  # diffusers' names of the models that commands read
+OTHERS = (  # and of those that `evaluate` compares with them: its other autoencoders of images in [-1, 1]
+    *("AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
+    *("AutoencoderTiny", "ConsistencyDecoderVAE", "VQModel"),
+)
 
 
-def check_model(name: str) -> None:
-    """Refuse a name that leads to no model, as far as can be seen without opening a large file.
+def check_model(name: str, kinds: Sequence[str] = MODELS) -> None:
+    """Refuse a name that leads to no model of these `kinds`, as far as can be seen without opening a large file.
 
     A hub id is not looked up. Raises ValueError or FileNotFoundError.
     """
     path = model_path(name)
     if path.is_dir() and name:
-        readable_folder(path)
+        if not newer_checkpoint(path):
+            model_folder(path, kinds)
     elif path.is_file():
         check_tensor_file(path)
     elif path.suffix in (".safetensors", *PICKLED):
@@ -40,16 +45,16 @@ def model_path(name: str) -> Path:
     return COMPACT if name == COMPACT.name and not path.exists() else path
 
 
-def model_folder(path: Path) -> Path:
+def model_folder(path: Path, kinds: Sequence[str] = MODELS) -> Path:
     """The diffusers VAE folder that `path` is, or that a pipeline (vae/) or a training run (export/) holds."""
     for folder in (path, path / "vae", path / "export"):
         if (folder / CONFIG).is_file():
             kind = read_json(folder / CONFIG).get("_class_name")
             if kind is None:
                 raise ValueError(f"{folder / CONFIG}: not the config of a diffusers model (no _class_name)")
-            if kind not in MODELS:
+            if kind not in kinds:
                 held = clipped(str(kind), 60)
-                raise ValueError(f"{folder}: holds a {held}, expected an {' or '.join(MODELS)}")
+                raise ValueError(f"{folder}: holds a {held}, expected an {' or '.join(kinds)}")
             return folder
     raise ValueError(
         f"{path}: no model in it (no config.json here, in vae/ or in export/, no whole checkpoint in checkpoints/)"

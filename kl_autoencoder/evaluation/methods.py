@@ -6,7 +6,7 @@ A method has `rows`, its lines of the table, and `reproduce`, which yields the i
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ..data.image_io import pad_to_multiple
 from ..models.autoencoder_kl import KLAutoencoder
 from ..networks.distributions import DiagonalGaussian
 from . import baselines
+
+if TYPE_CHECKING:
+    from .other_autoencoders import OtherAutoencoder
 
 LATENTS = ("mode", "sample")
 NATS_PER_BIT = 0.6931471805599453  # ln 2
@@ -54,6 +57,7 @@ class Model:
         if vae.config.in_channels != 3 or vae.config.out_channels != 3:
             raise ValueError(f"{name}: a model of {vae.config.in_channels}-channel images; allowed: 3 (RGB)")
         self.name, self.vae, self.seed = name, vae, seed
+        self.downsampling, self.latent_channels = vae.downsampling, vae.config.latent_channels
         dtype = str(vae.dtype).removeprefix("torch.")
         self.rows = [
             Row(f"{name}/{latents}/{dtype}", name, f"{latents}, {dtype}", "model", latents, dtype)
@@ -106,12 +110,12 @@ class Codec:
         yield Reproduction(self.rows[0], decoded, {"bits_per_pixel": bits})
 
 
-Method = Model | Bicubic | Codec
+Method = "Model | Bicubic | Codec | OtherAutoencoder"
 
 
-def baselines_of(models: Sequence[Model]) -> list[Method]:
+def baselines_of(models: "Sequence[Model | OtherAutoencoder]") -> list[Method]:
     """One of each for every factor, and for every number of bytes, that a model has."""
-    shapes = sorted({(model.vae.downsampling, model.vae.config.latent_channels) for model in models})
+    shapes = sorted({(model.downsampling, model.latent_channels) for model in models})
     small = [Bicubic(factor) for factor in sorted({factor for factor, _ in shapes}) if factor > 1]
     return [*small, *(Codec(kind, *shape) for shape in shapes for kind in ("JPEG", "WEBP"))]
 

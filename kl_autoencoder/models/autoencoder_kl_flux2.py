@@ -151,11 +151,16 @@ def class_of(source: str | os.PathLike, subfolder: str = "") -> type[ExactAutoen
     if folder.is_dir():
         config = read_json(folder / CONFIG)
     else:
-        config = KLAutoencoder.load_config(source, subfolder=subfolder or None)
+        config = hub_config(source, subfolder)
     name = config.get("_class_name", "AutoencoderKL")
     if name not in CLASSES:
         raise ValueError(f"{source}: holds a {clipped(str(name), 60)}; allowed: {', '.join(CLASSES)}")
     return CLASSES[name]
+
+
+def hub_config(source: str | os.PathLike, subfolder: str = "") -> dict[str, Any]:
+    """The config.json of a hub id. OSError if there is none."""
+    return KLAutoencoder.load_config(source, subfolder=subfolder or None)
 
 
 def class_of_file(path: str | os.PathLike) -> type[ExactAutoencoder]:

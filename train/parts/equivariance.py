@@ -57,6 +57,8 @@ class Equivariance:
     two ranks give the gradients of one process with the doubled batch, and a run continues bit-equal on a CPU.
 
     The likelihood of a smaller image counts as that of a whole one (a mean over its pixels), the KL as ever.
+    Images of a step have a size of their own: with `train.compile` the networks are compiled again for sizes that
+    vary, which takes minutes.
     """
 
     def __init__(self, config: EquivarianceConfig, run=None):

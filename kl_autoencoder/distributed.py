@@ -1,4 +1,4 @@
-"""Several processes at one task: launching them, their ranks, and what all of them are to know.
+"""Launch several processes for one task, find their ranks, and exchange results among them.
 
 torch and accelerate are imported where they are needed: a command that runs alone does not wait for them.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# rank, ranks, and which of the ranks of its machine: accelerate and torchrun, mpirun, srun
+# variables with the rank, the number of ranks, the rank on this machine: of accelerate and torchrun, mpirun, srun
 RANKS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -61,11 +61,12 @@ def launched() -> bool:
 
 
 def share_the_cores() -> None:
-    """Let torch's threads sleep when they have waited a few microseconds for one another; before torch is imported.
+    """Let torch's threads sleep after waiting a few microseconds for one another. Call it before torch is imported.
 
-    libgomp lets them spin for milliseconds. Where another program holds a core, each of the thousands of waits of a
-    training step takes all of that: measured on two cores, 7 to 10 s a step with two threads where one alone takes
-    0.2 s; 0.5 s with this. Nothing that is computed changes. OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's stay.
+    By default libgomp lets them spin for milliseconds. Where another program uses a core, each of the thousands of
+    waits of a training step lasts that long: measured on two cores, 7 to 10 s a step with two threads where one
+    alone takes 0.2 s; 0.5 s with this. No result changes. OMP_WAIT_POLICY and GOMP_SPINCOUNT, where the user has
+    set them, are left as they are.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -74,7 +75,7 @@ def share_the_cores() -> None:
 def end_with_the_launcher() -> None:
     """Ask the kernel for SIGTERM when the launcher dies (Linux).
 
-    accelerate passes no signal on: killed, it would leave a run behind that nobody sees and that goes on writing.
+    accelerate does not pass signals on: when it is killed, the run would go on, unseen, and write into its folder.
     """
     if launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -106,9 +107,9 @@ def rank_of(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def ranks_on_cpus() -> bool:
-    """Whether this is one of several processes and there are only CPUs.
+    """Whether this is one of several processes on a machine without an accelerator.
 
-    accelerate must be told: else each process that torchrun started on CPUs is alone, and all do the same.
+    accelerate needs to be told (`cpu=True`): else each process that torchrun started takes itself for the only one.
     """
     import torch
 
@@ -116,9 +117,9 @@ def ranks_on_cpus() -> bool:
 
 
 def join(device: str | None = None) -> "PartialState":
-    """This process's place among those that accelerate or torchrun started: alone, if they did not.
+    """Join the processes that accelerate or torchrun started; without them, this is the only one.
 
-    `.process_index`, `.num_processes`, and `.device`, which is the rank's own; the CPU if `device` says so.
+    Returns `.process_index`, `.num_processes` and `.device`, this rank's own; the CPU if `device` is "cpu".
     """
     from accelerate import PartialState
 
@@ -129,7 +130,7 @@ def join(device: str | None = None) -> "PartialState":
 def failing_together() -> Iterator[None]:
     """Raise on every rank if any rank raises in the block; a rank alone would leave the others waiting for it.
 
-    In the block ranks do not wait for one another. Those that did well raise a ValueError that tells which did not.
+    The block itself must not wait for other ranks. Ranks that succeeded raise a ValueError naming one that failed.
     """
     failure: Exception | None = None
     try:
@@ -145,7 +146,7 @@ def failing_together() -> Iterator[None]:
 
 
 def gather(items: list) -> list:
-    """The lists of all ranks one after another, on every rank, after `join`. Anything that can be pickled."""
+    """Concatenate the lists of all ranks, on every rank; call `join` before. Items must be picklable."""
     from accelerate.utils import gather_object
 
     return gather_object(items)

@@ -1,6 +1,7 @@
-"""How far work has come, on stderr: nothing in the first two seconds, then at least once a second.
+"""Show the progress of long work on stderr.
 
-On a terminal a bar that goes again when the work ends; where stderr is a file or a pipe, a line every 20 seconds.
+On a terminal: a bar, from the third second on, which is removed at the end. In a file or a pipe: a line every 20
+seconds.
 """
 
 import os
@@ -15,7 +16,7 @@ from .distributed import rank_of
 
 Item = TypeVar("Item")
 
-# Seconds until the first sign of life, and from one to the next.
+# Seconds until something is shown, and between updates.
 ON_A_TERMINAL, IN_A_FILE = (2.0, 1.0), (20.0, 20.0)
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} {unit}, {elapsed}<{remaining}"
 LINE = "{desc}: {percentage:3.0f}%, {n:.0f}/{total_fmt} {unit}, {elapsed}<{remaining}"
@@ -25,8 +26,8 @@ WITHOUT_TOTAL = "{desc}, {elapsed}"
 class Progress:
     """`with Progress("encoding", 12, "images") as progress:` ... `progress.update()` after each of the 12.
 
-    A thread draws it, so that it is seen while the first item is still at work. Without `total` it shows the time
-    that has passed. Of several ranks the first alone shows anything.
+    A thread draws it, so that it appears while the first item is still being worked on. Without `total` it shows
+    the time that has passed. Of several ranks only the first shows anything.
     """
 
     def __init__(
@@ -49,11 +50,11 @@ class Progress:
             self._thread.join()
 
     def update(self, n: float = 1) -> None:
-        """`n` more of `total` are done."""
+        """Count `n` more of `total` as done."""
         self.n += n
 
     def up_to(self, n: float) -> None:
-        """At least `n` of `total` are done, whoever did them."""
+        """Raise the count to `n`, where other processes work on the same items."""
         self.n = max(self.n, n)
 
     def _draw(self) -> None:
@@ -82,7 +83,7 @@ class Progress:
 
 
 def tracked(items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
-    """The items one after another, with a `Progress` that counts those that the caller is done with."""
+    """Iterate over the items, with a `Progress` that counts those the caller has finished with."""
     with Progress(what, len(items), unit) as progress:
         for item in items:
             yield item
@@ -90,9 +91,9 @@ def tracked(items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
 
 
 def write(text: str, file: TextIO | None = None) -> None:
-    """Print a line (to stdout, or `file`) above a bar that may be on the terminal, in one piece.
+    """Print a line (to stdout, or `file`) above the bar, if one is on the terminal.
 
-    In pieces it would be mixed with the line that another rank prints.
+    In a single write, so that lines of several ranks do not mix.
     """
     file = sys.stdout if file is None else file
     bars = sys.modules["tqdm"].tqdm.external_write_mode(file) if "tqdm" in sys.modules else nullcontext()
@@ -102,7 +103,7 @@ def write(text: str, file: TextIO | None = None) -> None:
 
 
 def _fallback_size() -> dict[str, int]:
-    """A size for a terminal that says it has none, as some that programs make do: tqdm would show nothing there."""
+    """Columns and rows for a terminal that reports none (some pseudo-terminals), where tqdm draws nothing."""
     try:
         size = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -111,7 +112,7 @@ def _fallback_size() -> dict[str, int]:
 
 
 class _Lines:
-    """A file to which a bar writes lines that stay, where it would draw over its last one."""
+    """A file in which each update of a bar is a line of its own, instead of overwriting the last one."""
 
     def __init__(self, file: TextIO):
         self.file = file

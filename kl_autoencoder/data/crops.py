@@ -1,4 +1,4 @@
-"""What part of a photograph is encoded, at which size, and reading just that: centre and random crops, buckets."""
+"""Choose a part of an image (centre, random, aspect-ratio bucket, square), read only that, and scale it."""
 
 import math
 import random
@@ -23,12 +23,15 @@ BUCKET_STEPS = 16  # a square's side in steps of the buckets, as SDXL's 64 in 10
 
 
 class TooSmall(ValueError):
-    """A photograph that would have to be enlarged."""
+    """An image that would have to be enlarged."""
 
 
 class Crop(NamedTuple):
-    """A square part of a photograph. `scale`: its area in that of the largest square; `x`, `y` in [0, 1): where,
-    of the places there are; `flip`: mirrored left to right."""
+    """A square part of an image.
+
+    scale: its area as a share of the largest square's, in (0, 1]. x, y in [0, 1): its place between the leftmost
+    and the rightmost, the topmost and the lowest one. flip: mirror it left to right.
+    """
 
     scale: float
     x: float
@@ -38,9 +41,9 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What `read_part` took of a photograph of `size` (H, W): `box` (left, top, right, bottom), as `pixels`."""
+    """The result of `read_part`: the part `box` (left, top, right, bottom) of an upright image of `size` (H, W)."""
 
-    pixels: np.ndarray  # (h, w, 3) uint8; between processes much cheaper than a tensor
+    pixels: np.ndarray  # the part, scaled: (h, w, 3) uint8; cheaper than a tensor to send to another process
     size: tuple[int, int]
     box: tuple[float, float, float, float]
 
@@ -61,16 +64,17 @@ def buckets(size: int, multiple: int) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(size: tuple[int, int], choices: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The one whose ratio of sides is nearest to that of an image of `size` (H, W); of two, the larger."""
+    """The one of `choices` (H, W) whose aspect ratio is nearest to that of `size` (H, W); of two, the larger."""
     ratio = math.log(size[0] / size[1])
     return min(choices, key=lambda hw: (abs(math.log(hw[0] / hw[1]) - ratio), -hw[0] * hw[1]))
 
 
 def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Random | None = None) -> Part:
-    """Read of a photograph as much as fills the target (H, W) whose ratio of sides is nearest, scaled to it.
+    """Read the largest part of an image that has a target's aspect ratio, scaled to that target (H, W).
 
-    The centre, or with `rng` a place drawn from it. Colours and upright as in `images.open_image`; a large JPEG is
-    decoded at a fraction of its size. Raises TooSmall if it would be enlarged, ValueError if it cannot be read.
+    The target is the one of nearest aspect ratio; the part is the centre, or with `rng` at a random place. Colours
+    and orientation as in `image_io.open_image`; a large JPEG is decoded at a fraction of its size. Raises TooSmall
+    if it would be enlarged, ValueError if it cannot be read.
     """
     height, width = image_size(file)  # refuses bombs and formats that no photograph has
     target = nearest_bucket((height, width), targets)
@@ -79,7 +83,7 @@ def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Ra
         raise TooSmall(f"{width}x{height} pixels, too small for {target[1]}x{target[0]}")
     place = (rng.random(), rng.random()) if rng else (0.5, 0.5)
     box = cover_box((height, width), target, *place)
-    with _opened_at(file, JPEG_MARGIN * scale * min(height, width)) as image:
+    with _opened_reduced(file, JPEG_MARGIN * scale * min(height, width)) as image:
         upright = to_rgb(image)
     shrunk = upright.width / width, upright.height / height
     scaled = box if upright.size == (width, height) else tuple(b * shrunk[i % 2] for i, b in enumerate(box))
@@ -88,17 +92,18 @@ def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Ra
 
 
 def read_square(file: BinaryIO, resolution: int, crop: Crop, enlarge: bool = False) -> np.ndarray:
-    """Read a square crop of a photograph, scaled (bicubic, antialiased): (resolution, resolution, 3), uint8.
+    """Read a square crop of an image, scaled (bicubic, antialiased): (resolution, resolution, 3), uint8.
 
-    The crop is of whole pixels and at least `resolution` wide where the photograph is. Colours and draft as in
-    `read_part`. Raises TooSmall if it would be enlarged, unless `enlarge`; ValueError if it cannot be read.
+    The crop has whole pixels and is at least `resolution` wide unless the image itself is smaller. Colours,
+    orientation and reduced decoding of JPEGs as in `read_part`. Raises TooSmall if it would be enlarged, unless
+    `enlarge`; ValueError if it cannot be read.
     """
     height, width = image_size(file)  # refuses bombs and formats that no photograph has
     short = min(height, width)
     if short < resolution and not enlarge:
         raise TooSmall(f"{width}x{height} pixels, too small for {resolution}x{resolution}")
     side = max(round(short * math.sqrt(crop.scale)), min(resolution, short))
-    with _opened_at(file, JPEG_MARGIN * resolution * short / side) as image:
+    with _opened_reduced(file, JPEG_MARGIN * resolution * short / side) as image:
         image.load()
         side = max(1, round(side * min(image.size) / short))
         left, top = int(crop.x * (image.width - side + 1)), int(crop.y * (image.height - side + 1))
@@ -108,8 +113,8 @@ def read_square(file: BinaryIO, resolution: int, crop: Crop, enlarge: bool = Fal
 
 
 @contextmanager
-def _opened_at(file: BinaryIO, short_side: float) -> Iterator[Image.Image]:
-    """The image in a file; a JPEG at the smallest fraction of its size whose short side is at least so long."""
+def _opened_reduced(file: BinaryIO, short_side: float) -> Iterator[Image.Image]:
+    """Open an image; a JPEG at the smallest fraction of its size whose short side is at least `short_side`."""
     file.seek(0)
     with Image.open(file) as image:
         wanted = math.ceil(short_side)

@@ -1,4 +1,4 @@
-"""Copies of remote tables on this disk, for sources that are read by number."""
+"""Download remote parquet and tar files once, for sources that are read by row number."""
 
 import hashlib
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def local_copies(files: Sequence[str], key: str) -> list[str]:
-    """The local paths of files, those that are URLs downloaded unless a copy is in the cache of `datasets`.
+    """Download those of `files` that are URLs, unless the cache of `datasets` has a copy; return all local paths.
 
-    What it costs is said before. Each is downloaded by one process of this machine while the others wait. Raises
-    FileNotFoundError for a file that is not there and ValueError for one that cannot be fetched.
+    Number and size of the files are logged before. One process of a machine downloads a file while others wait.
+    Raises FileNotFoundError for a file that is not there and ValueError for one that cannot be fetched.
     """
     targets = {file: _target(file) for file in files if is_url(file)}
     missing = [file for file, target in targets.items() if not target.exists()]
@@ -32,7 +32,7 @@ def local_copies(files: Sequence[str], key: str) -> list[str]:
             _download(file, targets[file])
         except FileNotFoundError:
             raise FileNotFoundError(f"{key}: {file}: no such file") from None
-        except Exception as error:  # of each protocol its own
+        except Exception as error:  # each protocol raises its own
             reason = one_line(error) or type(error).__name__
             raise ValueError(f"{key}: {file} cannot be downloaded ({reason})") from None
     return [str(targets.get(file, file)) for file in files]
@@ -46,7 +46,7 @@ def _target(url: str) -> Path:
 def _announce(files: Sequence[str], key: str) -> None:
     try:
         sizes = [size_of(file) for file in files]
-    except Exception:  # it is told when the file itself is asked for
+    except Exception:  # the download itself will report it
         sizes = [None]
     total = "of unknown size" if None in sizes else f"{sum(sizes) / 1e9:.3g} GB"
     log.warning(

@@ -15,25 +15,25 @@ BATCH = 16  # records of a hub data set that are read at a time
 
 
 class Stream(Protocol):
-    """What `open_source` gives with `streaming`."""
+    """A source that `open_stream` opened: `num_shards` shards (files), each a sequence of records."""
 
     num_shards: int
 
     def name(self, shard: int) -> str:
-        """What tells a shard from the others, in this run and the next."""
+        """A name that tells a shard from the others, the same in every run."""
 
     def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
-        """The records {"bytes", "path"} of a shard from number `start` on."""
+        """The records {"bytes", "path"} of a shard from number `start` on; None for a record without an image."""
 
     def length(self, shard: int) -> int | None:
-        """How many records a shard has, where that is known without reading it."""
+        """The number of records of a shard; None where it can only be found by reading the shard."""
 
     def size(self, shard: int) -> int | None:
-        """Bytes of a shard, where that is known without asking a server for it."""
+        """The bytes of a shard; None where only a request to a server would tell."""
 
 
 class FileStream:
-    """Tar or parquet files, local or remote. A remote one that fails is tried again from where it failed."""
+    """Tar or parquet files, local or remote. Reading goes on where a remote file failed."""
 
     def __init__(self, kind: str, paths: Sequence[str], column: str):
         self.kind, self.paths, self.column = kind, list(paths), column
@@ -55,7 +55,8 @@ class FileStream:
 
     def size(self, shard: int) -> int | None:
         path = self.paths[shard]
-        return None if is_url(path) else size_of(path)  # each would be a request, of thousands of files
+        # each URL would take a request, and there may be thousands of files
+        return None if is_url(path) else size_of(path)
 
 
 class HubStream:
@@ -68,7 +69,7 @@ class HubStream:
         return str(shard)
 
     def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
-        # iter(), because a plain loop would deal the shard's records out to the loader's workers
+        # iter(), because a plain loop would divide the shard's records among the loader's workers
         batches = self.images.shard(num_shards=self.num_shards, index=shard).iter(BATCH)
         records = (as_record(value) for batch in batches for value in batch[self.column])
         return islice(records, start, None)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 LATENTS_KEY = "kl_autoencoder.latents"  # in the metadata of a .safetensors file: it holds latents
-# What a folder of images is searched for, and what a file that is named must end in. AVIF, HEIC and JPEG 2000 are
-# read where this machine's Pillow can.
+# The suffixes that a folder is searched for, and one of which a named file must have. AVIF, HEIC and JPEG 2000 are
+# read where the installed Pillow can read them.
 READABLE = (
     ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".tga",
     ".avif", ".heic", ".heif", ".jp2",

@@ -1,4 +1,4 @@
-"""The numbered images of a source, each always the same pixels: what models are compared and validated on."""
+"""The images of a source for evaluation and validation: numbered, and cropped and scaled alike each time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +14,8 @@ SMALLEST = 64  # pixels a side: below, LPIPS has no pixels left in its last laye
 
 
 class Photograph(NamedTuple):
+    """An image of a source, as it is measured."""
+
     number: int  # its place in the source
     name: str
     image: Tensor  # (1, 3, H, W), float32 in [-1, 1]
@@ -61,7 +63,7 @@ class Photographs:
 
     @property
     def rule(self) -> str:
-        """How photographs become the images that are compared."""
+        """A phrase for reports that says how the images of the source are cropped and scaled."""
         if self.size is None:
             return "every pixel as it is"
         return (
@@ -69,11 +71,11 @@ class Photographs:
         )
 
     def __getitem__(self, number: int) -> Photograph:
-        """ValueError or OSError if it cannot be read or is too small."""
+        """Image `number`. Raises ValueError or OSError if it cannot be read or is too small."""
         return self.at(number, self.size)
 
     def at(self, number: int, size: int | None) -> Photograph:
-        """Photograph `number`, by the same rule at another size."""
+        """Image `number`, cropped and scaled by the same rule to another size (None: every pixel)."""
         row = int(self.rows[number])
         record = self.records[row][self.column]
         name = self._name(record, row)
@@ -84,17 +86,17 @@ class Photographs:
         return Photograph(number, name, image)
 
     def _name(self, record: dict, row: int) -> str:
-        """Its path in the folder that it is from, if it is from one."""
+        """The path within the source, if that is a folder; else as in `record_name`."""
         path, folder = (record or {}).get("path"), Path(self.source).expanduser()
         if path and Path(path).is_relative_to(folder):
             return Path(path).relative_to(folder).as_posix()
         return record_name(record, f"row {row}")
 
     def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Photograph]]:
-        """Every `ranks`-th batch from number `rank` on. What cannot be used is left out and noted in `skipped`.
+        """Every `ranks`-th batch from number `rank` on. Images that cannot be used are left out, see `skipped`.
 
-        A photograph is in the same batch whatever the number of ranks, so that it gives the same numbers; at
-        their native sizes each is alone.
+        The number of ranks does not change which images form a batch, and so does not change the numbers computed
+        of them. Images at their native sizes form batches of one.
         """
         size = 1 if self.size is None else size
         starts = range(0, self.count, size)

@@ -27,7 +27,7 @@ UPRIGHT = {
 }
 SRGB = ImageCms.createProfile("sRGB")
 PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # PIL mode -> ICC colour space
-RUN_BY_GHOSTSCRIPT = ("EPS", "WMF")  # a photograph never is one; decoding them starts another program
+RUN_BY_GHOSTSCRIPT = ("EPS", "WMF")  # never photographs, and decoding them starts another program
 SIXTEEN_BITS_IN_I = ("PNG", "PPM")  # formats whose 16-bit gray Pillow may give as mode I, 0 to 65535
 DIFFERENCE_GAIN = 4.0
 
@@ -37,7 +37,7 @@ def load_image(
     size: int | tuple[int, int] | None = None,
     multiple_of: int = 8,
 ) -> Tensor:
-    """Read a photograph: file or PIL image -> (1, 3, H, W), float32 in [-1, 1], sRGB.
+    """Read an image: file or PIL image -> (1, 3, H, W), float32 in [-1, 1], sRGB.
 
     `size`: an int scales the short side to it and crops the centre square; (height, width) scales until both
     are covered and crops the centre; None keeps every pixel. `multiple_of` then pads at the right and bottom
@@ -246,6 +246,7 @@ def _opened(source: str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
 
 
 def _refuse_unsafe(image: ImageFile.ImageFile) -> None:
+    """Raise ValueError for a file that must not be decoded, or whose values have no known range."""
     if image.format in RUN_BY_GHOSTSCRIPT:
         raise ValueError(f"{image.format} is not a photograph's format")
     limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only from twice its limit on, and warns below
@@ -263,7 +264,10 @@ def _refuse_unsafe(image: ImageFile.ImageFile) -> None:
 
 
 def _refuse_empty_jpeg(image: ImageFile.ImageFile) -> None:
-    """Each block of 8x8 pixels takes a bit at the least, the code of its mean; decoders fill in what is missing."""
+    """Raise ValueError for a JPEG of fewer bits than blocks of 8x8 pixels, which decoders would fill in.
+
+    Each block takes at least one bit, the code of its mean.
+    """
     file = image.fp
     assert file is not None  # it has just been opened
     place = file.tell()

@@ -1,4 +1,4 @@
-"""Find where the name of a source of images leads: by names alone, before anything heavy is imported."""
+"""Find the kind and the files of an image source from its name; opens no file and imports nothing heavy."""
 
 import os
 import re
@@ -17,8 +17,8 @@ KINDS = (
 )
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 SAMPLE_PHOTOGRAPHS = "sample-photographs"
-# The colour photographs in the wheel of scikit-image, without the two medical ones, whose one colour would be half
-# of what is seen. No scene is on both sides: the two motorcycles are a stereo pair.
+# The colour photographs in the wheel of scikit-image, except two medical ones, whose single colour would be half of
+# all pixels. The two motorcycles are a stereo pair, so both are in `train`: no scene is in both splits.
 SAMPLE_FILES = {
     "train": ("coffee.png", "hubble_deep_field.jpg", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
     "validation": ("astronaut.png", "chelsea.png"),
@@ -26,17 +26,18 @@ SAMPLE_FILES = {
 
 
 class Located(NamedTuple):
-    """A kind of source, and its files: of images, of tables, or the one folder or hub id."""
+    """The kind of a source and its files: image files, data files, or a list of the one folder or hub id."""
 
     kind: Literal["images", "parquet", "webdataset", "saved", "hub"]
     files: list[str]
 
 
 def locate(source: str, key: str, samples: Literal["train", "validation"] = "train") -> Located:
-    """Find what a source is; see `KINDS`. `key` is what the user calls it: errors begin with that.
+    """Find what a source is; see `KINDS`.
 
-    `samples` says which half of the sample photographs is meant. Raises FileNotFoundError for a name that leads
-    nowhere and ValueError for a folder or files that cannot be a source.
+    `key`: the option or configuration key that names the source; error messages begin with it. `samples`: which
+    split of the sample photographs is meant. Raises FileNotFoundError for a name that leads nowhere and ValueError
+    for a folder or files that cannot be a source.
     """
     path = os.path.expanduser(source)
     if source == SAMPLE_PHOTOGRAPHS:
@@ -90,7 +91,7 @@ def _in_folder(path: str, key: str) -> Located:
 
 
 def _files_below(folder: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Recursive, hidden names left out, sorted so that the order is that of every other machine."""
+    """The files with these suffixes below a folder, without hidden ones; sorted, alike on every machine."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

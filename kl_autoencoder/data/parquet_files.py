@@ -1,4 +1,4 @@
-"""Parquet files: rows in sequence, or, when local, by number through memory-mapped row groups, without a copy."""
+"""Parquet files: read rows in sequence, or those of local files by number, memory-mapped and without a copy."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def rows_in(path: str) -> int:
 
 
 def bytes_of_groups(paths: Sequence[str], column: str) -> float:
-    """Mean size in memory of the column in a row group: what reading a single row costs."""
+    """Mean bytes of the column in a row group, in memory: the cost of reading a single row."""
     sizes = []
     for path in paths:
         with open_parquet(path) as file:
@@ -64,8 +64,8 @@ def as_record(value: Any) -> dict | None:
 class ParquetRows:
     """The rows of local parquet files by number: `rows[n]` -> {name: value}, without a copy.
 
-    `column` comes as a record {"bytes", "path"}.
-    The row group of the last row stays in memory, so that rows in sequence read each group once.
+    `column` comes as a record {"bytes", "path"}. The row group that was read last stays in memory, so that rows in
+    sequence read each group once.
     """
 
     def __init__(self, paths: Sequence[str], column: str, keep: Sequence[str] = ()):

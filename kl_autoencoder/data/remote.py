@@ -1,4 +1,4 @@
-"""Files that are named by URLs and patterns: object storage and web servers through fsspec, braces, globs."""
+"""Open files that URLs and patterns name: object storage and web servers through fsspec, braces, globs."""
 
 import glob
 import os
@@ -15,7 +15,7 @@ Record = TypeVar("Record")
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 BLOCK = 4 * 2**20  # bytes that are read ahead of a remote file at a time
-ATTEMPTS = 4  # at a remote file that fails, without a record in between
+ATTEMPTS = 4  # failures in a row, with no record in between, after which reading a remote file is given up
 
 
 def is_url(path: str) -> bool:
@@ -26,8 +26,9 @@ def is_url(path: str) -> bool:
 def expand(source: str, key: str) -> list[str]:
     """The files that a pattern names, sorted: braces as in `shard-{000..099}.tar`, then `*`, `?` and `**`.
 
-    Nothing matches where a local name leads nowhere. Of braces every file must be there if it is local. Raises
-    ValueError for a protocol that needs a package which is not installed and for braces that do not close.
+    An empty list if nothing local has that name. Where braces name local files, each of them must exist. Raises
+    FileNotFoundError for one that does not, ValueError for a protocol whose package is not installed and for braces
+    that do not close.
     """
     if not is_url(source) and os.path.exists(source):
         return [source]
@@ -68,7 +69,7 @@ def files_below(folder: str, suffixes: tuple[str, ...], key: str) -> list[str]:
 
 
 def file_system(url: str, key: str) -> fsspec.AbstractFileSystem:
-    """The file system of a URL. ValueError that names the missing package, or the protocol that nobody knows."""
+    """The file system of a URL. Raises ValueError naming the package that is missing, or the unknown protocol."""
     try:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
@@ -76,7 +77,7 @@ def file_system(url: str, key: str) -> fsspec.AbstractFileSystem:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a local file or a URL for reading; of a URL blocks are read ahead, so that it is read in sequence."""
+    """Open a local file or a URL for reading; of a URL, blocks are read ahead, for reading in sequence."""
     if not is_url(path):
         return open(path, "rb")
     system, name = fsspec.core.url_to_fs(path)
@@ -94,11 +95,11 @@ def size_of(path: str) -> int | None:
 def read_with_retries(
     read: Callable[[int], Iterator[Record]], path: str, start: int, wait: Callable[[int], None]
 ) -> Iterator[Record]:
-    """The records `start`, `start + 1` ... of a file; where a remote one fails, again from the next that is due.
+    """Yield the records `start`, `start + 1` ... of a file; where a remote one fails, read on from the next record.
 
-    `read(n)` yields the records from number n on; `wait(k)` is called before the next attempt, after k that failed.
-    Raises OSError, in one line that names the file, after `ATTEMPTS` in a row, and at once for a local file and for
-    one that is not there.
+    `read(n)` yields the records from number n on; `wait(k)` is called after k failures in a row, before the next
+    attempt. Raises OSError, one line that names the file, after `ATTEMPTS` failures in a row, and at once for a
+    local file and for one that does not exist.
     """
     position, attempt = start, 0
     while True:

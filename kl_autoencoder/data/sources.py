@@ -1,8 +1,8 @@
-"""Where images come from: the name of a source -> its rows or its stream of images, which are not decoded yet.
+"""Open a source of images by its name: as rows, or as a stream, of encoded images. Nothing is decoded here.
 
-Everything here runs in the main process and looks at no pixel. Rows are read by number: `len(rows)`, `rows[n]` ->
-{column: record, ...}, `rows.features`; a stream file by file, see `file_streams.Stream`. A record is {"bytes": ...
-or None, "path": ... or None}, as `datasets.Image(decode=False)` gives it; `encoded_file` makes a file of one.
+Rows are read by number: `len(rows)`, `rows[n]` -> {column: record, ...}, `rows.features`; a stream is read file by
+file, see `file_streams.Stream`. A record is {"bytes": ... or None, "path": ... or None}, as
+`datasets.Image(decode=False)` gives it; `encoded_file` makes a file of one.
 """
 
 import io
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Keys(NamedTuple):
-    """What the user calls a source and its image column: the names that errors begin with."""
+    """The options or configuration keys that name a source and its image column; error messages begin with them."""
 
     source: str
     column: str
@@ -49,13 +49,13 @@ def open_source(
     keep: Sequence[str] = (),
     in_order: bool = False,
 ) -> Rows:
-    """Open a source to be read by number; see `KINDS`. Its rows have the column `column`, encoded, and `keep`.
+    """Open a source to be read by number; see `KINDS`. Its rows have `column`, encoded, and the columns `keep`.
 
-    `split` matters where splits have names: on the hub and in a saved DatasetDict. `samples` says which half of the
-    sample photographs is meant. Nothing local is copied, but for parquet files with row groups of more than
-    `LARGE_GROUP`, unless they are read `in_order`; remote tables are downloaded. Both are announced. Raises
-    FileNotFoundError for a source that is not there or cannot be reached, ValueError for one that cannot be used;
-    both name the key and the source.
+    `split` matters where splits have names: on the hub and in a saved DatasetDict. `samples`: which split of the
+    sample photographs is meant. Local files are read where they are, except that parquet files with row groups
+    above `LARGE_GROUP` bytes are copied first, unless they are read `in_order`; remote files are downloaded. Both
+    are logged before. Raises FileNotFoundError for a source that is not there or cannot be reached, ValueError for
+    one that cannot be used; both name the key and the source.
     """
     kind, files = locate(source, keys.source, samples)
     if kind == "images":
@@ -89,7 +89,7 @@ def open_stream(source: str, keys: Keys, column: str = "image", split: str = "tr
 def _check_columns(
     kind: str, files: Sequence[str], source: str, keys: Keys, column: str, keep: Sequence[str] = ()
 ) -> None:
-    """Refuse files that cannot be read, and columns that the first of them has not."""
+    """Raise for files that cannot be read, and for columns that the first file lacks."""
     look = fields_of if kind == "webdataset" else schema_of
     found = _read_as(kind, files, source, keys, lambda: look(files[0]))
     for name in (column, *keep):
@@ -100,7 +100,7 @@ def _check_columns(
 
 
 def _read_as(kind: str, files: Sequence[str], source: str, keys: Keys, read: Callable):
-    """What `read` gives, or an error in the user's words."""
+    """read(), whose errors become one line that names the key and the source."""
     try:
         return read()
     except FileNotFoundError as error:
@@ -154,16 +154,17 @@ def encoded_file(record: dict | None, name: str) -> io.BytesIO:
 
 
 def record_name(record: dict | None, place: str) -> str:
-    """What to call a record in a message: its path where there is one, with its place in the source."""
+    """The name of a record in messages: its path, if it has one, with its place in the source."""
     path = (record or {}).get("path")
     return f"{path} ({place})" if path else place
 
 
 def image_keys(images: Rows, column: str, source: str, most_read: int | None = None) -> list[bytes]:
-    """What each image is told from the others by: its path, within `source` if that is a folder, or its contents.
+    """A key for each image that tells it from the others: from its path, or from its contents if it has none.
 
-    Of contents the length and the last KiB, which is the end of the compressed pixels. `most_read`: where images
-    have no paths, only so many are looked at, spread evenly.
+    Of a path, the part within `source` if that is a folder. Of contents, the length and the last KiB, which is the
+    end of the compressed pixels. `most_read`: where images have no paths, only so many are looked at, spread
+    evenly.
     """
     folder = os.path.join(os.path.expanduser(source), "")
     names = _image_names(images, column)

@@ -1,4 +1,4 @@
-"""Webdataset shards: tar files whose neighbours of one name are a sample; in sequence or, when local, by offset."""
+"""Read webdataset shards (tar files; neighbours with one base name are a sample) in sequence or by number."""
 
 import re
 import tarfile
@@ -16,11 +16,11 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from .remote import open_file
 
 NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")  # the sample, and from the first dot on the field
-LOOKED_AT = 5  # samples of the first file whose fields are all the fields there are
+LOOKED_AT = 5  # first samples, whose fields are taken for those of all samples
 
 
 def members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Sample, field and member of each file in an archive; contents can be read until the next is asked for."""
+    """Yield (sample, field, member) for each file in an archive; read its content before asking for the next."""
     for member in archive:
         archive.members = []  # else tarfile keeps every header that it has read
         match = NAME.fullmatch(member.name) if member.isfile() else None
@@ -29,7 +29,7 @@ def members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInf
 
 
 def fields_of(path: str) -> list[str]:
-    """The fields of the first samples, in their order."""
+    """The fields of the first samples, in order of appearance."""
     with open_file(path) as file, tarfile.open(fileobj=file, mode=_mode(file)) as archive:
         first = islice(groupby(members(archive), itemgetter(0)), LOOKED_AT)
         return list(dict.fromkeys(field for _, sample in first for _, field, _ in sample))
@@ -38,7 +38,7 @@ def fields_of(path: str) -> list[str]:
 def read_tar(path: str, field: str, start: int = 0) -> Iterator[dict | None]:
     """The records {"bytes", "path"} of a field from sample `start` on, None for a sample without it.
 
-    Of what comes before only the headers are read, if the file can be read at any offset.
+    Before `start` only headers are read, if the file is seekable.
     """
     with open_file(path) as file, tarfile.open(fileobj=file, mode=_mode(file)) as archive:
         for n, (_, sample) in enumerate(groupby(members(archive), itemgetter(0))):

@@ -1,4 +1,4 @@
-"""Single-head self-attention over an image, and what others need in order to compute it in their way."""
+"""Single-head self-attention over an image, with the interface that diffusers' attention processors expect."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,9 @@ Processor = Callable[["AttentionBlock", Tensor], Tensor]
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W), plus the input.
 
-    `processor` may be one of diffusers' attention processors: it then computes the block, from its layers and what
-    is below under "what processors ask for". Without one, or with one that says `own_attention`, the block
-    computes `attend`, whole or (see `inference`) in pieces.
+    processor: None, or one of diffusers' attention processors, which then computes the block from its layers and
+    the members below under "what processors use". Without a processor, or with one whose `own_attention` is true,
+    the block computes `attend`, or `inference` the same in pieces.
     """
 
     _from_deprecated_attn_block = True  # diffusers then renames query/key/value/proj_attn of old folders
@@ -28,7 +28,7 @@ class AttentionBlock(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList(
             [nn.Linear(channels, channels), nn.Identity()]
-        )  # where others have dropout
+        )  # diffusers has dropout there
         self.scale = channels**-0.5
         self.processor: Processor | None = None
 
@@ -37,16 +37,17 @@ class AttentionBlock(nn.Module):
 
     @property
     def is_own(self) -> bool:
-        """Whether `attend` is what the block computes."""
+        """Whether the block computes `attend`, rather than a processor of somebody else."""
         return self.processor is None or getattr(self.processor, "own_attention", False)
 
     def attend(self, x: Tensor) -> Tensor:
+        """Scaled dot-product attention over all positions, plus the input: (B, C, H, W) -> (B, C, H, W)."""
         b, c, h, w = x.shape
         tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(b, 1, h * w, c)  # one head
         mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out[0](mixed).view(b, h, w, c).permute(0, 3, 1, 2)
 
-    # ---------------------------------------------------------------- what processors ask for
+    # ---------------------------------------------------------------- what processors use
 
     heads = 1
     spatial_norm = norm_q = norm_k = norm_cross = None
@@ -61,7 +62,7 @@ class AttentionBlock(nn.Module):
         self.processor = processor
 
     def fuse_projections(self, fuse: bool = True) -> None:
-        """Put the three projections side by side in `to_qkv`, as a fused processor reads them, or remove it."""
+        """Add `to_qkv`, the three projections concatenated, for fused processors; False removes it."""
         self.fused_projections = fuse
         if not fuse:
             self._modules.pop("to_qkv", None)
@@ -83,6 +84,6 @@ class AttentionBlock(nn.Module):
     batch_to_head_dim = head_to_batch_dim
 
     def get_attention_scores(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, C), (B, M, C) -> the weights (B, N, M) of M values, which sum to one."""
+        """Attention weights: queries (B, N, C), keys (B, M, C) -> (B, N, M), which sum to one over M."""
         scores = self.scale * (query @ key.mT)
         return (scores if mask is None else scores + mask).softmax(dim=-1)

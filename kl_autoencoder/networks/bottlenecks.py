@@ -1,4 +1,4 @@
-"""Bottlenecks: what lies between encoder and decoder, and what it costs to pass it."""
+"""Bottlenecks: from the encoder's moments to latents, with a penalty for the information in them."""
 
 import math
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from .distributions import DiagonalGaussian
 
 @dataclass
 class Code:
-    """What a bottleneck makes of the encoder's output.
+    """The output of a bottleneck.
 
     z: (B, C, h, w), what the decoder reads. penalties: name -> (B,), in nats per pixel dimension. facts: a function
-    that gives scalars to log; called only when they are logged.
+    that returns scalars to log by name; it is called only in steps that are logged.
     """
 
     z: Tensor
@@ -24,7 +24,7 @@ class Code:
 
 
 class KLBottleneck(nn.Module):
-    """A diagonal Gaussian q(z|x), drawn from by reparameterisation (Kingma & Welling 2013, section 2.4).
+    """Latents drawn from a diagonal Gaussian q(z|x) by reparameterisation (Kingma & Welling 2013, section 2.4).
 
     Its penalty is KL(q(z|x) || N(0, I)) per pixel dimension.
 
@@ -65,8 +65,8 @@ def kl_per_dimension(posterior: DiagonalGaussian, image_dimensions: int, free_bi
 def posterior_summary(posterior: DiagonalGaussian) -> dict[str, Tensor]:
     """Scalars that show a collapsed or a runaway posterior, as tensors.
 
-    A channel whose KL is below 0.01 nats a value carries nothing: it is not counted as active (Burda et al.
-    2016 draw the line at a variance of 0.01 of the mean).
+    A channel counts as active if its KL is above 0.01 nats a value; below, it carries no information. (Burda et al.
+    2016 call a unit active where the variance of its mean is above 0.01.)
     """
     kl = posterior.kl_map().mean(dim=(0, 2, 3))  # nats a latent value, (C,)
     mean = posterior.mean.float()

@@ -29,9 +29,10 @@ def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def recomputed_norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The backward pass computes norm and SiLU again instead of keeping their results.
+    """`norm_silu_conv` that computes norm and SiLU again in the backward pass instead of keeping their results.
 
-    These are two thirds of what a training step holds; the convolutions, nearly all of the work, are not repeated.
+    These are two thirds of the memory of a training step; the convolutions, nearly all of its work, are not
+    repeated.
     """
     return (
         recomputed(norm_silu_conv, norm, conv, x)
@@ -47,7 +48,7 @@ def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 class ResnetBlock(nn.Module):
     """(B, in_channels, H, W) -> (B, out_channels, H, W): norm-SiLU-conv twice, plus the input."""
 
-    norm_silu_conv = staticmethod(norm_silu_conv)  # a trainer may put another way to compute it in its place
+    norm_silu_conv = staticmethod(norm_silu_conv)  # training may set another function that computes the same
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -89,16 +90,17 @@ class Upsample(nn.Module):
 
 
 class Checkpointing(nn.Module):
-    """A module that may recompute the inside of each block in the backward pass instead of keeping it.
+    """A module that can recompute each of its blocks in the backward pass instead of keeping their activations.
 
-    diffusers' `enable_gradient_checkpointing` sets the two attributes of every module that has the first.
+    diffusers' `enable_gradient_checkpointing` sets both attributes on every module that has
+    `gradient_checkpointing`.
     """
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable
 
     def call(self, block: nn.Module, x: Tensor) -> Tensor:
-        """block(x), recomputed in the backward pass if so set."""
+        """block(x), recomputed in the backward pass where `gradient_checkpointing` is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, x)
         return block(x)
@@ -109,7 +111,7 @@ def call_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """A run of blocks, each called by `call(block, x)`."""
+    """A sequence of blocks. `forward` computes each as `call(block, x)`, where checkpointing comes in."""
 
     def blocks(self) -> list[nn.Module]:
         raise NotImplementedError
@@ -160,11 +162,11 @@ class MidBlock(Stage, Checkpointing):
     def blocks(self):
         return [self.resnets[0], *self.attentions, self.resnets[1]]
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it has the setting itself
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without `call`: it is Checkpointing itself
         return super().forward(x, self.call)
 
 
-# Programs, and diffusers' own tests, find the modules that checkpoint by the names of diffusers' classes.
+# Programs, and diffusers' own tests, find modules with gradient checkpointing by the names of diffusers' classes.
 MidBlock.__name__ = "UNetMidBlock2D"
 
 
@@ -216,7 +218,7 @@ class Decoder(Checkpointing):
         first, last = block_out_channels[0], block_out_channels[-1]
         self.conv_in = nn.Conv2d(latent_channels, last, 3, padding=1)
         widths = [last, *reversed(block_out_channels)]
-        self.up_blocks = nn.ModuleList(  # one ResNet block more a level than the encoder, as in LDM
+        self.up_blocks = nn.ModuleList(  # one more ResNet block in each level than the encoder has, as in LDM
             UpBlock(a, b, layers_per_block + 1, norm_num_groups, upsample=i + 2 < len(widths))
             for i, (a, b) in enumerate(pairwise(widths))
         )
@@ -228,9 +230,9 @@ class Decoder(Checkpointing):
         return self.conv_out(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """What `conv_out` reads: (B, first width, f*h, f*w)."""
+        """Latents (B, latent_channels, h, w) -> the input of `conv_out`: (B, first width, f*h, f*w)."""
         x = self.mid_block(self.conv_in(x))
-        # pipelines may keep all up to here in float16 and the rest in float32 (`upcast_vae`)
+        # `upcast_vae` of pipelines may leave the layers above in float16, with those below in float32
         dtype = self.up_blocks[0].resnets[0].norm1.weight.dtype
         x = x if self.conv_in.weight.dtype == dtype else x.to(dtype)
         for block in self.up_blocks:

@@ -1,7 +1,7 @@
-"""Gradients of what was computed some other way: the backward pass executes the network as a whole.
+"""Gradients for a result that was computed in pieces: the backward pass runs the whole network again.
 
-A result that nobody differentiates costs no more than without gradients, and one that somebody does is right: the
-forward pass keeps nothing but the input, the backward pass begins with another forward pass.
+The forward pass keeps only the input, so a result that is never differentiated costs no more than without
+gradients; a backward pass begins with a forward pass of the whole network.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 
 def recomputed_for_gradients(execute: Callable[[], Tensor], network: nn.Module, x: Tensor) -> Tensor:
-    """execute(), which must equal network(x), with network(x)'s gradients in x and in the parameters."""
+    """Return execute(), which must equal network(x), with the gradients of network(x) in x and the parameters."""
     parameters = {name: p for name, p in network.named_parameters() if not p.is_meta}
     return _Recomputed.apply(execute, network, list(parameters), x, *parameters.values())
 
@@ -27,16 +27,17 @@ class _Recomputed(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
         }
-        ctx.save_for_backward(x, *parameters)  # which notices a change of their values in between
+        # `backward` then raises if their values were changed in between
+        ctx.save_for_backward(x, *parameters)
         return execute()
 
     @staticmethod
     def backward(ctx, gradient):
         x, *parameters = ctx.saved_tensors
         tensors, needed = (x, *parameters), ctx.needs_input_grad[3:]
-        again = torch.is_grad_enabled()  # create_graph=True
+        create_graph = torch.is_grad_enabled()  # as the caller of backward asked for
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             y = functional_call(ctx.network, dict(zip(ctx.names, parameters, strict=True)), (x,))
         wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=again, allow_unused=True))
+        found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=create_graph, allow_unused=True))
         return (None, None, None, *(next(found) if need else None for need in needed))

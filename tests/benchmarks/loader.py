@@ -73,7 +73,7 @@ def read_for_each_used(
         images = StreamedImages(stream, crops, 0, batch_size, 1000, reader=reader)
         for worker in range(workers):
             for part in islice(images.draws(worker), batches):
-                used += sum(bool(next(candidates)) for _, candidates in part)
+                used += sum(bool(next(records)) for _, records in part)
     return stream.count / used
 
 

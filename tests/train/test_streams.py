@@ -51,9 +51,9 @@ def used(stream, ranks, workers, batches, batch_size=4, first=0, lengths=None, s
         )
         for worker in range(workers):
             for part in islice(images.draws(worker), batches):
-                for n, candidates in part:
+                for n, records in part:
                     assert n not in found
-                    found[n] = next(candidates)[0]["path"]
+                    found[n] = next(records)[0]["path"]
     assert sorted(found) == list(range(first, first + ranks * batches * batch_size))
     return found
 

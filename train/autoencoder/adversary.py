@@ -1,4 +1,4 @@
-"""The discriminator: how it is trained, and what the autoencoder feels of it."""
+"""The adversarial term: training of the discriminator, its schedule, and its gradient for the autoencoder."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ LECAM_DECAY = 0.99
 
 
 class Adversary:
-    """A patch discriminator, the player that moves it, and the averages of its logits that LeCam needs.
+    """A patch discriminator, the player that trains it, and the averages of its logits that LeCam needs.
 
     channels: of the images. last_layer: the decoder's last convolution, where the adaptive weight compares
     gradients. Raises ValueError for crops that are too small for the discriminator, and for a stored one of another
@@ -41,7 +41,7 @@ class Adversary:
     # ---------------------------------------------------------------- schedules
 
     def plays(self, step: int) -> bool:
-        """Whether the discriminator trains."""
+        """Whether the discriminator is trained in a step."""
         return step >= self.config.disc_start
 
     def weight(self, step: int) -> float:
@@ -54,15 +54,15 @@ class Adversary:
         own, rate = self.config.learning_rate, self.run.learning_rate(step)
         return rate * own / self.run.config.optimizer.learning_rate if own else rate
 
-    # ---------------------------------------------------------------- what the autoencoder feels
+    # ---------------------------------------------------------------- gradient for the autoencoder
 
     def gradient(
         self, step: int, reconstruction: Tensor, features: Tensor, nll_gradient: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The weighted gradient of the adversarial term in the reconstruction, its weighted value, what to log.
+        """The adversarial term: its weighted gradient in the reconstruction, its weighted value, terms to log.
 
-        Taken in the reconstruction alone, so that it leaves the discriminator's gradients as they are. features:
-        what the last layer read. nll_gradient: of the other terms in the reconstruction.
+        No gradient is taken in the discriminator's weights. features: the input of the last layer. nll_gradient:
+        the gradient of all other terms at the pixels in the reconstruction.
         """
         network = self.run.accelerator.unwrap_model(self.player.network)
         with self.run.accelerator.autocast():
@@ -79,13 +79,14 @@ class Adversary:
 
     @torch.no_grad()
     def adaptive_weight(self, features: Tensor, *gradients: Tensor) -> Tensor:
-        """From the two gradients in the output to their norms at the last layer's weight, over all ranks.
+        """The adaptive weight, from the gradients of both sides in the reconstruction, averaged over all ranks.
 
-        A convolution's gradient in its weight takes what it read and the gradient in its result, no graph.
+        Its formula compares gradients in the last layer's weight. That layer is a convolution, so they follow from
+        its input `features` and the gradient in its output, without a graph.
         """
         at_weight = []
         for gradient in gradients:
-            norm = gradient.norm().clamp(min=1e-30)  # sent back at length 1: a mean's would vanish in fp16
+            norm = gradient.norm().clamp(min=1e-30)  # length 1: the gradient of a mean would vanish in fp16
             unit = (gradient / norm).to(features.dtype)
             sent = torch.nn.grad.conv2d_weight(
                 features, self.last_layer.weight.shape, unit, padding=self.last_layer.padding

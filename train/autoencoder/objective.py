@@ -41,7 +41,9 @@ class Objective:
         self.config, self.perceptual, self.terms, self.adversary = config, perceptual, terms, adversary
 
     def __call__(self, step: int, output: Reconstruction) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """A scalar that has the objective's gradient; the terms by name, their sum as `loss`; the reconstruction.
+        """Return (a scalar to call backward on, the terms by name with their sum as `loss`, the reconstruction).
+
+        The scalar has the gradient of the objective, not its value.
 
         The gradient in the reconstruction is formed term by term first, each network's graph being freed before
         the next is built, and goes through the autoencoder once. The norms that the adaptive weight compares
@@ -82,7 +84,7 @@ class Objective:
         return reconstruction_nll(self.config.reconstruction, reconstruction, images, log_scale).mean()
 
     def _weighted(self, name: str, penalty: Tensor, step: int, dimensions: int) -> Tensor:
-        """A bottleneck's mean penalty as part of the loss; all but the KL are weighted where they are computed."""
+        """The part of the loss of a bottleneck's mean penalty; all but the KL come weighted from the bottleneck."""
         return weighted_kl(self.config.kl, penalty, step, dimensions) if name == "kl" else penalty
 
     def _at_pixels(self, step: int) -> Iterator[tuple[str, float, AtPixels]]:
@@ -126,7 +128,7 @@ def weighted_kl(config: KLConfig, kl: Tensor, step: int, dimensions: int) -> Ten
 
 
 def with_gradient(compute: Callable[[Tensor, Tensor], Tensor]) -> AtPixels:
-    """Of a scalar of (reconstruction, images): its value, and its gradient in the reconstruction."""
+    """A function that returns `compute(reconstruction, images)` and its gradient in the reconstruction."""
 
     def at_pixels(reconstruction: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         value = compute(reconstruction, images)

@@ -1,4 +1,4 @@
-"""What a run is trained and validated on: the section `data` of a configuration."""
+"""`DataConfig`, the section `data` of a configuration: sources, crops, batches, held-out images."""
 
 from typing import Annotated, Literal
 

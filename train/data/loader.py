@@ -1,4 +1,4 @@
-"""Batches from worker processes, as float32 on a device, and what happens when one of the workers fails."""
+"""Batches from worker processes, as float32 on a device; a worker that fails ends them with `LoaderFailed`."""
 
 import multiprocessing
 import signal
@@ -17,10 +17,10 @@ class LoaderFailed(RuntimeError):
 
 
 class TrainLoader:
-    """The batches of a `DataLoader`; its workers end with the iteration and with this process, however it ends.
+    """The batches of a `DataLoader`, whose workers end with the iteration and with this process, however it ends.
 
-    `next` raises LoaderFailed for whatever goes wrong in a worker, one that was killed included. The workers are
-    killed then: they leave SIGTERM to the trainer, and multiprocessing would wait for them for ever.
+    `next` raises LoaderFailed for any failure in a worker, also if a worker was killed. The other workers are then
+    killed: they ignore SIGTERM (see `start_worker`), and multiprocessing would wait for them for ever.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class TrainLoader:
         lengths: dict[str, int] | None = None,
     ):
         self.loader, self.dataset, self.device = loader, loader.dataset, torch.device(device)
-        self.parts = parts  # that a batch comes in, one of each worker
-        self.lengths = {} if lengths is None else lengths  # those of shards that workers have read to the end
+        self.parts = parts  # how many parts a batch comes in: of a stream one from each worker
+        self.lengths = {} if lengths is None else lengths  # of the shards that workers have read to the end
 
     def __iter__(self) -> Iterator[dict]:
         others = multiprocessing.active_children()
@@ -41,7 +41,7 @@ class TrainLoader:
         # torch's handler would raise a worker's death in the middle of a step; `next` notices within 5 seconds.
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         workers = [child for child in multiprocessing.active_children() if child not in others]
-        # The priority puts it before multiprocessing's own end of this process, whatever else ends that.
+        # The priority lets it run before multiprocessing, at the end of this process, would wait for the workers.
         end = Finalize(None, _kill, args=(workers,), exitpriority=1)
         try:
             while True:
@@ -65,7 +65,7 @@ class TrainLoader:
 
 
 def join_parts(parts: list[dict]) -> dict:
-    """The parts of a micro-batch -> the batch, in the order of its samples, or the first failure among them."""
+    """Join the parts of a micro-batch, in the order of its samples; or return the first failure among them."""
     for part in parts:
         if len(parts) == 1 or "failure" in part:
             return part
@@ -82,13 +82,13 @@ def _kill(workers: list[multiprocessing.Process]) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The last line that says something: torch puts the traceback of a worker before it."""
+    """The last line that is not blank: before it torch puts the traceback of the worker."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def start_worker(worker: int) -> None:
-    """What each worker does first: leave interrupts to the trainer, and end when it ends."""
+    """Prepare a worker: ignore SIGINT and SIGTERM, which are for the trainer, and end when the trainer ends."""
     end_with_the_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler signals every process of a job
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Training images by random access: which image sample n is, on any number of ranks and workers."""
+"""Training images by random access: the order of samples, the same for any number of ranks and workers."""
 
 import math
 import random
@@ -26,9 +26,10 @@ class Draw(NamedTuple):
 class SampleOrder(Sampler[list[Draw]]):
     """The micro-batches of one rank, without end: lists of `batch_size` draws.
 
-    Epoch e is permutation(seed, e) of the images, sample n is image n % length of epoch n // length. Rank r takes
-    samples start_sample + r, start_sample + r + world_size ...: so an optimizer step over R ranks, micro-batches
-    of B and A of them consumes the next R * B * A samples of the one order, whatever R, B and A are.
+    Epoch e is permutation(seed, e) of the images; sample n is image n % length of epoch n // length. Rank r takes
+    samples start_sample + r, start_sample + r + world_size, and so on. An optimizer step on R ranks, each with A
+    micro-batches of B samples, therefore consumes the next R * A * B samples of this one order. A run that
+    continues with another R, A or B starts at the sample after the last that was consumed.
     """
 
     def __init__(self, length: int, seed: int, batch_size: int, start_sample=0, rank=0, world_size=1):
@@ -50,9 +51,9 @@ class SampleOrder(Sampler[list[Draw]]):
 
 
 def replacements(index: int, length: int, rng: random.Random) -> Iterator[int]:
-    """`index`, and should that be unreadable, every other index once, in steps that `rng` chooses.
+    """Yield `index`, then every other index once, to be read in place of unreadable ones; `rng` chooses the stride.
 
-    In steps of 1 the image behind a damaged shard would stand for the whole shard.
+    With a stride of 1, the first image after a damaged shard would replace all images of that shard.
     """
     yield index
     stride = 1 + int(rng.random() * length)
@@ -76,17 +77,18 @@ class TrainImages(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict:
         rng = augmentation(self.seed, draw.sample)
-        candidates = map(self.record, replacements(draw.index, len(self), rng))
+        records = map(self.record, replacements(draw.index, len(self), rng))
         try:
-            return read_sample(self.crops, draw.sample, rng, candidates)
+            return read_sample(self.crops, draw.sample, rng, records)
         except Exception as error:
             return failure(error)
 
-    def look_at(self, images: int) -> list[tuple[dict, str]]:
-        """At most so many records, spread over the source."""
-        return [self.record(i) for i in np.unique(np.linspace(0, len(self) - 1, images).astype(int))]
+    def some_records(self, most: int) -> list[tuple[dict, str]]:
+        """At most `most` records with their names, spread over the source."""
+        return [self.record(i) for i in np.unique(np.linspace(0, len(self) - 1, most).astype(int))]
 
     def record(self, index: int) -> tuple[dict, str]:
+        """The record {"bytes", "path"} of training image `index`, and its name for messages."""
         row = int(self.rows[index])
         record = self.images[row][self.column]
         return record, record_name(record, f"row {row}")

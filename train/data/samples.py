@@ -1,4 +1,4 @@
-"""One training sample: an encoded photograph -> a random square crop, as a function of the seed and its number."""
+"""One training sample: an encoded image -> a random square crop, as a function of the seed and its number."""
 
 import logging
 import random
@@ -16,7 +16,7 @@ from kl_autoencoder.data.image_io import image_size
 from kl_autoencoder.data.sources import encoded_file
 from kl_autoencoder.files import one_line
 
-ATTEMPTS = 1000  # unreadable images in a row after which a source counts as unreadable
+ATTEMPTS = 1000  # images in a row that cannot be used, after which a source counts as unreadable
 WARNED = 5  # skipped images that are named in the log at once
 REMEMBERED = 1000  # skipped images that are told apart; a checkpoint holds them
 PRINTED = 20  # skipped images that are named at the end
@@ -56,11 +56,15 @@ class RandomCrops:
 
 
 def read_sample(
-    crops: RandomCrops, sample: int, rng: random.Random, candidates: Iterable[tuple[dict, str]]
+    crops: RandomCrops, sample: int, rng: random.Random, records: Iterable[tuple[dict, str]]
 ) -> dict:
-    """Sample number `sample`, from the first of its candidates, (record, name), that can be used."""
+    """Sample number `sample`, from the first of `records` that can be used.
+
+    records: (record, name) of the sample's own image, then of those that may replace it. Raises ValueError if none
+    of the first `ATTEMPTS` can be used.
+    """
     crop, skipped = crops.draw(rng), []
-    for record, name in islice(candidates, ATTEMPTS):
+    for record, name in islice(records, ATTEMPTS):
         try:
             pixels = read_square(encoded_file(record, name), crops.resolution, crop, crops.enlarge)
         except TooSmall as error:
@@ -76,10 +80,10 @@ def read_sample(
 
 
 def failure(error: Exception) -> dict:
-    """What a worker hands over in place of a sample that there is not: {"failure": one line}.
+    """Return {"failure": one line}, which a worker passes on in place of a sample.
 
-    An exception would end the worker, and its traceback would keep the loader alive. Of one that no data explains
-    the traceback is printed.
+    An exception would end the worker, and its traceback would keep the loader alive. The traceback is printed for
+    errors that are not ValueError or OSError: data do not explain those.
     """
     if not isinstance(error, (ValueError, OSError)):
         traceback.print_exc()
@@ -88,7 +92,7 @@ def failure(error: Exception) -> dict:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> a batch, its images uint8, or the first failure among them."""
+    """Collate samples to a batch, with images as uint8; or return the first failure among them."""
     for sample in samples:
         if "failure" in sample:
             return sample
@@ -139,10 +143,10 @@ class SkippedImages:
 
     def __init__(self):
         self.reasons: dict[str, str] = {}  # name: "too small: ..." or "unreadable: ..."
-        self.more = False  # than are remembered
+        self.more = False  # whether there were more than `REMEMBERED`
 
     def add(self, skipped: Iterable[tuple[str, str]]) -> None:
-        """`skipped`: that of a batch, (name, reason)."""
+        """Add the (name, reason) of the images that a batch skipped."""
         for name, reason in skipped:
             if name in self.reasons:
                 continue
@@ -157,10 +161,11 @@ class SkippedImages:
         return len(self.reasons)
 
     def state(self) -> dict:
+        """What a checkpoint keeps."""
         return {"reasons": self.reasons, "more": self.more}
 
     def merge(self, state: dict) -> None:
-        """Those of another rank, or of the run before it was interrupted; nothing is warned of again."""
+        """Add the `state` of another rank, or of the run before it was interrupted, without warnings."""
         for name, reason in state["reasons"].items():
             if name in self.reasons or len(self.reasons) < REMEMBERED:
                 self.reasons[name] = reason

@@ -14,7 +14,7 @@ from kl_autoencoder.data.sources import record_name
 
 from .samples import RandomCrops, augmentation, collate, failure, permutation, read_sample
 
-LANES = 16  # files that are read at the same time, at least, if there are as many
+LANES = 16  # least number of files that are read at the same time, if there are as many
 
 
 class Reader(NamedTuple):
@@ -29,8 +29,10 @@ class Reader(NamedTuple):
 def lane_count(shards: int, ranks: int, workers: int) -> int:
     """How many files are read at the same time by all readers together.
 
-    A multiple of ranks * workers, so that no two read the same file: their odd part times the power of two that
-    makes it 16 or more. With fewer shards than that it is halved until there are as many.
+    A multiple of the number of readers, ranks * workers, so that no two readers share a file: its odd part times
+    the least power of two that gives at least `LANES` and at least one lane a reader. With fewer shards than that,
+    it is halved until there are enough shards, or as often as it is even; if that is not enough, the largest power
+    of two that there are shards for.
     """
     readers = ranks * workers
     odd = readers // (readers & -readers)
@@ -48,26 +50,33 @@ def readers_of_a_file(shards: int, ranks: int, workers: int) -> float:
 
 
 class StreamedImages(IterableDataset):
-    """Samples `first`, `first + 1 * ranks` ... of a streamed source, without end, as the parts of micro-batches.
+    """The samples `first + rank`, `first + rank + ranks` ... of a streamed source, in parts of batches, for ever.
 
-    All shards (files) of all epochs form one sequence, each epoch in an order of its own. File k of it belongs to
-    lane k % L, L by `lane_count`; sample n is number n // L of lane n % L, shuffled within a block of
-    shuffle_buffer // L neighbours in its file. An image that cannot be used is replaced by those
-    that follow it.
+    The shards (files) of all epochs form one sequence, each epoch in an order of its own. They are read as L lanes
+    (`lane_count`): file k belongs to lane k % L, and sample n is record n // L of lane n % L. With L = 4:
 
-    What is promised: sample n is a function of the source, the seed, n, shuffle_buffer and L. So a run that goes on
-    with as many ranks and workers consumes what it would have consumed, bit for bit, and so does one with other
-    numbers of both if L is the same: powers of two with up to 16 readers in all, and numbers of the same product.
-    Else it goes on after as many samples as were consumed, in another order: of the epoch that it is in some images
-    come once more and some not at all, as many as lie between the lanes' places then and now.
+        lane 0: files 0, 4, 8 ...    samples 0, 4, 8 ...
+        lane 1: files 1, 5, 9 ...    samples 1, 5, 9 ...
+        lane 2: files 2, 6, 10 ...   samples 2, 6, 10 ...
+        lane 3: files 3, 7, 11 ...   samples 3, 7, 11 ...
+
+    The records of a file are shuffled within blocks of shuffle_buffer // L neighbours. An image that cannot be used
+    is replaced by one that follows it.
+
+    Resuming: sample n is a function of the source, the seed, n, shuffle_buffer and L. With the same L, a run
+    therefore continues with the very samples that it would have consumed. L is the same for the same numbers of
+    ranks and workers, for the same product of both, and for powers of two with up to 16 readers in all. With
+    another L, the run continues after as many samples as were consumed, but in another order: in the current epoch,
+    some images are then seen once more and some not at all, as many as lie between the places of the lanes then and
+    now.
 
     Costs: each lane is read by one worker of one rank if there are as many files as readers (else by
-    `readers_of_a_file`). To start at sample n, a reader passes over the files before it whose lengths are known:
-    those of local parquet, and those in `lengths`, which were read to the end before; the others it reads.
-    Blocks in memory: shuffle_buffer encoded images, over all readers.
+    `readers_of_a_file` of them). To start at sample n, a reader skips the files before it whose lengths are known:
+    those of local parquet, and those in `lengths`, which were read to the end before; it reads the others.
+    All readers together keep shuffle_buffer encoded images in memory.
 
-    Worker w of W yields its part of each micro-batch, which `TrainLoader` puts together. `lengths`: name of a
-    shard -> its number of records; each part tells of those that were found out since the last.
+    Worker w of W yields its part of each micro-batch; `TrainLoader` joins the parts. `lengths`: name of a shard ->
+    its number of records; each part holds those that were found since the part before.
     """
 
     def __init__(
@@ -87,24 +96,26 @@ class StreamedImages(IterableDataset):
         self.lanes = lane_count(self.shards, reader.ranks, reader.workers)
         self.block_size = max(1, shuffle_buffer // self.lanes)
         self._orders: dict[int, np.ndarray] = {}  # those of the last epochs asked for
-        self.found: list[tuple[str, int]] = []  # lengths that were found out since the last part
+        self.found: list[tuple[str, int]] = []  # lengths found since the last part
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
         draws = self.draws(info.id if info else 0)
         try:
             for part in draws:
-                samples = [read_sample(self.crops, n, augmentation(self.seed, n), found) for n, found in part]
+                samples = [
+                    read_sample(self.crops, n, augmentation(self.seed, n), records) for n, records in part
+                ]
                 yield collate(samples) | {"lengths": self.found}
                 self.found = []
         except Exception as error:
             yield failure(error)
 
     def draws(self, worker: int) -> Iterator[Iterator[tuple[int, Iterator[tuple[dict, str]]]]]:
-        """For each micro-batch, the samples of it that a worker reads: their numbers and candidates.
+        """For each micro-batch, the samples that a worker reads: (number, records) as for `read_sample`.
 
-        The samples of a rank visit its lanes in turn, always in the same order; the lanes are dealt out to the
-        workers, or if there are too few of them the samples.
+        The samples of a rank visit its lanes in turn, always in the same order. Each worker takes some of the
+        lanes, or, where there are fewer lanes than workers, some of the samples.
         """
         ranks, workers = self.reader.ranks, self.reader.workers
         own = self.lanes // math.gcd(self.lanes, ranks)  # lanes that this rank visits
@@ -117,7 +128,7 @@ class StreamedImages(IterableDataset):
                     number = n % self.lanes
                     if number not in lanes:
                         lanes[number] = Lane(self, number)
-                    yield n, lanes[number].candidates(n // self.lanes)
+                    yield n, lanes[number].records_from(n // self.lanes)
 
         return map(mine, count(0, self.batch_size))
 
@@ -125,12 +136,13 @@ class StreamedImages(IterableDataset):
         """(epoch, shard) of file k of the sequence."""
         epoch, place = divmod(k, self.shards)
         if epoch not in self._orders:
-            if len(self._orders) == 4:  # lanes are in neighbouring epochs
+            if len(self._orders) == 4:  # enough, since lanes are at most in neighbouring epochs
                 self._orders.pop(min(self._orders))
             self._orders[epoch] = permutation(self.shards, self.seed, epoch)
         return epoch, int(self._orders[epoch][place])
 
     def length(self, shard: int) -> int | None:
+        """The number of records of a shard; None until it has been read to the end, or the stream knows it."""
         name = self.stream.name(shard)
         if name not in self.lengths:
             known = self.stream.length(shard)
@@ -140,14 +152,14 @@ class StreamedImages(IterableDataset):
         return self.lengths[name]
 
     def note_length(self, shard: int, length: int) -> None:
-        """Remember what has been counted by reading a shard to its end."""
+        """Remember the number of records of a shard that was read to its end."""
         name = self.stream.name(shard)
         if name not in self.lengths:
             self.found.append((name, length))
         self.lengths[name] = length
 
     def blocks(self, shard: int, start: int) -> Iterator[list[tuple[dict, str]]]:
-        """The blocks of a shard from record `start`, the first of one, on: lists of (record, name), in order."""
+        """The blocks of a shard, lists of (record, name), from record `start` on, which is the first of a block."""
         records, at = self.stream.read(shard, start), start
         while block := list(islice(records, self.block_size)):
             yield [
@@ -157,12 +169,12 @@ class StreamedImages(IterableDataset):
             at += len(block)
         self.note_length(shard, at)
 
-    def look_at(self, images: int) -> list[tuple[dict, str]]:
-        """The first records, at most so many."""
+    def some_records(self, most: int) -> list[tuple[dict, str]]:
+        """The first records with their names, at most `most`."""
         records = (
             record for shard in range(self.shards) for block in self.blocks(shard, 0) for record in block
         )
-        return list(islice(records, images))
+        return list(islice(records, most))
 
 
 class Lane:
@@ -170,14 +182,18 @@ class Lane:
 
     def __init__(self, stream: StreamedImages, number: int):
         self.stream = stream
-        self.file = number  # the next to be opened, by its place in the sequence of all files
-        self.before = 0  # records of the lane in the files before that
-        self.first, self.block = 0, []  # the block that samples are drawn from, and its place in the lane
-        self.ahead: deque[tuple[int, list[tuple[dict, str]]]] = deque()  # blocks after it that were looked at
+        self.file = number  # place of the next file to open in the sequence of all files
+        self.before = 0  # records of the lane in the files before it
+        self.first, self.block = 0, []  # the current block, and the position of its first record in the lane
+        # later blocks, with their positions, that replacements were taken from
+        self.ahead: deque[tuple[int, list[tuple[dict, str]]]] = deque()
         self.blocks = iter(())
 
-    def candidates(self, position: int) -> Iterator[tuple[dict, str]]:
-        """The record at a position, which must not fall from call to call, then those that may replace it."""
+    def records_from(self, position: int) -> Iterator[tuple[dict, str]]:
+        """The record at a position of the lane, then those that may replace it: its block, then later blocks.
+
+        Positions must not decrease from call to call.
+        """
         while position >= self.first + len(self.block):
             self.first, self.block = self.ahead.popleft() if self.ahead else self._next_block(position)
         at = position - self.first
@@ -189,7 +205,7 @@ class Lane:
             yield from self.ahead[later][1]
 
     def _next_block(self, position: int) -> tuple[int, list[tuple[dict, str]]]:
-        """The next block and its place in the lane; whole files and blocks before a position are passed over."""
+        """The next block and its position in the lane; what ends before `position` may be skipped."""
         empty = 0
         while True:
             found = next(self.blocks, None)
@@ -197,18 +213,18 @@ class Lane:
                 return found
             self.blocks = self._open(position)
             empty += 1
-            if empty > 100 * self.stream.shards:  # rather than to search for ever
+            if empty > 100 * self.stream.shards:  # rather than search for ever
                 raise ValueError(f"data.train: {empty} files in a row without an image")
 
     def _open(self, position: int) -> Iterator[tuple[int, list[tuple[dict, str]]]]:
-        """The shuffled blocks of the lane's next file, or none if it is known to lie before a position."""
+        """The shuffled blocks of the lane's next file; none if the file is known to end before `position`."""
         stream, (epoch, shard) = self.stream, self.stream.epoch_and_shard(self.file)
         length = stream.length(shard)
         self.file += stream.lanes
         if length is not None and position >= self.before + length:
             self.before += length
             return
-        # Where the length is not known the position may lie behind the file: it is read from its beginning.
+        # A file of unknown length may end before the position: it is read from its beginning.
         skipped = 0 if length is None else max(0, position - self.before) // stream.block_size
         at = skipped * stream.block_size
         for number, block in enumerate(stream.blocks(shard, at), skipped):

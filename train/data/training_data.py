@@ -1,9 +1,9 @@
-"""From sources of photographs to batches (B, 3, H, W) in [-1, 1], resumable at any sample, and held-out images.
+"""`TrainingData`: from sources to batches (B, 3, H, W) in [-1, 1], resumable at any sample, and held-out images.
 
-Sample number n, counted from 0 over the whole run and over all ranks, is a pure function of the source, the
-seed and n: which photograph, which crop, flipped or not. So a run goes on at sample n with any number of ranks
-and workers, and the trainer's count of the samples it has consumed is all there is to save. Streams promise a
-little less, see `StreamedImages`.
+Sample number n, counted from 0 over the whole run and all ranks, is a pure function of the source, the seed and n:
+which image, which crop, flipped or not. A checkpoint therefore only holds how many samples were consumed, and a run
+continues at the next one on any number of ranks and workers. For streams this holds with the limits that
+`StreamedImages` names.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from .random_access import SampleOrder, TrainImages
 from .samples import check_images, collate, permutation
 from .streams import Reader, StreamedImages, readers_of_a_file
 
-HELD_OUT = 64  # images that are measured in training, unless data.validation_images says otherwise
+HELD_OUT = 64  # held-out images where data.validation_images is null
 LOOKED_AT = 32  # images whose headers are read before any work starts
 TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
-DRAWN = 0  # key of the permutation that draws validation images from a larger source
+DRAWN = 0  # key of the permutation by which validation images are chosen from a larger source
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def split_rows(config: DataConfig, images: Rows) -> tuple[np.ndarray, np.ndarray
     """Rows of the training source to train on, and those held out: the same for every seed and run.
 
     Held out are the images with the smallest hashes of their names (of their contents, where they have no names).
-    So each image that is added pushes at most one out of the held-out ones, and none that was trained on becomes
-    one of them, as long as none of them is taken away.
+    An image that is added to the source thus replaces at most one held-out image, and no image that was trained on
+    becomes a held-out one, unless a held-out one is removed from the source.
     """
     if config.validation is not None:
         return np.arange(len(images)), np.arange(0)
@@ -68,7 +68,7 @@ class TrainingData:
         else:
             self.images = open_source(config.train, TRAIN, config.image_column, config.split)
             self.rows, self.held_out_rows = split_rows(config, self.images)
-        check_images(config.train, config.crops, self._dataset().look_at(LOOKED_AT))
+        check_images(config.train, config.crops, self._dataset().some_records(LOOKED_AT))
 
     def loader(
         self, start_sample: int = 0, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
@@ -77,15 +77,15 @@ class TrainingData:
 
         A batch is {"images": (B, 3, R, R) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
         "skipped": [(name, reason), ...], the images met that could not be used, for `SkippedImages`}. The numbers
-        of different ranks interleave, see `SampleOrder`. Workers read ahead, so `start_sample` of a continued run
-        is the trainer's own count of consumed samples, over all ranks, not anything of the loader's.
+        of different ranks interleave, see `SampleOrder`. Workers read ahead, so the `start_sample` of a
+        continued run is the number of samples that the trainer has consumed, over all ranks.
 
-        Do not pass it to accelerate's `prepare`, which would deal the batches out to the ranks a second time.
+        Do not pass it to accelerate's `prepare`, which would divide the batches among the ranks a second time.
         """
         config, dataset = self.config, self._dataset(start_sample, rank, world_size)
         parts = max(config.num_workers, 1) if config.streaming else 1
         if config.streaming:
-            order = {"batch_size": None}  # its batches come in parts
+            order = {"batch_size": None}  # the data set yields parts of batches itself
             order |= {"prefetch_factor": 2 * parts} if config.num_workers else {}
             self._warn_of_shared_files(rank, world_size, parts)
         else:
@@ -95,10 +95,10 @@ class TrainingData:
             dataset,
             **order,
             num_workers=config.num_workers,
-            collate_fn=_as_it_is if config.streaming else collate,
+            collate_fn=_unchanged if config.streaming else collate,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each new iterator advances torch's global generator
+            generator=torch.Generator(),  # without it each new iterator would advance torch's global generator
         )
         return TrainLoader(loader, device, parts, self.lengths)
 
@@ -125,7 +125,7 @@ class TrainingData:
         """At most `validation_images` images, squares of the validation resolution; the same for every seed.
 
         They come from `data.validation`, drawn at random where it has more (of a stream, the first), or are held
-        out of the training source. Raises as the constructor.
+        out of the training source. Raises the same errors as the constructor.
         """
         config = self.config
         column, wanted = config.image_column, config.validation_images or HELD_OUT
@@ -140,7 +140,7 @@ class TrainingData:
         return Photographs(images, config.validation, size, column, rows, smallest=1)
 
     def _head(self, wanted: int) -> list[dict] | None:
-        """The first rows of a validation source that can be streamed, None of one that is read in place."""
+        """The first rows of a validation source that can be streamed; None for one that is read in place."""
         config = self.config
         if locate(config.validation, VALIDATION.source, "validation").kind in ("images", "saved"):
             return None
@@ -149,11 +149,11 @@ class TrainingData:
         return [{config.image_column: record} for record in islice(records, wanted)]
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What the training source is told from another by: {"images": their number, "sha256": of their names}.
+        """What tells the training source from another: {"images": their number, "sha256": of their names}.
 
-        Of contents (of 64 images, spread over the source) where images have no names. Of a stream {"files": their
-        number, "sha256": of their names and, if local, sizes}. A folder that was moved or copied is the same
-        source.
+        Where images have no names, the hash is of contents, of 64 images spread over the source. Of a stream it is
+        {"files": their number, "sha256": of their names and, if local, sizes}. A folder that was moved or copied
+        has the same fingerprint.
         """
         if self.config.streaming:
             files = range(self.stream.num_shards)
@@ -168,5 +168,6 @@ class TrainingData:
         return {"images": len(self.images), "sha256": digest.hexdigest()}
 
 
-def _as_it_is(part: dict) -> dict:
+def _unchanged(part: dict) -> dict:
+    """A `collate_fn` for parts that `StreamedImages` has collated already."""
     return part

@@ -7,7 +7,7 @@ from .schedules import LearningRate
 def first_lines(
     config: Config, rate: LearningRate, parameters: int, ranks: int, device: str, counted: dict[str, int]
 ) -> str:
-    """Everything effective, not as written: the batch over all ranks, the rate for that batch.
+    """The effective values rather than the configured ones: the batch over all ranks, the rate for that batch.
 
     counted: the task's keys that count steps, and their values.
     """
@@ -25,17 +25,17 @@ def first_lines(
             f"{key}={value:.5g}" for key, value in for_the_same_samples(config, batch, counted).items()
         )
         lines.append(
-            f"{batch / config.optimizer.reference_batch:.3g} times the reference batch; other keys are as written, "
-            f"and for the same samples would be {same}"
+            f"{batch / config.optimizer.reference_batch:.3g} times the reference batch; only the learning rate "
+            f"is scaled, and for the same samples other keys would be {same}"
         )
     return "\n".join(lines)
 
 
 def for_the_same_samples(config: Config, batch: int, counted: dict[str, int]) -> dict[str, float]:
-    """What counts steps, for a batch of k times the reference: steps / k, and an average over as many samples.
+    """The keys that count steps, and ema.decay, converted to a batch of k times the reference for the same samples.
 
-    Steps and delays with it keep their place among the samples. The decay becomes decay^k, which forgets a sample
-    after as many others (Busbridge et al. 2023, "How to Scale Your EMA", eq. 4).
+    Numbers of steps become steps / k, so that they keep their place among the samples. The decay becomes decay^k,
+    which averages over as many samples (Busbridge et al. 2023, "How to Scale Your EMA", eq. 4).
     """
     k = batch / config.optimizer.reference_batch
     keys: dict[str, float] = {"train.steps": max(1, round(config.train.steps / k))}

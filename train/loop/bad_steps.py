@@ -9,7 +9,7 @@ from .journal import Journal
 
 
 class BadSteps:
-    """`total` over the run and `in_a_row` up to now are part of a checkpoint."""
+    """Count skipped steps: `total` over the run, and `in_a_row` up to now. Checkpoints keep both."""
 
     def __init__(self, samples_per_step: int, journal: Journal, say: Callable[[str], None]):
         self.samples_per_step, self.journal, self.say = samples_per_step, journal, say
@@ -17,11 +17,15 @@ class BadSteps:
         self.noted: list[tuple[int, int, Tensor]] = []  # step, samples after it, whether it was skipped
 
     def note(self, step: int, samples: int, norms: list[Tensor]) -> None:
-        """norms: of the gradients of the networks that moved in the step. samples: consumed after it."""
+        """Note a step, whether it was skipped or not.
+
+        samples: how many the run has consumed by its end, over all ranks. norms: gradient norms of the networks
+        that it trained.
+        """
         self.noted.append((step, samples, ~torch.stack(norms).isfinite().all()))
 
     def report(self) -> int:
-        """Write down those since the last report; the most in a row."""
+        """Log the skipped steps since the last report; returns the largest number of them in a row."""
         flags = torch.stack([bad for *_, bad in self.noted]).tolist() if self.noted else []
         most = 0
         for (step, end, _), bad in zip(self.noted, flags, strict=True):

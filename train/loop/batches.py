@@ -1,4 +1,4 @@
-"""Batches that all ranks have, or none: a rank that cannot read on ends the others too."""
+"""Read batches so that all ranks stop together when one of them cannot read on."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -13,16 +13,16 @@ from .launch import Agreement
 class AgreedBatches:
     """Reads groups of batches one group ahead, so that the ranks agree on it while a step is computed.
 
-    on_failure: called on all ranks where one of them cannot read on; it returns what the message is to end with.
+    on_failure: called on all ranks when any of them cannot read on; it returns the end of the error message.
     """
 
     def __init__(self, agreement: Agreement, on_failure: Callable[[], str]):
         self.agreement, self.on_failure = agreement, on_failure
 
     def grouped(self, loader: TrainLoader, groups: int, size: int) -> Iterator[list[dict]]:
-        """`groups` times `size` batches, each group once all ranks have theirs.
+        """Yield `groups` lists of `size` batches, each once every rank has read its own.
 
-        Raises LoaderFailed on all ranks, after the last whole group, where one of them has none.
+        If a rank cannot read its list, all ranks raise LoaderFailed after the last list that every rank has.
         """
         batches = iter(loader)
         ready, failure = _read(batches, size * bool(groups))
@@ -41,7 +41,7 @@ class AgreedBatches:
 
 
 def _read(batches: Iterator[dict], count: int) -> tuple[list[dict], str | None]:
-    """The next batches, and why there are none if there are none."""
+    """The next `count` batches and None, or no batches and the reason."""
     with record_function("data"):
         try:
             return list(islice(batches, count)), None

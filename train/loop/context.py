@@ -1,4 +1,4 @@
-"""What the parts of a run share: its configuration, its ranks, its folder, and one voice."""
+"""`RunContext`: what all parts of a run share: configuration, ranks, device, folder, printing once."""
 
 import os
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from .trackers import check_trackers
 
 
 class RunContext:
-    """One rank of a run, before there is anything to train. Making one takes the run's folder.
+    """One rank of a run, set up before anything is built to train. Creating it locks the run's folder.
 
-    Raises ValueError for an accelerate plug-in or a precision that cannot be had, and for a folder that another
-    run holds.
+    Raises ValueError for an accelerate plug-in or a precision that is not supported, and for a folder that another
+    run has locked.
     """
 
     def __init__(self, config: Config):
@@ -41,20 +41,20 @@ class RunContext:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.learning_rate = LearningRate(config, self.ranks)
-        self._take_folder()
+        self._lock_folder()
 
     @property
     def samples_per_step(self) -> int:
-        """Over all ranks and micro-batches."""
+        """Samples that an optimizer step consumes, over all ranks and micro-batches."""
         return self.learning_rate.samples_per_step
 
     def say(self, text: str) -> None:
-        """Print a line, once and not on every rank, past the progress bar."""
+        """Print a line above the progress bar, on the main rank alone."""
         if self.is_main:
             tqdm.write(text)
 
     def on_main(self, work: Callable[[], None]) -> str | None:
-        """Do it on the main rank while all wait; the message of an OSError, on every rank, or None."""
+        """Call `work` on the main rank while the others wait; all get the message of its OSError, or None."""
         problem = None
         if self.is_main:
             try:
@@ -64,7 +64,7 @@ class RunContext:
         [problem] = broadcast_object_list([problem])
         return problem
 
-    def _take_folder(self) -> None:
+    def _lock_folder(self) -> None:
         if self.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

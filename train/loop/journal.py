@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, its trackers, and the sums between two lines of them."""
+"""Log a run to metrics.jsonl and its trackers, with means over the steps between two lines."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .trackers import Trackers
 
-MOST_UNWRITTEN = 10_000  # lines of metrics.jsonl that are kept for a disk with room
+MOST_UNWRITTEN = 10_000  # lines of metrics.jsonl that are kept in memory while the disk is full
 
 
 class Journal:
-    """Scalars stay on the device until a line is written, as means over its steps, micro-batches and ranks.
+    """Collects scalars, on the device, and writes their means over the steps, micro-batches and ranks of a line.
 
     A value that is not finite is left out of its mean, so that a skipped step does not hide the steps around it.
     """
@@ -40,24 +40,25 @@ class Journal:
         self.start_window(step=0)
 
     def start_window(self, step: int) -> None:
-        self.window: dict[tuple[str, ...], list[Tensor]] = {}  # names: a vector of their values a micro-batch
-        self.first_step, self.started, self.elsewhere = step, time.perf_counter(), 0.0
+        # names -> a vector of their values for each micro-batch
+        self.window: dict[tuple[str, ...], list[Tensor]] = {}
+        self.first_step, self.started, self.seconds_stopped = step, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Leave what happens in the block, such as a validation, out of the steps a second."""
+        """Do not count the time of the block, such as a validation, in steps a second."""
         since = time.perf_counter()
         yield
-        self.elsewhere += time.perf_counter() - since
+        self.seconds_stopped += time.perf_counter() - since
 
     def add(self, terms: dict[str, Tensor]) -> None:
         values = torch.stack([value.detach().float() for value in terms.values()])
         self.window.setdefault(tuple(terms), []).append(values)
 
     def close_window(self, step: int) -> tuple[dict[str, float], float]:
-        """The means since the window was opened (NaN if no value was finite), and the steps a second.
+        """The means since the window was started (NaN if no value was finite), and the steps a second.
 
-        Opens the next window.
+        Starts the next window.
         """
         totals: dict[str, Tensor] = {}  # name: (sum, count) of the finite values
         for names, vectors in self.window.items():
@@ -68,14 +69,15 @@ class Journal:
                 totals[name] = totals[name] + pair if name in totals else pair
         sums, counts = self.accelerator.reduce(torch.stack(list(totals.values())), "sum").unbind(1)
         means = (sums / counts).tolist()
-        rate = (step - self.first_step) / (time.perf_counter() - self.started - self.elsewhere)
+        rate = (step - self.first_step) / (time.perf_counter() - self.started - self.seconds_stopped)
         self.start_window(step)
         return dict(zip(totals, means, strict=True)), rate
 
     def write(self, step: int, samples: int, values: dict) -> None:
-        """A line of metrics.jsonl, null for what is not finite; numbers go to the trackers too.
+        """Write a line of metrics.jsonl, with null for values that are not finite, and numbers to the trackers.
 
-        What a full disk refuses is warned of and kept: lines are written with the next that there is room for.
+        While the disk is full, lines are kept, after one warning, and written with the next for which there is
+        room.
         """
         if not self.accelerator.is_main_process:
             return
@@ -93,6 +95,7 @@ class Journal:
         self.trackers.log(numbers, step)
 
     def show(self, name: str, picture: Path, step: int) -> None:
+        """Send a picture to the trackers."""
         self.trackers.show(name, picture, step)
 
     def close(self) -> None:
@@ -108,7 +111,7 @@ class Journal:
         beside.replace(self.path)
 
     def recorded_start(self, prefix: str) -> dict[str, float]:
-        """What an earlier start of this run wrote down at step 0, of the names that begin with `prefix`."""
+        """The values at step 0 of an earlier start of this run, of names that begin with `prefix`, without it."""
         for line in self.lines():
             found = {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
             if line["step"] == 0 and found:
@@ -116,6 +119,7 @@ class Journal:
         return {}
 
     def lines(self) -> list[dict]:
+        """The lines of metrics.jsonl that are whole."""
         found = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:

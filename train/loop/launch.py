@@ -1,4 +1,4 @@
-"""What accelerate leaves out of a run: requests to stop, one run a folder."""
+"""What a run needs beyond accelerate: requests to stop, the lock on its folder, agreement of ranks."""
 
 import fcntl
 import signal
@@ -11,15 +11,15 @@ import torch
 
 from kl_autoencoder.distributed import launched
 
-# what `accelerate launch` sets for what takes the parameters out of the hands of the optimizers that are built here
+# `accelerate launch` sets these for engines that replace the parameters after our optimizers were given them
 PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
 }
-ASK_EVERY, MOST_STEPS = 1.0, 1000  # seconds, and steps, between two times that ranks ask for requests to stop
-PATIENCE = 60  # seconds that a run which is on its way out may still hold its folder
+ASK_EVERY, MOST_STEPS = 1.0, 1000  # seconds, and most steps, between two exchanges of requests to stop
+PATIENCE = 60  # seconds to wait for another run that is about to end to release the folder
 
 
 def refuse_plugins(environment: Mapping[str, str]) -> None:
@@ -53,10 +53,10 @@ def say_threads(threads: int, ranks: int, cores: int, load: float) -> str:
 
 
 def hold(folder: Path, say, patience: float = PATIENCE) -> IO:
-    """Keep a run's folder to this process until it ends, however it ends: two runs would undo each other's work.
+    """Lock a run's folder until this process ends, however it ends: two runs in it would undo each other's work.
 
-    Raises ValueError if another process holds it and does not let go within `patience` seconds, OSError if the
-    folder cannot be written to. On a file system without locks nothing is held.
+    Raises ValueError if another process has the lock and does not release it within `patience` seconds, OSError if
+    the folder cannot be written to. On a file system without locks, nothing is locked.
     """
     file, waiting_since = (folder / ".lock").open("a"), None
     while True:
@@ -79,15 +79,16 @@ def hold(folder: Path, say, patience: float = PATIENCE) -> IO:
 class StopRequest:
     """`with StopRequest(accelerator) as stop`: SIGTERM or SIGINT (a preempted job, Ctrl-C) is a request to stop.
 
-    All ranks agree on it, over gloo between the hosts, so that no device is waited for. The hosts wait for the
-    slowest of them, so they ask after the first step and then about once in ASK_EVERY seconds, at steps that they
-    agree on too; all stop after the same step. A second signal ends the process at once; but not where there is a
-    launcher, for it passes on the signal that a terminal or a scheduler has sent to all processes already.
+    The ranks exchange what they have received and all stop after the same step. They do so over gloo, on the hosts,
+    so that no device is waited for; since they wait for the slowest rank, only after the first step and then about
+    once in ASK_EVERY seconds, at steps that they agree on. A second signal ends the process at once, except under a
+    launcher: that passes on a signal which the terminal or scheduler has already sent to every process.
     """
 
     def __init__(self, accelerator):
         self.received, self.group, self.previous = 0, None, {}
-        self.next_step, self.asked = 0, (0, time.monotonic())  # when to ask next; the last step and time
+        self.next_step = 0  # of the next exchange between ranks
+        self.asked = (0, time.monotonic())  # step and time of the last exchange
         if accelerator.num_processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
 
@@ -115,7 +116,7 @@ class StopRequest:
         return signal.Signals(number).name if number else None
 
     def _agree(self, step: int) -> int:
-        """The largest signal number of all ranks; the slowest rank's pace says when they ask again."""
+        """The largest signal number of all ranks; sets the step of the next exchange by the pace of the slowest."""
         now, (last_step, last_time) = time.monotonic(), self.asked
         pace = (now - last_time) / max(1, step - last_step)  # seconds a step
         here = torch.tensor([self.received, pace], dtype=torch.float64)
@@ -127,7 +128,7 @@ class StopRequest:
 
 
 class Agreement:
-    """Asks all ranks whether something is so on any of them, over gloo, so that no device is waited for."""
+    """Tells all ranks whether a condition holds on any of them, over gloo, so that no device is waited for."""
 
     def __init__(self, accelerator):
         self.group = None
@@ -135,7 +136,7 @@ class Agreement:
             self.group = torch.distributed.new_group(backend="gloo")
 
     def start(self, here: bool) -> Callable[[], bool]:
-        """Begin to ask; all ranks must. The answer is waited for when what is returned is called."""
+        """Start the exchange; all ranks must call it. The function that is returned waits for the answer."""
         anywhere, work = torch.tensor(int(here)), None
         if self.group is not None:
             most = torch.distributed.ReduceOp.MAX

@@ -1,4 +1,4 @@
-"""A network with all that moves it: optimizer, learning rate, clipping, skipped steps, moving average, state."""
+"""`Player`, a network with its optimizer, clipping, skipped steps and saved state; and a moving average."""
 
 import copy
 import math
@@ -31,8 +31,8 @@ class MovingAverage:
 class Player:
     """One of the networks that a task trains.
 
-    module: the network; `network` is the same as DDP wraps it, to be called in a step. learning_rate: of a step.
-    name: "" for the task's first, whose files in a checkpoint are `model` and `optimizer`; those of another are
+    module: the network; `network` is the same, wrapped by DDP, to be called in a step. learning_rate: step -> rate.
+    name: "" for a task's first player, saved in checkpoints as `model` and `optimizer`; the files of any other are
     `NAME` and `NAME_optimizer`, and its gradient's norm is logged as `NAME/gradient_norm`.
     """
 
@@ -51,18 +51,22 @@ class Player:
         )
 
     def begin(self, step: int) -> None:
-        """Set the learning rate of a step."""
+        """Set the learning rate of a step, before its first micro-batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
 
     def backward(self, loss: Tensor, watched: Tensor) -> None:
-        """Backward; where `watched` is not finite all gradients become NaN, and so, averaged, on every rank."""
+        """Compute gradients; if `watched` is not finite, all become NaN, and on every rank, as DDP averages them.
+
+        `update` then skips the step.
+        """
         self.accelerator.backward(loss * torch.where(watched.detach().isfinite(), 1.0, math.nan))
 
     def update(self) -> dict[str, Tensor]:
-        """Clip and step, but only where the gradient's norm over all ranks is finite; the host waits for nothing.
+        """Clip the gradients and step; the step is skipped if the gradients' norm is not finite.
 
-        Returns the norm by its name; nothing before the last micro-batch of a step.
+        The device decides that (`found_inf`), so the host does not wait for it. Returns the norm by its name, and
+        {} before the last micro-batch of a step.
         """
         if not self.accelerator.sync_gradients:
             return {}
@@ -74,7 +78,7 @@ class Player:
             if scaler is not None:
                 scaler.step(self.optimizer)
             else:
-                self.optimizer.found_inf = (~norm.isfinite()).float()  # as a GradScaler does
+                self.optimizer.found_inf = (~norm.isfinite()).float()  # AdamW reads it as from a GradScaler
                 self.optimizer.step()
             self.optimizer.zero_grad()
         return {self.gradient_norm: norm}

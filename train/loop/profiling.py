@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Profile what a step spends on data, autoencoder, LPIPS, discriminator, optimizer and communication."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ WARMUP, MEASURED = 3, 5
 
 
 def profiler(folder: Path, say) -> profile:
-    """Profiles five steps after three of warm-up: `folder/trace.json`, for Perfetto, and a table to `say`."""
+    """Profile five steps after three of warm-up: writes `folder/trace.json`, for Perfetto, and prints a table."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def finished(result: profile) -> None:
@@ -30,7 +30,7 @@ def profiler(folder: Path, say) -> profile:
 
 
 def cost_table(result: profile) -> str:
-    """Milliseconds a step of each part: on the host, and on the device where there is one.
+    """A table of milliseconds a step for each part: on the host, and on the device where there is one.
 
     The host's time of a part is the time between its start and its end; on a GPU that is what it takes to queue
     the work, and the device's column is what it takes to do it. Communication overlaps the autoencoder's

@@ -11,7 +11,7 @@ def ramp(step: int, warmup_steps: int) -> float:
 
 
 class LearningRate:
-    """The rate of a step, counted from 0, in a run on so many ranks: scaled to the batch, warmed up and decayed."""
+    """The learning rate of a step, counted from 0: scaled to the batch over all ranks, warmed up and decayed."""
 
     def __init__(self, config: Config, ranks: int):
         self.config, self.steps = config.optimizer, config.train.steps
@@ -24,7 +24,7 @@ class LearningRate:
         return self.peak() * ramp(step + 1, warmup + 1) * decay[self.config.schedule]
 
     def peak(self) -> float:
-        """The configured rate, scaled from the reference batch to the real one by the rule."""
+        """The configured rate, scaled by `optimizer.scale_rule` from the reference batch to the real one."""
         ratio = self.samples_per_step / self.config.reference_batch
         factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.config.scale_rule]
         return self.config.learning_rate * factor

@@ -1,4 +1,4 @@
-"""What the loop asks of that which it trains."""
+"""`Task`: the interface between the loop and what it trains."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,17 +10,17 @@ from torch import Tensor
 from ..data.loader import TrainLoader
 from .player import Player, Tensors
 
-# (loader, groups, size) -> so many groups of so many batches, each once all ranks have theirs
+# `AgreedBatches.grouped`: (loader, groups, size) -> `groups` lists of `size` batches, the same number on all ranks
 Grouped = Callable[[TrainLoader, int, int], Iterator[list[dict]]]
 
 
 class Source(Protocol):
-    """Where batches come from. lengths: what was learnt about the source, kept in checkpoints."""
+    """Where batches come from. lengths: records of each shard, found while reading, kept in checkpoints."""
 
     lengths: dict[str, int]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells it from another source."""
+        """Numbers and hashes that tell it from another source."""
 
     def loader(
         self, start_sample: int, rank: int, world_size: int, device: torch.device | str
@@ -28,10 +28,10 @@ class Source(Protocol):
 
 
 class Task(Protocol):
-    """Networks, a step, a measure of held-out data, and what is left at the end.
+    """What a run trains: networks, a step, validation, the export.
 
-    players: the networks that are trained, the first one being what the run is about. shown: the terms that the
-    progress bar shows. exported: the model as it would be exported now, with `to_json_string`.
+    players: the networks that are trained, the main one first. shown: the terms that the progress bar shows.
+    exported: the model as it would be exported now, which has `to_json_string`.
     """
 
     players: Sequence[Player]
@@ -42,16 +42,16 @@ class Task(Protocol):
     def exported(self) -> Any: ...
 
     def ready(self) -> None:
-        """Called once, after a checkpoint was loaded and before the first step: read what is measured on."""
+        """Called once, after a checkpoint was loaded and before the first step: read the held-out data."""
 
     def playing(self, step: int) -> Sequence[Player]:
-        """The players that move in a step."""
+        """The players that are trained in a step."""
 
     def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
-        """Forward, backward and, with the last micro-batch of a step, update; the terms to be logged."""
+        """Forward, backward and, in the last micro-batch of a step, update; returns the terms to log."""
 
     def end_step(self, step: int) -> None:
-        """Called after each step; `step` counts those taken."""
+        """Called after each step; `step` is the number of steps taken."""
 
     def tensors(self) -> Tensors:
         """Everything that the next step depends on."""
@@ -66,10 +66,10 @@ class Task(Protocol):
         """Write a picture of `exported` at work, on the main rank; False if there is nothing to show."""
 
     def measure(self, grouped: Grouped) -> dict[str, Any]:
-        """At the end of a run, on all ranks: facts for `export`."""
+        """Measure what `export` writes down, at the end of a run, on all ranks."""
 
     def export(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write the finished model, on the main rank. facts: of `measure`, and before, after, step, samples."""
+        """Write the finished model, on the main rank. facts: of `measure`, with before, after, step, samples."""
 
     def counted_in_steps(self) -> dict[str, int]:
-        """Keys of the configuration that count steps, and their values; for another batch they would differ."""
+        """Keys of the configuration that count steps, and their values, beside train.steps."""

@@ -31,9 +31,9 @@ class TooManyBadSteps(RuntimeError):
 
 
 class Trainer:
-    """Everything a run holds. Making one reads the data, builds the networks and finds what there is to resume.
+    """A run. Creating it opens the data, builds the networks and loads the newest checkpoint, if there is one.
 
-    step: how many were taken. samples: how many they consumed over all ranks, the position in the data.
+    step: how many steps were taken. samples: how many they consumed over all ranks, the position in the data.
     """
 
     def __init__(self, config: Config, make_task: Callable[[RunContext], Task]):
@@ -50,11 +50,9 @@ class Trainer:
         self._resume()
         self.loader = self.task.data.loader(self.samples, self.run.rank, self.run.ranks, self.run.device)
         self.task.ready()
-        self.stop, self.agreed = (
-            StopRequest(self.accelerator),
-            AgreedBatches(Agreement(self.accelerator), self._end),
-        )
-        if self.is_main:  # now that it is known to work: an earlier run's stays where one does not
+        self.stop = StopRequest(self.accelerator)
+        self.agreed = AgreedBatches(Agreement(self.accelerator), self._save_and_close)
+        if self.is_main:  # last, so that a run which cannot start leaves the config.yaml of an earlier one
             with replacing(self.folder / "config.yaml") as beside:
                 beside.write_text(to_yaml(config))
 
@@ -69,7 +67,7 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def fit(self) -> dict | None:
-        """Train to the last step and export; returns what the run amounts to, None if it was asked to stop."""
+        """Train to the last step and export; returns the result of `finish`, or None if it was asked to stop."""
         every = self.config.validation.every
         self._announce()
         if self.finished:
@@ -81,7 +79,7 @@ class Trainer:
             total=self.config.train.steps, initial=self.step, unit="step", disable=not self.is_main
         )
         self.journal.start_window(self.step)
-        with self._profiler() as profiler, self.stop, progress:  # the bar ends its line whatever happens
+        with self._profiler() as profiler, self.stop, progress:  # the bar must end its line whatever happens
             for micro_batches in self.batches():
                 self.train_step(micro_batches)
                 progress.update()
@@ -109,7 +107,7 @@ class Trainer:
         return self.agreed.grouped(self.loader, steps, self.config.train.gradient_accumulation)
 
     def train_step(self, micro_batches: list[dict]) -> None:
-        """One step of the players, and what is noted of it."""
+        """Take one step, and note its terms, skipped images and gradient norms."""
         for batch, terms in zip(micro_batches, self.take_step(micro_batches), strict=True):
             self.journal.add(terms)
             self.skipped.add(batch["skipped"])
@@ -136,7 +134,7 @@ class Trainer:
         return found
 
     def finish(self, before: dict) -> dict:
-        """Measure and export the final weights."""
+        """Validate and export the final weights; returns metrics before and after, picture and export folder."""
         after, exported = self.validate(), self.folder / "export"
         facts = {"before": before, "after": after, "step": self.step, "samples": self.samples}
         facts |= self.task.measure(self.agreed.grouped)
@@ -149,7 +147,7 @@ class Trainer:
     # ---------------------------------------------------------------- what is written down
 
     def log(self) -> dict[str, str]:
-        """Write the means over the window and over all ranks; returns the few that the progress bar shows."""
+        """Log the means since the last line, over all ranks; returns the few that the progress bar shows."""
         self._report_bad_steps()
         values, rate = self.journal.close_window(self.step)
         values |= {
@@ -177,7 +175,7 @@ class Trainer:
         return self.folder / "samples" / f"step-{self.step:06d}.png"
 
     def _report_bad_steps(self) -> None:
-        """Write down the skipped steps since the last report; too many in a row end the run."""
+        """Log the skipped steps since the last report; too many in a row raise TooManyBadSteps."""
         most = self.bad_steps.report()
         if most >= self.config.train.max_bad_steps:
             self.save()
@@ -190,12 +188,12 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints
 
     def save(self, last: bool = False) -> None:
-        """A checkpoint of everything that the next step depends on.
+        """Write a checkpoint of everything that the next step depends on.
 
-        One that cannot be written (a full disk) is warned of, and the next save tries again; but the `last` of a
-        run raises OSError, on all ranks. Those before it are whole in any case.
+        If it cannot be written (a full disk), a warning is printed and the next save tries again; but the `last` of
+        a run raises OSError, on all ranks. Earlier checkpoints stay whole in any case.
         """
-        self._report_bad_steps()  # the steps before this one will not be taken again
+        self._report_bad_steps()  # these steps will not be taken again
         self.saver.gather_notes(self.skipped)
         counters = {"samples": self.samples, **self.bad_steps.state(), "skipped": self.skipped.state()}
         problem = self.saver.save(self.step, counters)
@@ -204,14 +202,15 @@ class Trainer:
         if problem:
             self.say(f"WARNING: {problem}; training goes on, and the next save tries again")
 
-    def _end(self) -> str:
-        """Save and close where a rank cannot read on; what its message ends with."""
+    def _save_and_close(self) -> str:
+        """Save and close after a rank could not read on; returns the end of the error message."""
         if self.step != self.saver.step:
             self.save()
         self.journal.close()
         return "" if self.saver.step is None else f"; saved at step {self.saver.step}"
 
     def _resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one, and say what has changed in the configuration."""
         found = self.saver.load()
         if found is None:
             self.journal.forget_after(-1)  # of a run that was killed before its first checkpoint
@@ -243,7 +242,7 @@ class Trainer:
             first_lines(self.config, self.run.learning_rate, parameters, self.run.ranks, device, counted)
         )
         if device == "cpu":
-            load, *_ = psutil.getloadavg()  # over the minute in which this started
+            load, *_ = psutil.getloadavg()  # over the last minute
             self.say(say_threads(torch.get_num_threads(), self.run.ranks, os.cpu_count(), load))
 
 

@@ -1,14 +1,15 @@
-"""Random numbers of a sample: a function of the seed, the sample's number and their purpose, and of nothing else.
+"""Random numbers of a sample: a function of the seed, the sample's number and their purpose alone.
 
-So they are the same on any number of ranks and after any restart. What all images of a step have in common is a
-function of the seed and the step's number, the same on every rank and in every micro-batch.
+They are therefore the same on any number of ranks and after any restart. Random numbers that all images of a step
+share are a function of the seed and the step's number, the same on every rank and in every micro-batch.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-POSTERIOR_NOISE, VIEW, STEP = 1, 2, 3  # purposes; the crops' random numbers have a stream of their own
+# purposes; crops have a generator of their own, `augmentation` in train/data/samples.py
+POSTERIOR_NOISE, VIEW, STEP = 1, 2, 3
 
 
 class Draws:

@@ -16,9 +16,9 @@ class Parts:
         self.kinds: dict[str, tuple[type, Callable]] = {}
 
     def register(self, section: type) -> Callable[[Callable], Callable]:
-        """Decorate what builds a part from a `section`, whose key `kind` has the part's name as its default.
+        """Decorator for a function that builds a part from a `section`, whose `kind` defaults to the part's name.
 
-        Raises ValueError if the name is another part's.
+        Raises ValueError if another part has that name.
         """
         kind = section.__pydantic_fields__["kind"].default
 
@@ -26,7 +26,7 @@ class Parts:
             taken = self.kinds.get(kind)
             if taken is not None and taken[0].__module__ != section.__module__:
                 raise ValueError(
-                    f"{self.key}.kind: {kind!r} is registered already; allowed: a name of its own"
+                    f"{self.key}.kind: {kind!r} is the name of another part; allowed: a name that is not taken"
                 )
             self.kinds[kind] = (section, build)
             return build
@@ -44,7 +44,7 @@ class Parts:
         return self.kinds[kind][0]
 
     def build(self, config: Any, run: Any) -> Any:
-        """The part that a section describes, in a run that is configured by `run` (a `train.config.Config`)."""
+        """Build the part that the section `config` describes; `run` is the whole `train.config.Config`."""
         return self.kinds[config.kind][1](config, run)
 
 

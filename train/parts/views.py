@@ -1,9 +1,9 @@
-"""Views: what happens to the latents, and alike to the images they stand for, between encoder and decoder.
+"""Views: changes to the latents, and to the images they stand for, between encoder and decoder.
 
-A view is a callable (z, images, draws) -> (z, images), in training alone. It may have two methods more:
+A view is a callable (z, images, draws) -> (z, images), used in training alone. It may have two further methods:
 
-- `at_encoder(images, multiple, draws) -> images`: what the encoder is given, with sides that are multiples of
-  `multiple`, the network's downsampling, and at most those that it was given;
+- `at_encoder(images, multiple, draws) -> images`: the input of the encoder, with sides that are multiples of
+  `multiple`, the network's downsampling, and at most those of `images`;
 - `smallest_side(resolution, multiple) -> int`: the side of the smallest images that it makes of such crops.
 """
 
@@ -21,7 +21,7 @@ View = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]
 
 @section
 class IdentityConfig:
-    """Nothing happens."""
+    """Leave latents and images unchanged."""
 
     kind: Literal["identity"] = choice("identity", "latents as they are")
 
@@ -33,7 +33,7 @@ def identity(config: IdentityConfig, run) -> View:
 
 @section
 class NoiseConfig:
-    """Normal noise on the latents: the decoder learns to bear what diffusion and rounding leave (RAE uses 0.8)."""
+    """Normal noise on the latents: the decoder learns to bear errors of diffusion and rounding (RAE uses 0.8)."""
 
     kind: Literal["noise"] = choice("noise", "normal noise of a deviation that is drawn for each image")
     low: float = key(0.0, "smallest deviation, in the units of the raw latents", low=0, high=1e6)

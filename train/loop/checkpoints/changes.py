@@ -1,7 +1,7 @@
-"""Compare the configuration of a run that goes on with the one that it was started with.
+"""Compare the configuration of a run that is continued with the one that it was started with.
 
-Most keys may change between two starts: steps, rates, weights, intervals. Some make it another run, whose steps so
-far would count for something they are not: the data, the seed and the network. Those are refused.
+Most keys may change between two starts: steps, rates, weights, intervals. Other data, another seed or network make
+it another run, for which the steps so far do not count. Such changes are refused.
 """
 
 from pathlib import Path
@@ -12,14 +12,12 @@ import yaml
 from ...config import Config, build, to_yaml
 from ..schedules import LearningRate
 
-UNCOMPARED = ("output_dir", "resume")  # where a run lies may change, and how to go on is no property of it
-# with which samples there are, and in which order; crops may grow on the way, as in the recipes in parts
+UNCOMPARED = ("output_dir", "resume")  # the folder may be moved, and `resume` only says how to continue
+# keys that decide which samples there are, and in which order; crops may grow, as in the recipes of several parts
 ANOTHER_RUN = ("seed", "model", *(f"data.{key}" for key in ("train", "split", "image_column", "streaming")))
-HELD_OUT = (
-    "data.validation",
-    "data.validation_images",
-)  # decide what is trained on where nothing else is held out
-NOTABLE = 0.01  # relative change of a learning rate that is worth a line
+# what these hold out of data.train, where data.validation is null, is not trained on
+HELD_OUT = ("data.validation", "data.validation_images")
+NOTABLE = 0.01  # relative change of a learning rate above which it is printed
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
@@ -42,7 +40,7 @@ def compare(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]
 
 
 def makes_another_run(key: str, before: dict[str, Any]) -> bool:
-    """Whether a change of `key` changes what the steps so far have been about."""
+    """Whether another value of `key` makes it another run. before: the configuration of the run so far."""
     if key in HELD_OUT:
         return before.get("data", {}).get("validation") is None
     return key in ANOTHER_RUN or key.split(".")[0] in ANOTHER_RUN
@@ -54,7 +52,7 @@ def refuse_another_run(
     """A line for each key that has changed. ValueError for one that makes it another run, unless that is forced.
 
     sources: the fingerprints of the training images then and now, None where unknown. A folder that was moved is
-    the same source, and one that has got other images is another.
+    the same source; a folder with other images than before is not.
     """
     changed = compare(before, config)
     other = [(key, *pair) for key, pair in changed.items() if makes_another_run(key, before)]
@@ -75,7 +73,7 @@ def refuse_another_run(
 
 
 def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> str | None:
-    """A line where the learning rate of the next step is not the one that it would have had."""
+    """A line if the change gives the next step another learning rate, by more than `NOTABLE`; else None."""
     try:
         old = build(Config, before)
     except ValueError:  # of another version of this program

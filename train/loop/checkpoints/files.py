@@ -1,8 +1,8 @@
-"""Training state on disk: written beside and renamed when complete, verified when read, rotated.
+"""Checkpoints on disk: written beside and renamed when complete, verified when read, old ones removed.
 
 A checkpoint is a folder `step-000200` of safetensors files, `state.json` (counters), the model's `config.json` and
-`manifest.json`, which holds the size and SHA-256 of every other file and is written last. No pickle is written or
-read.
+`manifest.json`, which holds the size and SHA-256 of every other file and is written last; `damage` compares them.
+No pickle is written or read.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, by sizes and SHA-256 of its files, or None if it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         written = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}

@@ -1,4 +1,4 @@
-"""What a run saves and goes on from: its task's tensors, its counters, and what it was configured as."""
+"""`Saver`: saves and loads a task's tensors with the run's counters, and compares configurations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import changes, files
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that was loaded. config: what it was trained as. changed: a line for each key that differs."""
+    """A checkpoint that was loaded. config: that of the run so far. changed: a line for each key that differs."""
 
     path: Path
     state: dict[str, Any]
@@ -23,7 +23,7 @@ class Found:
 
 
 class Saver:
-    """Saves a task on all ranks and loads it. step: that of the newest checkpoint, None if there is none."""
+    """Saves a task and loads it, on all ranks together. step: that of the newest checkpoint, None without one."""
 
     def __init__(self, run: RunContext, task: Task):
         self.run, self.task, self.root = run, task, run.folder / "checkpoints"
@@ -31,7 +31,7 @@ class Saver:
         self.source = task.data.fingerprint() if run.is_main else None
 
     def save(self, step: int, counters: dict[str, Any]) -> str | None:
-        """Write a checkpoint and remove old ones, all ranks waiting; why it could not be written, or None."""
+        """Write a checkpoint and remove old ones while all ranks wait; returns why that failed, or None."""
         problem = self.run.on_main(lambda: self._write(step, counters))
         if problem is None:
             self.step = step
@@ -50,7 +50,7 @@ class Saver:
         files.rotate(self.root, config.keep_last, config.keep_every)
 
     def gather_notes(self, skipped: SkippedImages) -> None:
-        """What each rank has found out of the data, to all: images that cannot be used, lengths of shards."""
+        """Give all ranks what each has found out about the data: images that cannot be used, lengths of shards."""
         for of_rank, lengths in gather_object([(skipped.state(), self.task.data.lengths)]):
             skipped.merge(of_rank)
             self.task.data.lengths.update(lengths)

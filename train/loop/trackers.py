@@ -30,10 +30,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, on its main rank; elsewhere nothing is written.
-
-    A tracker that fails is warned of, once, and training goes on.
-    """
+    """The trackers of a run, written on its main rank alone. One that fails is warned of once; training goes on."""
 
     def __init__(
         self,
@@ -43,7 +40,7 @@ class Trackers:
         say: Callable[[str], None],
         config: Mapping[str, Any] | None = None,
     ):
-        """config: the run's, nested, which the trackers other than TensorBoard show beside its curves."""
+        """config: the run's, nested, which trackers other than TensorBoard show beside the curves."""
         self.folder, self.accelerator, self.say, self.warned = folder, accelerator, say, set()
         names = tuple(dict.fromkeys(names))
         if TENSORBOARD in names and accelerator.is_main_process:
@@ -61,7 +58,7 @@ class Trackers:
             self._to_other(tracker, lambda t=tracker: t.log(numbers, step=step))
 
     def show(self, name: str, picture: Path, step: int) -> None:
-        """A picture, by each tracker that has any."""
+        """Send a picture to each tracker that takes pictures."""
         if not self.accelerator.is_main_process or not self.accelerator.trackers:
             return
         image = np.asarray(Image.open(picture))
@@ -71,7 +68,7 @@ class Trackers:
             self._to_other(tracker, lambda t=tracker: _show(t, name, picture, image, step))
 
     def close(self) -> None:
-        """TensorBoard's last two minutes are in memory until then."""
+        """End the trackers; writes what TensorBoard still holds in memory, up to two minutes."""
         if board := self._tensorboard():
             self._to_tensorboard(lambda: board.writer.flush())
         self.accelerator.end_training()
@@ -86,7 +83,7 @@ class Trackers:
         return self.accelerator.trackers if self.accelerator.is_main_process else []
 
     def _to_tensorboard(self, write: Callable[[], None]) -> None:
-        """After a failure the writer's thread is dead: the next call opens a file of its own."""
+        """Call `write`; after an OSError, which ends the writer's thread, the next call opens a new file."""
         try:
             write()
         except OSError as error:
@@ -99,11 +96,11 @@ class Trackers:
     def _to_other(self, tracker: GeneralTracker, write: Callable[[], None]) -> None:
         try:
             write()
-        except Exception as error:  # of a library of its own, mostly about its network
+        except Exception as error:  # each tracker's library raises its own, mostly about the network
             self._warn(tracker.name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
     def _warn(self, what: str, reason: str) -> None:
-        """Once a tracker: one that cannot be reached is not at every step."""
+        """Warn once for each tracker: one that cannot be reached would be warned of at every step."""
         if what not in self.warned:
             self.say(f"WARNING: {what}: cannot be written ({reason}); training goes on")
         self.warned.add(what)
@@ -116,7 +113,7 @@ def _made(name: str, folder: Path) -> GeneralTracker:
 
 
 def _show(tracker: Any, name: str, picture: Path, image: np.ndarray, step: int) -> None:
-    """accelerate has no common way: each of its trackers, and any that a plugin registers with `log_images`."""
+    """Send a picture in each tracker's own way, as accelerate has no common one; `log_images` of a plugin's."""
     if tracker.name == "mlflow":
         tracker.log_artifact(str(picture), name)
     elif tracker.name == "comet_ml":
@@ -146,7 +143,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 @cache
 def _hush_tensorboard_thread() -> None:
-    """Leave out the traceback of a TensorBoard thread that a full disk ends: its error is said already."""
+    """Leave out the traceback of a TensorBoard thread that a full disk ends: `Trackers` reports the error."""
     print_traceback = threading.excepthook
 
     def hook(failure) -> None:

@@ -1,7 +1,8 @@
-"""The term `alignment` of VA-VAE (Yao et al. 2025, arXiv 2501.01423): latents made like frozen features.
+"""The term `alignment` of VA-VAE (Yao et al. 2025, arXiv 2501.01423): latents aligned with frozen features.
 
-A learned matrix projects each latent to the features that a vision transformer (DINOv2 by default) has of the same
-patch. The projection is to have their direction, and any two places of an image are to be as alike as there.
+A learned matrix projects each latent to the space of a vision transformer's features (DINOv2 by default). The loss
+pulls the projection to the direction of the feature of the same patch, and the cosine of any two places of an image
+to that of their features.
 """
 
 from contextlib import nullcontext
@@ -18,25 +19,25 @@ from ..settings import choice, key, section
 from .registry import TERMS
 from .terms import Term
 
-IMAGENET = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # mean and deviation of what most of them are trained on
+# mean and deviation of ImageNet, on which most of these networks are trained
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @section
 class AlignmentConfig:
-    """Latents like features. VA-VAE multiplies its weight by |grad nll| / |grad alignment|; this one is fixed."""
+    """Align latents with features. The weight is fixed; VA-VAE multiplies it by |grad nll| / |grad alignment|."""
 
-    kind: Literal["alignment"] = choice("alignment", "latents are told apart as frozen features are")
+    kind: Literal["alignment"] = choice(
+        "alignment", "latents get the directions and cosines of frozen features"
+    )
     features: str = key(
         "facebook/dinov2-large", "a folder or a hub id of a vision transformer that transformers loads"
     )
     weight: float = key(0.1, "of the term", above=0, high=1e6)
-    cosine_margin: float = key(0.5, "a cosine so far from 1 costs nothing", low=0, high=2)
+    cosine_margin: float = key(0.5, "a cosine that is less than this below 1 costs nothing", low=0, high=2)
     distance_margin: float = key(
-        0.25, "two places' cosine may differ so much from that of their features", low=0, high=2
+        0.25, "by how much the cosine of two places may differ from that of their features", low=0, high=2
     )
 
 
@@ -67,7 +68,7 @@ def misalignment(
 ) -> Tensor:
     """Marginal cosine and marginal distance matrix loss (sections 3.2.1 and 3.2.2), a scalar, in float32.
 
-    projected, features: (B, D, h, w). 0 is least, where each pair of vectors points the same way.
+    projected, features: (B, D, h, w). Its minimum, 0, is reached where each pair of vectors points the same way.
     """
     a, b = (F.normalize(x.float().flatten(2), dim=1) for x in (projected, features))  # (B, D, h*w)
     cosine = F.relu(1 - cosine_margin - (a * b).sum(dim=1)).mean()
@@ -76,7 +77,7 @@ def misalignment(
 
 
 class FrozenFeatures:
-    """The patches' features of a vision transformer, of images in [-1, 1], on the grid of the latents.
+    """The patch features of a frozen vision transformer for images in [-1, 1], on the grid of the latents.
 
     source: a folder or hub id. width: the features' channels. half: a type to compute them in, or None.
     """
@@ -100,19 +101,19 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, height: int, width: int) -> Tensor:
-        """(B, 3, H, W) -> (B, D, height, width), float32: the image is scaled to as many patches."""
+        """(B, 3, H, W) -> (B, D, height, width), float32: images are scaled to height x width patches."""
         network, device = self.network.to(images.device), images.device
         x = ((images.float() + 1) / 2 - self.mean.to(device)) / self.deviation.to(device)
         size = (height * self.patch, width * self.patch)
         x = F.interpolate(x, size, mode="bilinear", antialias=True)
         with torch.autocast(device.type, self.half) if self.half else nullcontext():
             tokens = network(pixel_values=x, **self.options).last_hidden_state
-        patches = tokens[:, -height * width :].float()  # what comes before stands for the whole image
+        patches = tokens[:, -height * width :].float()  # tokens before these stand for the whole image
         return patches.mT.unflatten(2, (height, width))
 
 
 def _normalisation(source: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation of pixels in [0, 1] as a network takes them, ImageNet's where it brings none."""
+    """Mean and deviation by which a network expects pixels in [0, 1] normalised; ImageNet's if it names none."""
     from transformers import AutoImageProcessor
 
     try:

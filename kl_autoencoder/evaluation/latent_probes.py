@@ -105,15 +105,15 @@ class Study:
         pairs = [*pairwise(frames), (frames[0], frames[-1])]
         return [float(self.lpips(y, x)) for x, y in pairs]
 
-    def equivariance(self, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float]]:
+    def equivariance(self, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float, float]]:
         """For each of `TRANSFORMS` T: the error of E(T x) against T E(x), as a share of the latents' deviation;
-        and the PSNR of D(T z) against T D(z)."""
+        and PSNR and LPIPS of D(T z) against T D(z)."""
         results = []
         for transform in TRANSFORMS.values():
             expected = transform(z)
             error = (self._encode(transform(image)) - expected).square().mean().sqrt() / self.spread
-            turned = self._decode(expected)
-            results.append((float(error), _capped(psnr(turned, transform(decoded)))))
+            turned, wanted = self._decode(expected), transform(decoded)
+            results.append((float(error), _capped(psnr(turned, wanted)), self._lpips(turned, wanted)))
         return results
 
     def histogram(self, z: Tensor) -> np.ndarray:
@@ -148,7 +148,7 @@ def summary(found: list[dict[str, list]]) -> dict[str, Any]:
     noise = np.array(together["noise"]).mean(axis=0)  # (sigmas, 3)
     scales = np.array(together["scales"]).mean(axis=0)  # (scales, 4)
     equivariance = np.array(together["equivariance"]).mean(axis=0)
-    names = ("latent_error", "image_psnr")
+    names = ("latent_error", "image_psnr", "image_lpips")
     result = {
         "images": len(together["noise"]),
         "noise": {
@@ -164,7 +164,7 @@ def summary(found: list[dict[str, list]]) -> dict[str, Any]:
             "psnr_unrounded": float(noise[0, 0]),
         },
         "equivariance": {
-            transform: dict(zip(names, map(float, values), strict=True))
+            transform: dict(zip(names, _listed(values), strict=True))
             for transform, values in zip(TRANSFORMS, equivariance, strict=True)
         },
         "histogram": {

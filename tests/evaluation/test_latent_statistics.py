@@ -139,6 +139,7 @@ def test_studies_of_a_model_that_commutes():
         assert found["equivariance"][transform] == {
             "latent_error": pytest.approx(0, abs=1e-6),
             "image_psnr": 100,
+            "image_lpips": pytest.approx(0, abs=1e-6),
         }
     assert found["equivariance"]["downscale_2"]["image_psnr"] < 40
     for sigma, decibels in zip(found["noise"]["sigma"][1:3], found["noise"]["psnr"][1:3], strict=True):
@@ -188,6 +189,7 @@ def test_a_shift_is_an_error_of_equivariance(monkeypatch):
     images = 0.5 * torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found = study_of(list(images))["equivariance"]
     assert found["flip_vertical"]["image_psnr"] == 100 > 40 > found["flip_horizontal"]["image_psnr"]
+    assert found["flip_horizontal"]["image_lpips"] > 0.01 > found["flip_vertical"]["image_lpips"] == 0
 
 
 def test_latents_rounded_to_8_bits():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..extras import require
 from ..progress import tracked
-from .models import check_model_output, write_model_folder
+from .models import card_of, check_model_output, write_model_folder
 from .parser import IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
 from .paths import check_model, find_photographs, model_path, readable_folder
 
@@ -63,7 +63,7 @@ def fp16_check(arguments: argparse.Namespace) -> int:
     if arguments.fix:
         fixed = _fix(vae, before, _test_images(photographs, arguments.size), noise)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_model_folder(fixed, output, model_card=folder / "README.md" if folder else None)
+        write_model_folder(fixed, output, card_of(folder))
         print(output)
         return 0
     unsafe = before.unsafe()

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..console import say
 from ..data.image_io import image_size, load_image, pad_to_multiple, save_image
+from ..files import clipped, one_line
+from ..models import hub
 from ..models.autoencoder_kl import ExactAutoencoder
 from ..models.autoencoder_kl_flux2 import class_of, class_of_file, hub_config
 from ..models.folder import CONFIG, WEIGHTS, read_headers, read_json
@@ -80,14 +82,26 @@ def _load(name: str) -> ExactAutoencoder:
         return class_of(folder).from_pretrained(folder, torch_dtype=_stored_dtype(folder))
     if path.is_file():
         return class_of_file(path).from_single_file(path)
-    try:
-        return class_of(name).from_pretrained(name)
-    except OSError as error:
-        try:  # not a VAE's own repository: perhaps a pipeline's
-            return class_of(name, "vae").from_pretrained(name, subfolder="vae")
-        except OSError:
-            message = "no such folder or file, and no model on the hub could be loaded under that name"
-            raise FileNotFoundError(f"{name}: {message} ({error})") from error
+    return _load_from_hub(name)
+
+
+def _load_from_hub(name: str) -> ExactAutoencoder:
+    """A VAE's own repository, or a pipeline's vae/; from the cache where the hub cannot be reached."""
+    reached = hub.is_reachable(name)
+    options = {} if reached else {"local_files_only": True}
+    for subfolder in ("", "vae"):
+        try:
+            where = {"subfolder": subfolder} if subfolder else {}
+            return class_of(name, subfolder, **options).from_pretrained(name, **where, **options)
+        except OSError as error:
+            problem = error
+    if not reached:
+        raise FileNotFoundError(hub.unreachable(name)) from problem
+    answer = hub.refusal_in(problem)
+    if isinstance(answer, hub.GatedRepoError):
+        raise ValueError(hub.refusal(name, answer)) from problem
+    said = clipped(one_line(str(problem)), 120)
+    raise FileNotFoundError(f"{name}: no autoencoder with .safetensors weights in it ({said})") from problem
 
 
 def _load_checkpoint(folder: Path, checkpoint: Path) -> ExactAutoencoder:
@@ -109,9 +123,9 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Only errors from diffusers' log, which otherwise talks about precision on every `.to`."""
+    """Nothing of diffusers' log: it talks about precision on every `.to`, and says errors that it then raises."""
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,7 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.single_file:
         vae.save_single_file(output)
     else:
-        write_model_folder(vae, output, model_card=folder / "README.md" if folder else None)
+        write_model_folder(vae, output, card_of(folder))
     print(output)
 
 
@@ -145,13 +146,22 @@ def _replace_folders(new: Path, output: Path) -> None:
         os.replace(folder, output / folder.name)
 
 
-def write_model_folder(vae: "KLAutoencoder", output: Path, model_card: Path | None) -> None:
-    """Save a model beside `output` and rename it then; what else an existing folder holds stays."""
+def card_of(folder: Path | None) -> dict[str, Path]:
+    """The model card in a model's folder, if there is one, as a file to write beside a copy of the model."""
+    card = folder / "README.md" if folder else None
+    return {"README.md": card} if card and card.is_file() else {}
+
+
+def write_model_folder(vae: "KLAutoencoder", output: Path, others: Mapping[str, Path]) -> None:
+    """Save a model beside `output` and rename it then; what else an existing folder holds stays.
+
+    others: files that are copied into it, by the names that they get there.
+    """
     temporary = temporary_beside(output)
     try:
         vae.save_pretrained(temporary)
-        if model_card and model_card.is_file():
-            shutil.copyfile(model_card, temporary / "README.md")
+        for name, file in others.items():
+            shutil.copyfile(file, temporary / name)
         if output.is_dir():
             for file in temporary.iterdir():
                 os.replace(file, output / file.name)

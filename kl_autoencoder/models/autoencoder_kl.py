@@ -297,10 +297,12 @@ class ExactAutoencoder(_Diffusers, metaclass=EqualsDiffusersClass):
 
         "compact" is the small model that comes with the package; a local folder of that name goes first.
         Takes `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError where
-        tensors are missing or left over (diffusers warns and goes on with random weights). The config of a local
-        folder is compared with the headers of its .safetensors files before anything is built.
+        tensors are missing or left over (diffusers warns and goes on with random weights). Weights are safetensors;
+        only `use_safetensors=False` opens diffusers' way back to pickles. The config of a local folder is compared
+        with the headers of its .safetensors files before anything is built.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
         source = pretrained_model_name_or_path
         if source == COMPACT.name and not os.path.isdir(source):
             source = COMPACT

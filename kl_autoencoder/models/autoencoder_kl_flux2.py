@@ -142,25 +142,25 @@ def _config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**config, "sample_size": 1024}
 
 
-def class_of(source: str | os.PathLike, subfolder: str = "") -> type[ExactAutoencoder]:
+def class_of(source: str | os.PathLike, subfolder: str = "", **options: Any) -> type[ExactAutoencoder]:
     """Our class for the model in a folder in diffusers' layout, or of a hub id, by the name in its config.json.
 
-    ValueError for other models; OSError if a hub id leads to none.
+    options: of diffusers' `load_config`. ValueError for other models; OSError if a hub id leads to none.
     """
     folder = Path(source, subfolder)
     if folder.is_dir():
         config = read_json(folder / CONFIG)
     else:
-        config = hub_config(source, subfolder)
+        config = hub_config(source, subfolder, **options)
     name = config.get("_class_name", "AutoencoderKL")
     if name not in CLASSES:
         raise ValueError(f"{source}: holds a {clipped(str(name), 60)}; allowed: {', '.join(CLASSES)}")
     return CLASSES[name]
 
 
-def hub_config(source: str | os.PathLike, subfolder: str = "") -> dict[str, Any]:
+def hub_config(source: str | os.PathLike, subfolder: str = "", **options: Any) -> dict[str, Any]:
     """The config.json of a hub id. OSError if there is none."""
-    return KLAutoencoder.load_config(source, subfolder=subfolder or None)
+    return KLAutoencoder.load_config(source, subfolder=subfolder or None, **options)
 
 
 def class_of_file(path: str | os.PathLike) -> type[ExactAutoencoder]:

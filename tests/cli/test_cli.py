@@ -317,7 +317,8 @@ class TestRefused:
 
     def test_hub_id_without_a_hub(self, capsys, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        assert "no model on the hub" in refused(capsys, "info", "nobody/nothing")
+        told = "nobody/nothing: the hub (https://huggingface.co) cannot be reached, and the model is not in"
+        assert refused(capsys, "info", "nobody/nothing") == f"{told} the cache"
 
     def test_interrupted(self, folder, monkeypatch):
         def interrupt(*_):

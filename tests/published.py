@@ -22,6 +22,12 @@ PUBLISHED = {
     "no-attention": _config(mid_block_add_attention=False),
 }
 
+# AutoencoderKLFlux2: FLUX.2's, and the same with the decoder of FLUX.2-small-decoder
+PUBLISHED_FLUX2 = {
+    "flux2": _config(32, sample_size=1024),
+    "flux2-small": _config(32, sample_size=1024, decoder_block_out_channels=(96, 192, 384, 384)),
+}
+
 
 def reduced(config, widths=(32, 64, 96, 96)):
     """The same configuration with narrower levels.

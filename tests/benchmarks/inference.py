@@ -1,14 +1,17 @@
-"""Encoding and decoding: ours against diffusers' AutoencoderKL and against the convolutions and attention alone.
+"""Encoding and decoding: diffusers' autoencoders as they are, after `optimize`, and their convolutions alone.
 
     python tests/benchmarks/inference.py -o tests/benchmarks/results/inference-cpu
     python tests/benchmarks/inference.py --quick
+    python tests/benchmarks/inference.py --model flux2-small --cases 1x512 --contenders diffusers torch.compile ours
     python tests/benchmarks/inference.py --device cuda --dtypes bfloat16 --cases 1x1024 1x2048 8x1024
 
-Stable Diffusion's network with random weights, the same for everybody, or the model in the package. In one process,
-in turn (A B C A B C ...):
+A published network (--model) with random weights, the same for everybody, or the model in the package. In one
+process, in turn (A B C A B C ...):
 
-- diffusers: its AutoencoderKL as users get it, and one moved to channels_last;
-- ours: KLAutoencoder, without and with enable_tiling(), and if asked for (--contenders) compile_for_inference();
+- diffusers: its class as users get it, one moved to channels_last, and if asked for (--contenders) one whose
+  encoder and decoder are compiled by torch.compile;
+- ours: the same class after optimize(), without and with tiling, and if asked for (compiled) ours, KLAutoencoder or
+  KLAutoencoderFlux2, after compile_for_inference();
 - floor: the network's convolutions, linear layers and attention as torch has them, on tensors of the right shapes
   in channels_last, and nothing else.
 
@@ -34,23 +37,26 @@ sys.path.insert(0, str(ROOT))
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from diffusers import AutoencoderKL  # noqa: E402
+from diffusers import AutoencoderKL, AutoencoderKLFlux2  # noqa: E402
 
-from kl_autoencoder import KLAutoencoder  # noqa: E402
-from kl_autoencoder.models.autoencoder_kl import COMPACT  # noqa: E402
-from tests.published import PUBLISHED  # noqa: E402
+from kl_autoencoder import optimize  # noqa: E402
+from kl_autoencoder.models.autoencoder_kl import COMPACT, ExactAutoencoder  # noqa: E402
+from kl_autoencoder.models.autoencoder_kl_flux2 import CLASSES  # noqa: E402
+from tests.published import PUBLISHED, PUBLISHED_FLUX2  # noqa: E402
 
-CONTENDERS = ("diffusers", "channels_last", "ours", "tiled", "compiled", "floor")
-WITH_MEMORY = ("diffusers", "channels_last", "ours", "tiled")
+CONTENDERS = ("diffusers", "channels_last", "torch.compile", "ours", "tiled", "compiled", "floor")
+WITH_MEMORY = ("diffusers", "channels_last", "torch.compile", "ours", "tiled")
+MODELS = ("sd", "sdxl", "sd3", "flux", *PUBLISHED_FLUX2, "compact")
 
 
-def reference(device: str, dtype: torch.dtype, model: str = "sd") -> AutoencoderKL:
+def reference(device: str, dtype: torch.dtype, model: str = "sd") -> AutoencoderKL | AutoencoderKLFlux2:
     torch.manual_seed(0)
-    vae = (
-        AutoencoderKL(**PUBLISHED["sd"])
-        if model == "sd"
-        else AutoencoderKL.from_pretrained(COMPACT, torch_dtype=dtype)
-    )
+    if model == "compact":
+        vae = AutoencoderKL.from_pretrained(COMPACT, torch_dtype=dtype)
+    elif model in PUBLISHED_FLUX2:
+        vae = AutoencoderKLFlux2(**PUBLISHED_FLUX2[model])
+    else:
+        vae = AutoencoderKL(**PUBLISHED[model])
     return vae.eval().to(device=device, dtype=dtype)
 
 
@@ -59,20 +65,25 @@ def build(name: str, device: str, dtype: torch.dtype, model: str = "sd"):
     vae = reference(device, dtype, model)
     if name == "channels_last":
         return vae.to(memory_format=torch.channels_last)
-    if name == "diffusers":
+    if name == "torch.compile":
+        vae.encoder.compile()
+        vae.decoder.compile()
+    if name in ("diffusers", "torch.compile"):
         return vae
-    ours = KLAutoencoder.from_diffusers(vae)
-    if name == "tiled":
-        ours.enable_tiling()
+    if name in ("ours", "tiled"):
+        return optimize(vae, tiling=name == "tiled")
+    ours = CLASSES[type(vae).__name__].from_diffusers(vae)
     if name == "compiled":
         ours.compile_for_inference()
     return ours
 
 
-def example(direction: str, batch: int, size: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+def example(
+    direction: str, batch: int, size: int, device: str, dtype: torch.dtype, channels: int
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     if direction == "decode":
-        x = torch.randn(batch, 4, size // 8, size // 8, generator=generator)
+        x = torch.randn(batch, channels, size // 8, size // 8, generator=generator)
     else:
         x = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
     return x.to(device=device, dtype=dtype)
@@ -85,10 +96,10 @@ def call(vae, direction: str, x: torch.Tensor) -> torch.Tensor:
 class Floor:
     """The layers of a network that multiply, one after the other, on zeros of the shapes that they get."""
 
-    def __init__(self, vae: KLAutoencoder, direction: str, x: torch.Tensor):
+    def __init__(self, vae: ExactAutoencoder, direction: str, x: torch.Tensor):
         network = vae.decoder if direction == "decode" else vae.encoder
         self.steps = []
-        twin = KLAutoencoder.from_config(vae.config).to("meta")
+        twin = type(vae).from_config(vae.config).to("meta")
         twin = twin.decoder if direction == "decode" else twin.encoder
         layers = dict(network.named_modules())
         for name, module in twin.named_modules():
@@ -136,15 +147,16 @@ def timed(device: str, function) -> float:
 
 @torch.inference_mode()
 def measure_speed(options, direction: str, batch: int, size: int, dtype: torch.dtype) -> dict:
-    x = example(direction, batch, size, options.device, dtype)
-    small = example(direction, 1, 64, options.device, dtype)
+    channels = latent_channels(options.model)
+    x = example(direction, batch, size, options.device, dtype, channels)
+    small = example(direction, 1, 64, options.device, dtype, channels)
     runs, outputs = {}, {}
     for name in options.contenders:
         vae = build(name, options.device, dtype, options.model)
         if name == "floor":
             runs[name] = Floor(vae, direction, x)
             continue
-        call(vae, direction, x if name == "compiled" else small)
+        call(vae, direction, x if name in ("compiled", "torch.compile") else small)
         runs[name] = lambda vae=vae, name=name: outputs.update({name: call(vae, direction, x)})
     rounds = max(2, round(options.rounds * min(1, 512**2 / (batch * size**2)))) if options.rounds > 1 else 1
     seconds = {name: [] for name in runs}
@@ -155,13 +167,13 @@ def measure_speed(options, direction: str, batch: int, size: int, dtype: torch.d
                 elapsed = timed(options.device, run)
                 if not warming:
                     seconds[name].append(elapsed)
-    return {"seconds": seconds, "accuracy": accuracy(options, direction, small_enough(x), outputs)}
+    worth_it = options.device == "cuda" or batch * size**2 <= 512**2  # another float32 run
+    return {"seconds": seconds, "accuracy": accuracy(options, direction, x if worth_it else None, outputs)}
 
 
-def small_enough(x: torch.Tensor) -> torch.Tensor | None:
-    """What is worth another float32 run."""
-    pixels = x.numel() if x.shape[1] == 3 else x.numel() * 48
-    return x if x.is_cuda or pixels <= 3 * 512**2 else None
+def latent_channels(model: str) -> int:
+    published = PUBLISHED | PUBLISHED_FLUX2
+    return published[model]["latent_channels"] if model in published else 4
 
 
 def accuracy(options, direction: str, x: torch.Tensor | None, outputs: dict) -> dict:
@@ -170,7 +182,7 @@ def accuracy(options, direction: str, x: torch.Tensor | None, outputs: dict) -> 
     spread = (theirs.max() - theirs.min()).item()
     found = {
         f"{name} max": (outputs[name].float() - theirs).abs().max().item() / spread
-        for name in ("channels_last", "ours", "tiled", "compiled")
+        for name in ("channels_last", "torch.compile", "ours", "tiled", "compiled")
         if name in outputs
     }
     if x is not None and x.dtype != torch.float32:
@@ -185,8 +197,9 @@ def measure_memory(options, name: str, direction: str, batch: int, size: int, dt
     """Runs in a process of its own."""
     device = options.device
     vae = build(name, device, dtype, options.model)
-    x = example(direction, batch, size, device, dtype)
-    call(vae, direction, example(direction, 1, 64, device, dtype))
+    channels = latent_channels(options.model)
+    x = example(direction, batch, size, device, dtype, channels)
+    call(vae, direction, x if name == "torch.compile" else example(direction, 1, 64, device, dtype, channels))
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -242,7 +255,8 @@ def row(case: dict) -> str:
     cells = [
         f"{case['direction']} {case['batch']}x{case['size']} {case['dtype']}",
         *(median(name) for name in CONTENDERS),
-        *(faster("ours", "diffusers"), faster("tiled", "diffusers"), faster("ours", "channels_last")),
+        *(faster("ours", "diffusers"), faster("tiled", "diffusers")),
+        *(faster("ours", "channels_last"), faster("ours", "torch.compile")),
         faster("floor", "ours"),
         *(held(name) for name in WITH_MEMORY),
         "; ".join(differences) or "-",
@@ -253,8 +267,9 @@ def row(case: dict) -> str:
 HEADER = [
     "case",
     *(f"{name}, s" for name in CONTENDERS),
-    *("ours faster", "tiled faster", "than channels_last", "ours / floor"),
-    *("diffusers, MiB", "channels_last, MiB", "ours, MiB", "tiled, MiB", "largest difference: ours; tiled"),
+    *("ours faster", "tiled faster", "than channels_last", "than torch.compile", "ours / floor"),
+    *(f"{name}, MiB" for name in WITH_MEMORY),
+    "largest difference: ours; tiled",
 ]
 
 
@@ -309,11 +324,12 @@ def parsed_arguments():
     parser.add_argument("--memory-cases", nargs="*", default=["1x2048"], help="too large to be timed in turn")
     parser.add_argument("--directions", nargs="+", default=["decode", "encode"], choices=["decode", "encode"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--model", default="sd", choices=["sd", "compact"])
+    parser.add_argument("--model", default="sd", choices=MODELS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    usual = [name for name in CONTENDERS if name != "compiled"]  # which takes minutes on a CPU
+    usual = [name for name in CONTENDERS if "compile" not in name]  # which takes minutes on a CPU
     parser.add_argument("--contenders", nargs="+", default=usual, choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=5, help="at 512x512; fewer, but two, for larger sizes")
+    parser.add_argument("--skip-memory", action="store_true", help="of the cases that are timed in turn")
     parser.add_argument("--quick", action="store_true", help="a look at whether it all runs: 1x64, one round")
     parser.add_argument("-o", "--output", help="where to write a .md and a .json")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
@@ -337,9 +353,10 @@ def main() -> None:
             batch, size = map(int, case.split("x"))
             for direction in options.directions:
                 found = {"direction": direction, "batch": batch, "size": size, "dtype": dtype}
+                measured = () if in_turn and options.skip_memory else WITH_MEMORY
                 found["memory"] = {
                     name: memory_of(name, options, direction, batch, size, dtype)
-                    for name in WITH_MEMORY
+                    for name in measured
                     if name in options.contenders
                 }
                 if in_turn:

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..console import say
 from ..data.image_io import image_size, load_image, pad_to_multiple, save_image
 from ..files import clipped, one_line
-from ..models import hub
 from ..models.autoencoder_kl import ExactAutoencoder
 from ..models.autoencoder_kl_flux2 import class_of, class_of_file, hub_config
 from ..models.folder import CONFIG, WEIGHTS, read_headers, read_json
 from ..models.large_images import prepare_for
+from ..models.publishing import hub
 from ..models.run_folder import described, newer_checkpoint, weights_in
 from ..progress import Progress, tracked, write
 from .paths import MODELS, OTHERS, check_model, model_folder, model_path

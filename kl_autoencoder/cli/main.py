@@ -18,7 +18,7 @@ from importlib import import_module
 from ..console import PROGRAM, quiet_without_a_reader, reader_is_gone, say
 from ..extras import MissingExtra
 from ..progress import Progress
-from . import anomaly, evaluate, float16, hub, images, latent_datasets, latent_space, models, train
+from . import anomaly, evaluate, float16, images, latent_datasets, latent_space, models, train
 from .parser import Command, Parser, Version
 
 EXAMPLES = """examples:
@@ -36,7 +36,7 @@ EXAMPLES = """examples:
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
   kl-autoencoder train configs/quickstart.yaml
 """
-FAMILIES = (images, evaluate, models, hub, float16, latent_datasets, latent_space, anomaly)
+FAMILIES = (images, evaluate, models, float16, latent_datasets, latent_space, anomaly)
 COMMANDS: dict[str, Command] = {name: c for family in FAMILIES for name, c in family.COMMANDS.items()}
 
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")

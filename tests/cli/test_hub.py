@@ -202,6 +202,6 @@ def test_where_there_is_no_hub(run, monkeypatch, capsys):
 
 
 def test_without_a_token_nothing_is_sent(run, monkeypatch, capsys):
-    monkeypatch.setattr("kl_autoencoder.models.hub.get_token", lambda: None)
+    monkeypatch.setattr("kl_autoencoder.models.publishing.hub.get_token", lambda: None)
     assert main(["push", str(run), "--to", "me/vae"]) == 2
     assert "me/vae: pushing needs a token that may write" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
-from kl_autoencoder.models import onnx_export
+from kl_autoencoder.models.publishing import onnx_export
 from tests.models.test_float16 import enlarge, model
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from ..files import clipped, one_line
+from ...files import clipped, one_line
 
 PATIENCE = 10  # seconds that the hub may take to say what it knows of a model
 LOG_IN = "`hf auth login`, or HF_TOKEN"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .folder import HUB_ID
+from ..folder import HUB_ID
 
 if TYPE_CHECKING:
-    from .autoencoder_kl import ExactAutoencoder
+    from ..autoencoder_kl import ExactAutoencoder
 
 PICTURE = "reconstructions.png"
 SECTIONS = ("model", "loss", "optimizer", "ema", "train")  # of a run's config.yaml that tell its recipe

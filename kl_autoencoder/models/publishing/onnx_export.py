@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..extras import needs
-from . import float16, float16_check
-from .autoencoder_kl import ExactAutoencoder
-from .folder import CONFIG
+from ...extras import needs
+from .. import float16, float16_check
+from ..autoencoder_kl import ExactAutoencoder
+from ..folder import CONFIG
 
 FILE = "model.onnx"
 LARGEST_FILE = (

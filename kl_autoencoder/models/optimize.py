@@ -50,7 +50,7 @@ def optimize(pipe_or_vae: Optimized, tiling: bool | None = None, offload: bool =
         )
     for owner, network in networks:
         _give_class(network, EXACT.get(type(network), type(network)))
-        network.tiling, network.offload, network.told = tiling, offload, set()
+        network.tiling, network.offload, network.warned_causes = tiling, offload, set()
         for name, tiled in TILED.items():
             if hasattr(type(owner), name):
                 setattr(owner, name, partial(tiled, owner))
@@ -62,7 +62,7 @@ def restore(pipe_or_vae: Optimized) -> Optimized:
     for owner, network in _networks(pipe_or_vae):
         if isinstance(network, _Exact):
             _give_class(network, network.plain)
-            for name in ("tiling", "offload", "told"):
+            for name in ("tiling", "offload", "warned_causes"):
                 del network.__dict__[name]
         for name in TILED:
             owner.__dict__.pop(name, None)
@@ -70,12 +70,12 @@ def restore(pipe_or_vae: Optimized) -> Optimized:
 
 
 class _Exact:
-    """What is computed in pieces where it can be; `tiling`, `offload` and `told` are set by `optimize`."""
+    """What is computed in pieces where it can be; `tiling`, `offload` and `warned_causes` are set by `optimize`."""
 
     plain: type[nn.Module]
     tiling: bool | None
     offload: bool
-    told: set[str]  # the causes that there were warnings about
+    warned_causes: set[str]  # the causes that there were warnings about
 
     def execute(self, x: Tensor, tiled: bool) -> Tensor:
         """The network of x; `tiled`: the autoencoder would compute it in tiles."""
@@ -83,8 +83,8 @@ class _Exact:
         cause = why_whole(network, x)
         if cause is None:
             return infer_exactly(network, x, least, least and self.offload)
-        if cause not in self.told:
-            self.told.add(cause)
+        if cause not in self.warned_causes:
+            self.warned_causes.add(cause)
             warnings.warn(
                 f"{self.plain.__name__}: not optimized, computed by diffusers: {cause}", stacklevel=2
             )

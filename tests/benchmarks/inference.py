@@ -137,12 +137,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(device: str, function) -> float:
+def timed(device: str, function, clock=time.perf_counter) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @torch.inference_mode()
@@ -164,7 +164,9 @@ def measure_speed(options, direction: str, batch: int, size: int, dtype: torch.d
         for _ in range(rounds):
             for name, run in runs.items():
                 outputs.pop(name, None)
-                elapsed = timed(options.device, run)
+                elapsed = timed(
+                    options.device, run, time.process_time if options.cpu_time else time.perf_counter
+                )
                 if not warming:
                     seconds[name].append(elapsed)
     worth_it = options.device == "cuda" or batch * size**2 <= 512**2  # another float32 run
@@ -329,6 +331,11 @@ def parsed_arguments():
     usual = [name for name in CONTENDERS if "compile" not in name]  # which takes minutes on a CPU
     parser.add_argument("--contenders", nargs="+", default=usual, choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=5, help="at 512x512; fewer, but two, for larger sizes")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count seconds of the processor, for a machine that others use too (with OMP_NUM_THREADS=1)",
+    )
     parser.add_argument("--skip-memory", action="store_true", help="of the cases that are timed in turn")
     parser.add_argument("--quick", action="store_true", help="a look at whether it all runs: 1x64, one round")
     parser.add_argument("-o", "--output", help="where to write a .md and a .json")

@@ -302,11 +302,13 @@ class ExactAutoencoder(_Diffusers, metaclass=EqualsDiffusersClass):
         with the headers of its .safetensors files before anything is built.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
         source = pretrained_model_name_or_path
         if source == COMPACT.name and not os.path.isdir(source):
             source = COMPACT
-        cls._check_folder(Path(source, kwargs.get("subfolder") or ""), kwargs)
+        folder = Path(source, kwargs.get("subfolder") or "")
+        if not folder.is_dir() or any(folder.glob("*.bin")):  # where there is none, diffusers' error is right
+            kwargs.setdefault("use_safetensors", True)
+        cls._check_folder(folder, kwargs)
         loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
         model, info = loaded
         single_file.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])

@@ -112,6 +112,27 @@ def test_folders_are_read_by_both_classes(tmp_path):
             assert torch.equal(tensor.float(), ours.state_dict()[name])
 
 
+def test_a_folder_of_another_variant_is_diffusers_error(tmp_path):
+    ours, _ = pair()
+    ours.save_pretrained(tmp_path, variant="fp16")
+    messages = []
+    for cls in (KLAutoencoder, AutoencoderKL):
+        with pytest.raises(OSError) as caught:
+            cls.from_pretrained(tmp_path)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    KLAutoencoder.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_pickled_weights_in_a_folder_are_not_opened(tmp_path):
+    ours, theirs = pair()
+    theirs.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        KLAutoencoder.from_pretrained(tmp_path)
+    loaded = KLAutoencoder.from_pretrained(tmp_path, use_safetensors=False)
+    assert torch.equal(loaded.encoder.conv_in.weight, ours.encoder.conv_in.weight)
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
     from safetensors.torch import load_file, save_file
 

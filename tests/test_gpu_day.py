@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from kl_autoencoder import KLAutoencoder
 from tests.benchmarks import gpu_day
-from tests.benchmarks.gpu_day import Part, check_execution, check_gradients, check_group_norm, day, run
+from tests.benchmarks.gpu_day import Part, check_execution, check_gradients, check_group_norm, day, run, ways
 
 
 def options(folder, **more):
@@ -20,6 +21,16 @@ def options(folder, **more):
 def test_what_is_right_is_found_right(checks):
     found = list(checks())
     assert len(found) >= 4 and all(error <= limit for _, error, limit in found), found
+
+
+def test_every_way_can_be_called():
+    """Without a rehearsal's shortcut: the compiled one is a model that is compiled when it is called."""
+    vae = KLAutoencoder(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)  # fmt: skip
+    for direction in ("encode", "decode"):
+        found = dict(ways(vae, direction, rehearse=False))
+        assert list(found) == ["as called", "in pieces", "tiled", "offloaded", "compiled"]
+        assert found["compiled"].args[0].decoder._compiled_call_impl is not None
 
 
 def test_a_wrong_kernel_is_found_wrong(monkeypatch):

@@ -113,9 +113,8 @@ def _small_network(config: ModelConfig) -> ModelConfig:
         return config if _is_here(config.pretrained) else ModelConfig(pretrained=COMPACT.name)
     levels = len(config.block_out_channels or (1,))  # AutoencoderKL's default is one level
     widths = (WIDTHS[0], *[WIDTHS[1]] * (levels - 1))
-    decoder = (
-        config.decoder_block_out_channels and (WIDTHS[0],) * levels
-    )  # narrower where the recipe says others
+    # a decoder of widths of its own is the narrower one here
+    decoder = config.decoder_block_out_channels and (WIDTHS[0],) * levels
     small = {"block_out_channels": widths, "decoder_block_out_channels": decoder, "norm_num_groups": GROUPS}
     return replace(config, **small)
 

@@ -67,7 +67,7 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
 
     from ..data.image_dataset import DATA
     from ..data.sources import open_source
-    from ..latents.encode_dataset import binding, encode, scaling_of
+    from ..latents.encode_dataset import binding, encode
     from ..latents.shard_encoder import EncodeSettings
     from ..latents.shards import ShardFolder
     from .loading import load_model, move_model
@@ -83,7 +83,7 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
     bound = binding(vae, photographs, column, settings)
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     move_model(vae, arguments.device or devices[local_rank % len(devices)], settings.dtype)
-    made_from = {"model": arguments.model, "source": arguments.data, "scaling": scaling_of(vae)}
+    made_from = {"model": arguments.model, "source": arguments.data, "scaling": vae.scaling}
     with ShardFolder(Path(arguments.output), len(photographs), settings.shard_rows) as shards:
         shards.bind(bound, {"made_from": made_from})
         done = encode(

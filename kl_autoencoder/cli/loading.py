@@ -61,9 +61,7 @@ def load_other_model(name: str, kind: str, device: str, dtype: str | None) -> An
     path = model_path(name)
     folder = model_folder(path, OTHERS) if path.is_dir() else name
     with Progress(f"loading {name}"), _quiet_diffusers():
-        vae = load_other(folder, kind)
-        vae = vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
-        return vae.eval().requires_grad_(False)
+        return move_model(load_other(folder, kind), device, dtype).eval().requires_grad_(False)
 
 
 def move_model(vae: ExactAutoencoder, device: str, dtype: str | None) -> ExactAutoencoder:

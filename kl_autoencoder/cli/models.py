@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..console import say
 from ..extras import require
@@ -19,9 +19,6 @@ from .parser import MODEL, Command, Parser, add_dtype, add_json, add_output
 from .paths import check_model, model_path, readable_folder, refuse_existing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
     from torch import nn
 
     from ..models.autoencoder_kl import KLAutoencoder
@@ -305,7 +302,7 @@ def _facts(name: str, vae: "KLAutoencoder") -> dict:
     }
 
 
-def _widths(config: "Mapping[str, Any]") -> str:
+def _widths(config: Mapping[str, Any]) -> str:
     widths, decoder = (
         ", ".join(map(str, config.get(key) or ()))
         for key in ("block_out_channels", "decoder_block_out_channels")

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from .memory import Workspace
 
 A, B = 11 / 16, 3 / 2  # the points of F(4x4, 3x3) are 0, A, -A, B, -B and infinity
-MOST_IN_GROUPS = (
-    128 * 128
-)  # channels in times channels out; beyond, rearranging filters takes longer than it saves
+# Channels in times channels out, beyond which rearranging filters takes longer than it saves.
+MOST_IN_GROUPS = 128 * 128
 
 
 def is_profitable(

@@ -107,7 +107,7 @@ class IteratorSampler:
 
 
 class CroppedPhotographs(Dataset):
-    """CroppedPhotographs by (shard, row), cropped: {"shard", "row", "source_id", "part", "kept"}.
+    """Photographs by (shard, row), cropped: {"shard", "row", "source_id", "part", "kept"}.
 
     Of one that is too small or unreadable, "reason" stands in the place of "part" and "kept".
     """
@@ -154,10 +154,6 @@ def finish(shards: ShardFolder, channels: int) -> dict:
         },
     }
     return shards.finish(result, skipped)
-
-
-def scaling_of(vae: KLAutoencoder) -> dict:
-    return vae.scaling
 
 
 def _sampled_hash(photographs: datasets.Dataset, column: str) -> str:

@@ -4,11 +4,14 @@ A checkpoint is `checkpoints/step-000200/` with the model's config.json, `ema.sa
 run that keeps one), `model.safetensors` (the weights themselves), and a manifest that is written last.
 """
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from .folder import CONFIG, read_json
 
+METRICS_FILE = "metrics.jsonl"  # what the run measured, a line for each time
 MANIFEST, TRAINED = "manifest.json", "training.json"  # the second lies in an export and says its step
 WEIGHTS = {"ema.safetensors": "moving average", "model.safetensors": "without a moving average"}
 NAME = re.compile(r"step-(\d{6,})")
@@ -65,3 +68,14 @@ def described(folder: Path, checkpoint: Path) -> str:
     kind = WEIGHTS[weights_in(checkpoint).name]
     remark = "its scaling_factor is the one it started with"
     return f"{folder}: step {step_of(checkpoint)} ({kind}), from {checkpoint}; {remark}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that are whole; none if there is no such file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # cut off when the run was killed
+            continue
+    return found

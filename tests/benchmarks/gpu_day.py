@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import date
@@ -43,6 +43,7 @@ from kl_autoencoder.inference.dispatch import infer_in_pieces  # noqa: E402
 from kl_autoencoder.inference.group_norm import Normalization, Statistics  # noqa: E402
 from kl_autoencoder.inference.memory import Workspace  # noqa: E402
 from kl_autoencoder.networks.bottlenecks import KLBottleneck  # noqa: E402
+from tests.benchmarks.inference import call  # noqa: E402
 from tests.published import PUBLISHED, reduced  # noqa: E402
 from train.autoencoder.model import TrainedModel, choose_backward  # noqa: E402
 
@@ -177,32 +178,22 @@ def error(y: Tensor, truth: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def ways(vae: KLAutoencoder, direction: str, rehearse: bool) -> Iterator[tuple[str, object]]:
+def ways(vae: KLAutoencoder, direction: str, rehearse: bool) -> Iterator[tuple[str, Callable]]:
     """Name and function of each way to encode or decode."""
-    network = vae.encoder if direction == "encode" else vae.decoder
-
-    def call(x: Tensor) -> Tensor:
-        return vae.encode(x).latent_dist.parameters if direction == "encode" else vae.decode(x).sample
 
     def in_pieces(x: Tensor, **how) -> Tensor:
         if direction == "encode":
-            return vae.quant_conv(infer_in_pieces(network, x, **how))
-        return infer_in_pieces(network, vae.post_quant_conv(x), **how)
+            return vae.quant_conv(infer_in_pieces(vae.encoder, x, **how))
+        return infer_in_pieces(vae.decoder, vae.post_quant_conv(x), **how)
 
-    yield "as called", call
+    yield "as called", partial(call, vae, direction)
     yield "in pieces", partial(in_pieces, rows=32)
     yield "tiled", partial(in_pieces, least=True)
     yield "offloaded", partial(in_pieces, least=True, offload=True)
     if not rehearse:  # minutes on a CPU
-        compiled = deepcopy(vae).compile_for_inference()
-        yield (
-            "compiled",
-            (
-                (lambda x: compiled.encode(x).latent_dist.parameters)
-                if direction == "encode"
-                else (lambda x: compiled.decode(x).sample)
-            ),
-        )
+        compiled = deepcopy(vae)
+        compiled.compile_for_inference()
+        yield "compiled", partial(call, compiled, direction)
 
 
 @torch.no_grad()
@@ -218,12 +209,8 @@ def check_execution(device: str, rehearse: bool) -> Iterator[tuple[str, float, f
         vae = KLAutoencoder.from_diffusers(deepcopy(theirs).to(dtype))
         own = deepcopy(theirs).to(dtype)
         for direction, x in (("encode", images.to(dtype)), ("decode", latents.to(dtype))):
-            if direction == "encode":
-                expected = truth.encode(x.double()).latent_dist.parameters
-                of_diffusers = error(own.encode(x).latent_dist.parameters, expected)
-            else:
-                expected = truth.decode(x.double()).sample
-                of_diffusers = error(own.decode(x).sample, expected)
+            expected = call(truth, direction, x.double())
+            of_diffusers = error(call(own, direction, x), expected)
             limit = max(BESIDE_DIFFUSERS * of_diffusers, ROUNDING[dtype])
             yield f"{direction} {dtype}: diffusers", of_diffusers, float("inf")
             for name, function in ways(vae, direction, rehearse):

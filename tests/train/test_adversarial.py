@@ -487,9 +487,9 @@ def test_a_gradient_scaler_and_accumulation_go_together(small, tmp_path):
     assert scaler.get_scale() == 2.0**12
 
 
-def gradients_of_a_rank(photographs, folder, batch_size, accumulation):
+def gradients_of_a_rank(photographs, folder, batch_size, accumulation, loss):
     config = small_config(
-        photographs, folder, data={"batch_size": batch_size}, loss=loss_section(),
+        photographs, folder, data={"batch_size": batch_size}, loss=loss,
         train={"steps": 6, "gradient_accumulation": accumulation},
     )  # fmt: skip
     run = lively(make(config))
@@ -500,17 +500,23 @@ def gradients_of_a_rank(photographs, folder, batch_size, accumulation):
     run.accelerator.end_training()
 
 
-@pytest.mark.parametrize("ranks, batch, accumulation", [(4, 2, 1), (2, 2, 2)])
-def test_ranks_give_the_gradients_of_one_process(photographs, tmp_path, ranks, batch, accumulation):
-    """Of both networks; the adaptive weight is on, its norms are those of the mean gradient over all ranks."""
-    found, log = {}, tmp_path / "log.txt"
+def assert_ranks_are_one_process(photographs, scratch, ranks, batch, accumulation, loss):
+    """All gradients of a step, over `ranks` batches, against those of one process with the batch of all of them."""
+    found, log = {}, scratch / "log.txt"
     for processes, images in ((1, ranks * batch), (ranks, batch)):
-        folder = tmp_path / str(processes)
+        folder = scratch / str(processes)
         folder.mkdir()
-        started = start_ranks(processes, log, gradients_of_a_rank, photographs, folder, images, accumulation)
+        arguments = (photographs, folder, images, accumulation, loss)
+        started = start_ranks(processes, log, gradients_of_a_rank, *arguments)
         assert finish(*started) == [0] * processes, log.read_text()
         found[processes] = torch.load(folder / "gradients.pt")
     assert_near(found[ranks], found[1], 1e-4)
+
+
+@pytest.mark.parametrize("ranks, batch, accumulation", [(4, 2, 1), (2, 2, 2)])
+def test_ranks_give_the_gradients_of_one_process(photographs, tmp_path, ranks, batch, accumulation):
+    """Of both networks; the adaptive weight is on, its norms are those of the mean gradient over all ranks."""
+    assert_ranks_are_one_process(photographs, tmp_path, ranks, batch, accumulation, loss_section())
 
 
 def test_compiled_steps_are_the_plain_ones(small, tmp_path, monkeypatch):

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kl_autoencoder.networks.bottlenecks import KLBottleneck
-from tests.processes import finish, start_ranks
-from tests.train.test_adversarial import assert_near, both_gradients, lively, loss_section
+from tests.train.test_adversarial import assert_ranks_are_one_process, loss_section
 from tests.train.test_trainer import make, small_config
 from train.autoencoder.model import TrainedModel, build_autoencoder
 from train.config import ModelConfig
@@ -138,34 +137,8 @@ def test_what_cannot_be_had_is_named(photographs, tmp_path, keys, message):
     assert len(str(caught.value)) < 300
 
 
-def gradients_of_a_rank(photographs, folder, batch_size, accumulation, probability):
-    equivariance = {
-        "kind": "equivariance",
-        "probability": probability,
-        "low_resolution": 1.0,
-        "smallest_side": 24,
-    }
-    config = small_config(
-        photographs, folder, data={"batch_size": batch_size}, loss={**loss_section(), "view": equivariance},
-        train={"steps": 6, "gradient_accumulation": accumulation},
-    )  # fmt: skip
-    run = lively(make(config))
-    steps = iter(run.loader)
-    gradients = both_gradients(run, [next(steps) for _ in range(accumulation)])
-    if run.is_main:
-        torch.save(gradients, folder / "gradients.pt")
-    run.accelerator.end_training()
-
-
 @pytest.mark.parametrize("accumulation, probability", [(1, 1.0), (2, 0.0)], ids=["transformed", "small"])
 def test_ranks_give_the_gradients_of_one_process(photographs, tmp_path, accumulation, probability):
-    found, log = {}, tmp_path / "log.txt"
-    for processes, images in ((1, 4), (2, 2)):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        started = start_ranks(
-            processes, log, gradients_of_a_rank, photographs, folder, images, accumulation, probability
-        )
-        assert finish(*started) == [0] * processes, log.read_text()
-        found[processes] = torch.load(folder / "gradients.pt")
-    assert_near(found[2], found[1], 1e-4)
+    view = {"kind": "equivariance", "probability": probability, "low_resolution": 1.0, "smallest_side": 24}
+    loss = {**loss_section(), "view": view}
+    assert_ranks_are_one_process(photographs, tmp_path, 2, 2, accumulation, loss)

@@ -1,6 +1,6 @@
 """The configuration of a run: frozen sections, read from YAML, overridden from the command line, all checked."""
 
-from .reading import build, load_config, to_yaml
+from .reading import build, dotted, load_config, to_yaml
 from .schema import (
     AdversarialConfig,
     CheckpointConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "build",
+    "dotted",
     "load_config",
     "to_yaml",
 ]

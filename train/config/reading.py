@@ -73,6 +73,15 @@ def _part(parts: Parts, values: Any, key: str) -> Any:
     return _validated(parts.section(values, key), values, key + ".")
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, in the order of `values`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        found |= dotted(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return found
+
+
 def to_yaml(config: Config) -> str:
     """The whole resolved configuration; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False)

@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from kl_autoencoder.models.run_folder import METRICS_FILE, read_metrics
+
 from .trackers import Trackers
 
 MOST_UNWRITTEN = 10_000  # lines of metrics.jsonl that are kept in memory while the disk is full
@@ -33,7 +35,7 @@ class Journal:
         say: Callable[[str], None] = print,
         config: Mapping[str, Any] | None = None,
     ):
-        self.path, self.accelerator = folder / "metrics.jsonl", accelerator
+        self.path, self.accelerator = folder / METRICS_FILE, accelerator
         self.say, self.warned = say, False
         self.unwritten: deque[str] = deque(maxlen=MOST_UNWRITTEN)  # lines that wait for room on the disk
         self.trackers = Trackers(folder, accelerator, trackers, say, config)
@@ -120,13 +122,7 @@ class Journal:
 
     def lines(self) -> list[dict]:
         """The lines of metrics.jsonl that are whole."""
-        found = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # the run was killed while it wrote this one
-                continue
-        return found
+        return read_metrics(self.path)
 
 
 def append_whole(path: Path, text: str) -> None:

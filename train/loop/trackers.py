@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from PIL import Image
 
+from ..config import dotted
+
 PROJECT = "kl-autoencoder"  # the project, or experiment, that runs appear in
 TENSORBOARD, FOLDER = "tensorboard", "logs"
 BUILT_IN = (
@@ -48,8 +50,10 @@ class Trackers:
             _hush_tensorboard_thread()
         accelerator.log_with = [_made(name, folder) for name in names]
         accelerator.init_trackers(PROJECT)
+        pairs = dotted(config or {}).items()
+        keys = {key: str(value) if isinstance(value, (list, tuple)) else value for key, value in pairs}
         for tracker in self._others():
-            self._to_other(tracker, lambda t=tracker: t.store_init_configuration(dict(_flat(config or {}))))
+            self._to_other(tracker, lambda t=tracker: t.store_init_configuration(keys))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         if board := self._tensorboard():
@@ -128,17 +132,6 @@ def _show(tracker: Any, name: str, picture: Path, image: np.ndarray, step: int) 
         tracker.log_images({name: image}, step=step)
     elif hasattr(tracker, "log_images"):
         tracker.log_images({name: [image]}, step=step)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """{"a": {"b": 1}} -> [("a.b", 1)]; lists as text."""
-    pairs: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{name}.")
-        else:
-            pairs.append((f"{prefix}{name}", str(value) if isinstance(value, (list, tuple)) else value))
-    return pairs
 
 
 @cache

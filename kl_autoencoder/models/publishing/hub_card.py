@@ -4,7 +4,6 @@ Nothing in it names a path of this machine: of a data set, a run or a model that
 last part of its name is told.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..folder import HUB_ID
+from ..run_folder import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from ..autoencoder_kl import ExactAutoencoder
@@ -64,13 +64,8 @@ def model_card(vae: "ExactAutoencoder", repo: str, license: str | None, run: Pat
 
 def last_validation(run: Path) -> dict[str, float]:
     """The metrics of METRICS that a run measured last, by name; what was not measured is missing."""
-    path = run / "metrics.jsonl"
     found: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            values = json.loads(line)
-        except ValueError:  # cut off when the run was killed
-            continue
+    for values in read_metrics(run / METRICS_FILE):
         measured = {name: values.get(f"validation/{name}") for name in METRICS}
         measured = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
         found = measured or found

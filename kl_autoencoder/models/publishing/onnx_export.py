@@ -24,9 +24,8 @@ from ..autoencoder_kl import ExactAutoencoder
 from ..folder import CONFIG
 
 FILE = "model.onnx"
-LARGEST_FILE = (
-    2_000_000_000  # bytes of weights; a protobuf ends at 2 GiB, beyond weights are a file of their own
-)
+# Bytes of weights above which they are a file of their own: a protobuf ends at 2 GiB.
+LARGEST_FILE = 2_000_000_000
 MEASURED = 32  # latents a side of the images that float16's range is measured on
 CHECKED = ((1, 8, 8), (3, 5, 7), (1, 16, 9))  # batch, height and width of latents that both runtimes compute
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}  # of the range of the values that torch computes

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ...config import Config, build, to_yaml
+from ...config import Config, build, dotted, to_yaml
 from ..schedules import LearningRate
 
 UNCOMPARED = ("output_dir", "resume")  # the folder may be moved, and `resume` only says how to continue
@@ -31,7 +31,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
 
 def compare(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (before, now), of the keys that both know and that differ."""
-    old, new = _flat(before), _flat(yaml.safe_load(to_yaml(config)))
+    old, new = dotted(before), dotted(yaml.safe_load(to_yaml(config)))
     return {
         key: (old[key], new[key])
         for key in new
@@ -91,13 +91,6 @@ def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> 
 def _images(source: dict) -> str:
     things = " and ".join(f"{n} {what}" for what, n in source.items() if what != "sha256")
     return f"{things}, names {source['sha256'][:8]}"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import BinaryIO, TypeVar
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
+from fsspec.asyn import AsyncFileSystem
 
 from ..files import one_line
 
@@ -16,6 +17,23 @@ Record = TypeVar("Record")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 BLOCK = 4 * 2**20  # bytes that are read ahead of a remote file at a time
 ATTEMPTS = 4  # failures in a row, with no record in between, after which reading a remote file is given up
+
+_kept: list[AsyncFileSystem] = []
+
+
+def _keep_file_systems() -> None:
+    """Keep the file systems of this process, while it forks, alive in the child, which does not use them.
+
+    The two share an epoll instance: where fsspec drops them in the child, closing their connections takes the
+    parent's own connections out of it, and the parent's next read waits until aiohttp gives up, 300 s.
+    """
+    classes = [AsyncFileSystem]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        _kept.extend(cls._cache.values())
+
+
+os.register_at_fork(before=_keep_file_systems, after_in_parent=_kept.clear)
 
 
 def is_url(path: str) -> bool:

@@ -18,7 +18,7 @@ from importlib import import_module
 from ..console import PROGRAM, quiet_without_a_reader, reader_is_gone, say
 from ..extras import MissingExtra
 from ..progress import Progress
-from . import anomaly, evaluate, float16, images, latent_datasets, latent_space, models, train
+from .commands import anomaly, evaluate, float16, images, latent_datasets, latent_space, models, train
 from .parser import Command, Parser, Version
 
 EXAMPLES = """examples:

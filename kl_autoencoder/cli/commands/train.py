@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = Path(__file__).resolve().parents[2]  # the folder that this package and the training program lie in
+PACKAGES = Path(__file__).resolve().parents[3]  # the folder that this package and the training program lie in
 HELP = "train a model; takes what python -m train takes, and continues where that stopped"
 
 

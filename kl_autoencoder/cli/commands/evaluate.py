@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .. import distributed
-from ..data.locating import locate
-from ..extras import require
-from ..files import replacing
-from ..progress import Progress
-from .parser import DTYPES, IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
-from .paths import MODELS, OTHERS, check_model, refuse_existing
+from ... import distributed
+from ...data.locating import locate
+from ...extras import require
+from ...files import replacing
+from ...progress import Progress
+from ..parser import DTYPES, IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
+from ..paths import MODELS, OTHERS, check_model, refuse_existing
 
 if TYPE_CHECKING:
-    from ..evaluation.methods import Model
-    from ..evaluation.other_autoencoders import OtherAutoencoder
-    from ..evaluation.runner import Evaluation
+    from ...evaluation.methods import Model
+    from ...evaluation.other_autoencoders import OtherAutoencoder
+    from ...evaluation.runner import Evaluation
 
 REPORT_FILES = ("images.csv", "report.html", "metrics.json")  # in this order: where the last is, all are
 
@@ -89,7 +89,7 @@ def check_evaluate(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure models on images, on any number of ranks, and write it all at the end, from rank 0."""
-    from ..evaluation.report import html
+    from ...evaluation.report import html
 
     place = distributed.join(arguments.device)
     unfinished = arguments.output.absolute()
@@ -120,9 +120,9 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
     """
     import torch
 
-    from ..data.image_dataset import Photographs
-    from ..evaluation.methods import baselines_of, short_names
-    from ..evaluation.runner import Evaluation, MetricSuite
+    from ...data.image_dataset import Photographs
+    from ...evaluation.methods import baselines_of, short_names
+    from ...evaluation.runner import Evaluation, MetricSuite
 
     names, place = short_names(arguments.model), distributed.join(arguments.device)
     # of several processes each has a device of its own
@@ -147,9 +147,9 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
 
 def _load(name: str, given: str, device: str, dtype: str | None, seed: int) -> "Model | OtherAutoencoder":
     """The model that was `given`: ours, or another autoencoder of diffusers."""
-    from ..evaluation.methods import Model
-    from ..evaluation.other_autoencoders import OtherAutoencoder
-    from .loading import load_model, load_other_model, other_kind
+    from ...evaluation.methods import Model
+    from ...evaluation.other_autoencoders import OtherAutoencoder
+    from ..loading import load_model, load_other_model, other_kind
 
     if kind := other_kind(given):
         return OtherAutoencoder(name, load_other_model(given, kind, device, dtype), seed)
@@ -163,8 +163,8 @@ def _metrics(
 
     `given`: the models as the user named them, by their short names. `latents`: of `Evaluation.study`.
     """
-    from ..evaluation.other_autoencoders import OtherAutoencoder
-    from ..evaluation.runner import FORMAT, STUDY_SIZE
+    from ...evaluation.other_autoencoders import OtherAutoencoder
+    from ...evaluation.runner import FORMAT, STUDY_SIZE
 
     photographs = evaluation.photographs
     metrics = {
@@ -217,7 +217,7 @@ def _for_json(value: Any) -> Any:
 
 
 def _write(output: Path, metrics: dict[str, Any], evaluation: "Evaluation") -> None:
-    from ..evaluation.report import html
+    from ...evaluation.report import html
 
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / REPORT_FILES[0]) as path, open(path, "w", newline="", encoding="utf-8") as file:
@@ -243,7 +243,7 @@ def _move(unfinished: Path, output: Path) -> None:
 
 def _write_csv(file: TextIO, metrics: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Write a row an image, with each measure of each method that was measured anywhere."""
-    from ..evaluation.runner import IMAGE_METRICS
+    from ...evaluation.runner import IMAGE_METRICS
 
     columns = [
         (key, name)

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import say
-from ..extras import require
-from ..files import temporary_beside
-from ..models.folder import HUB_ID
-from ..progress import Progress
-from .parser import MODEL, Command, Parser, add_dtype, add_json, add_output
-from .paths import check_model, model_path, readable_folder, refuse_existing
+from ...console import say
+from ...extras import require
+from ...files import temporary_beside
+from ...models.folder import HUB_ID
+from ...progress import Progress
+from ..parser import MODEL, Command, Parser, add_dtype, add_json, add_output
+from ..paths import check_model, model_path, readable_folder, refuse_existing
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..models.autoencoder_kl import KLAutoencoder
+    from ...models.autoencoder_kl import KLAutoencoder
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")  # an identifier, as the hub has them
 # Keys of the model's config that `info --json` prints.
@@ -98,7 +98,7 @@ def check_model_output(output: Path, model: Path | None, overwrite: bool) -> Non
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a training run's or any other model as a diffusers folder, or as a single file in LDM layout."""
-    from .loading import load_model
+    from ..loading import load_model
 
     output, folder = arguments.output, arguments.folder
     if arguments.onnx:
@@ -115,8 +115,8 @@ def export(arguments: argparse.Namespace) -> None:
 
 def export_to_onnx(model: str, output: Path, dtype: str | None) -> None:
     """Write both graphs beside `output`, compare them with torch if onnxruntime is there, and move them into it."""
-    from ..models.publishing import onnx_export
-    from .loading import load_model
+    from ...models.publishing import onnx_export
+    from ..loading import load_model
 
     vae = load_model(model, "cpu", "float32")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -204,8 +204,8 @@ def check_push(arguments: argparse.Namespace) -> None:
 
 def push(arguments: argparse.Namespace) -> None:
     """Write weights, config, card and picture to a folder, and commit it to the hub unless it is a dry run."""
-    from ..models.publishing.hub import publish
-    from .loading import load_model
+    from ...models.publishing.hub import publish
+    from ..loading import load_model
 
     vae = load_model(arguments.model, "cpu", arguments.dtype)
     if arguments.dry_run:
@@ -224,7 +224,7 @@ def write_repository(
     vae: "KLAutoencoder", output: Path, repo: str, license: str | None, run: Path | None
 ) -> None:
     """What the repository is to hold: config, .safetensors files, README.md and, of a run, its last picture."""
-    from ..models.publishing.hub_card import PICTURE, model_card, newest_picture
+    from ...models.publishing.hub_card import PICTURE, model_card, newest_picture
 
     with tempfile.TemporaryDirectory() as temporary:
         card = Path(temporary) / "README.md"
@@ -246,7 +246,7 @@ def check_info(arguments: argparse.Namespace) -> None:
 
 def info(arguments: argparse.Namespace) -> None:
     """Print what a model is: shapes, size, scaling, and what it is made for."""
-    from .loading import load_model
+    from ..loading import load_model
 
     vae = load_model(arguments.model, "cpu", None)
     if arguments.json:
@@ -258,8 +258,8 @@ def info(arguments: argparse.Namespace) -> None:
 
 def _described(name: str, vae: "KLAutoencoder") -> dict[str, str]:
     """The lines of `info`: headings and sentences."""
-    from ..models import scaling
-    from ..models.single_file import family_of
+    from ...models import scaling
+    from ...models.single_file import family_of
 
     c, f = vae.config, vae.downsampling
     side = c.sample_size if isinstance(c.sample_size, int) else c.sample_size[0]
@@ -285,8 +285,8 @@ def _described(name: str, vae: "KLAutoencoder") -> dict[str, str]:
 
 def _facts(name: str, vae: "KLAutoencoder") -> dict:
     """What `info --json` prints: keys of the config under its names, counts as numbers."""
-    from ..models import scaling
-    from ..models.single_file import family_of
+    from ...models import scaling
+    from ...models.single_file import family_of
 
     keys = [*CONFIG_KEYS, *(key for key in FLUX2_KEYS if key in vae.config)]
     return {

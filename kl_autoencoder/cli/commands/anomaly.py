@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.locating import locate
-from ..files import replacing
+from ...data.locating import locate
+from ...files import replacing
+from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_output
+from ..paths import check_model, refuse_existing
 from .latent_space import add_size, open_photographs, read_squares, size_of_squares
-from .parser import IMAGES, MODEL, Command, Parser, add_device, add_output
-from .paths import check_model, refuse_existing
 
 if TYPE_CHECKING:
     import datasets
 
-    from ..evaluation.anomaly import Detector
-    from ..models.autoencoder_kl import KLAutoencoder
+    from ...evaluation.anomaly import Detector
+    from ...models.autoencoder_kl import KLAutoencoder
 
 FALSE_ALARMS = 0.05
 
@@ -60,8 +60,8 @@ def _read_labels(path: str | None) -> dict[str, int] | None:
 
 def anomaly(arguments: argparse.Namespace) -> None:
     """Write the scores of photographs against a reference; with labels also the curves of who is found."""
-    from ..evaluation.anomaly import SCORES
-    from .loading import load_model
+    from ...evaluation.anomaly import SCORES
+    from ..loading import load_model
 
     output, labels = arguments.output, arguments.labels
     vae = load_model(arguments.model, arguments.device, "float32")
@@ -90,7 +90,7 @@ def anomaly(arguments: argparse.Namespace) -> None:
 
 def _calibrated(vae: "KLAutoencoder", reference: "datasets.Dataset", size: int) -> "Detector":
     """Calibrate a detector: one half of the reference says what errors are like, the other what scores are."""
-    from ..evaluation.anomaly import Detector
+    from ...evaluation.anomaly import Detector
 
     halves = [
         [images for _, images in read_squares(reference, rows, size, "reading the reference")]
@@ -101,7 +101,7 @@ def _calibrated(vae: "KLAutoencoder", reference: "datasets.Dataset", size: int) 
 
 def _curves(rows: Sequence[dict], labels: dict[str, int]) -> list[dict]:
     """The points of each score's ROC curve; prints the area below it."""
-    from ..evaluation.anomaly import SCORES, roc
+    from ...evaluation.anomaly import SCORES, roc
 
     points = []
     for score in SCORES:

@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console import say
-from ..data.formats import check_writable
-from ..data.locating import locate
-from ..progress import tracked
-from .parser import IMAGES, MODEL, Command, Parser, add_device, add_model, add_output, positive
-from .paths import check_model, find_photographs, refuse_existing
+from ...console import say
+from ...data.formats import check_writable
+from ...data.locating import locate
+from ...progress import tracked
+from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_model, add_output, positive
+from ..paths import check_model, find_photographs, refuse_existing
 
 if TYPE_CHECKING:
     import datasets
     from PIL import Image
     from torch import Tensor
 
-    from ..models.autoencoder_kl import KLAutoencoder
-    from ..networks.distributions import DiagonalGaussian
+    from ...models.autoencoder_kl import KLAutoencoder
+    from ...networks.distributions import DiagonalGaussian
 
 
 def interpolate_arguments(parser: Parser) -> None:
@@ -44,9 +44,9 @@ def check_interpolate(arguments: argparse.Namespace) -> None:
 
 def interpolate(arguments: argparse.Namespace) -> None:
     """Decode latents between those of two photographs, as a strip of pictures."""
-    from ..data.image_io import image_size, load_image
-    from ..latents import interpolation
-    from .loading import load_model
+    from ...data.image_io import image_size, load_image
+    from ...latents import interpolation
+    from ..loading import load_model
 
     a, b = arguments.a, arguments.b
     size = (arguments.size,) * 2 if arguments.size else image_size(a)
@@ -83,9 +83,9 @@ def sample(arguments: argparse.Namespace) -> None:
     """Decode draws from the prior, or from a Gaussian that is fitted to photographs."""
     import torch
 
-    from ..data.image_io import image_grid
-    from ..latents import interpolation
-    from .loading import load_model
+    from ...data.image_io import image_grid
+    from ...latents import interpolation
+    from ..loading import load_model
 
     output, fit = arguments.output, arguments.fit
     vae = load_model(arguments.model, arguments.device, "float32")
@@ -124,9 +124,9 @@ def attribute(arguments: argparse.Namespace) -> None:
     """Add to a photograph, in one strength or several, what two sets of photographs differ by."""
     import torch
 
-    from ..data.image_io import load_image
-    from ..latents import interpolation
-    from .loading import load_model
+    from ...data.image_io import load_image
+    from ...latents import interpolation
+    from ..loading import load_model
 
     photo, output = arguments.photograph, arguments.output
     vae = load_model(arguments.model, arguments.device, "float32")
@@ -162,7 +162,7 @@ def size_of_squares(given: int | None, vae: "KLAutoencoder") -> int:
 
 
 def open_photographs(source: str, key: str) -> "datasets.Dataset":
-    from ..data.sources import Keys, open_source
+    from ...data.sources import Keys, open_source
 
     return open_source(source, Keys(key, key), in_order=True)
 
@@ -171,8 +171,8 @@ def read_squares(
     photographs: "datasets.Dataset", rows: Sequence[int], size: int, what: str
 ) -> Iterator[tuple[str, "Tensor"]]:
     """Yield (name, images (1, 3, size, size)) of the centre squares; unreadable ones are told and left out."""
-    from ..data.image_io import load_image, open_image
-    from ..data.sources import encoded_file
+    from ...data.image_io import load_image, open_image
+    from ...data.sources import encoded_file
 
     for row in tracked(rows, what, "images"):
         record = photographs[row]["image"]
@@ -186,7 +186,7 @@ def read_squares(
 def _posterior(vae: "KLAutoencoder", images: "Tensor") -> "DiagonalGaussian":
     import torch
 
-    from ..data.image_io import pad_to_multiple
+    from ...data.image_io import pad_to_multiple
 
     with torch.inference_mode():
         return vae.encode(pad_to_multiple(images, vae.downsampling).to(vae.device)).latent_dist
@@ -212,13 +212,13 @@ def _decoded(vae: "KLAutoencoder", latents: "Tensor", size: tuple[int, int]) -> 
 
 
 def _save_strip(images: "Tensor", labels: Sequence[str], output: Path) -> None:
-    from ..data.image_io import image_grid
+    from ...data.image_io import image_grid
 
     _save_picture(image_grid(images.split(1), labels), output)
 
 
 def _save_picture(picture: "Image.Image", output: Path) -> None:
-    from ..data.image_io import save_image
+    from ...data.image_io import save_image
 
     output.parent.mkdir(parents=True, exist_ok=True)
     save_image(picture, output)

@@ -4,11 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from ..data.formats import LATENTS_KEY
-from ..files import read_metadata
-from ..progress import tracked
-from .parser import IMAGES, Command, Parser, add_computation, add_model, add_output, add_photographs
-from .paths import check_model, find_photographs, inside, plan_targets, refuse_existing
+from ...data.formats import LATENTS_KEY
+from ...files import read_metadata
+from ...progress import tracked
+from ..parser import IMAGES, Command, Parser, add_computation, add_model, add_output, add_photographs
+from ..paths import check_model, find_photographs, inside, plan_targets, refuse_existing
 
 
 def encode_arguments(parser: Parser) -> None:
@@ -40,8 +40,8 @@ def encode(arguments: argparse.Namespace) -> None:
     """Encode photographs into one file of latents: the posterior's mode, or a sample of it."""
     import torch
 
-    from ..latents.latent_files import save_latents
-    from .loading import load_model, padded, read_photographs, refuse_unread
+    from ...latents.latent_files import save_latents
+    from ..loading import load_model, padded, read_photographs, refuse_unread
 
     photographs, output = arguments.photographs, arguments.output
     vae = load_model(arguments.model, arguments.device, arguments.dtype)
@@ -92,8 +92,8 @@ def decode(arguments: argparse.Namespace) -> None:
     """Decode files of latents to photographs of their original sizes."""
     import torch
 
-    from ..latents.latent_files import load_latents
-    from .loading import load_model, prepare_memory, write_picture
+    from ...latents.latent_files import load_latents
+    from ..loading import load_model, prepare_memory, write_picture
 
     files = [(path, load_latents(path)) for path in arguments.latents]
     targets, models = tracked(arguments.targets, "decoding", "images"), {}
@@ -137,8 +137,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     """Encode and decode photographs; what comes out has their sizes."""
     import torch
 
-    from ..data.image_io import DIFFERENCE_GAIN, difference_image, image_grid
-    from .loading import load_model, padded, read_photographs, refuse_unread, write_picture
+    from ...data.image_io import DIFFERENCE_GAIN, difference_image, image_grid
+    from ..loading import load_model, padded, read_photographs, refuse_unread, write_picture
 
     photographs, targets, unread = arguments.photographs, arguments.targets, []
     vae = load_model(arguments.model, arguments.device, arguments.dtype)

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..extras import require
-from ..progress import tracked
+from ...extras import require
+from ...progress import tracked
+from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
+from ..paths import check_model, find_photographs, model_path, readable_folder
 from .models import card_of, check_model_output, write_model_folder
-from .parser import IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
-from .paths import check_model, find_photographs, model_path, readable_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..models.autoencoder_kl import KLAutoencoder
-    from ..models.float16 import Activations
+    from ...models.autoencoder_kl import KLAutoencoder
+    from ...models.float16 import Activations
 
 SAME_FUNCTION = 1e-4  # of the range of what a model gives
 
@@ -53,8 +53,8 @@ def check_fp16_check(arguments: argparse.Namespace) -> None:
 
 def fp16_check(arguments: argparse.Namespace) -> int:
     """Measure each layer's largest value; with --fix write the model rescaled. 1 if the model is unsafe."""
-    from ..models import float16, float16_check
-    from .loading import load_model
+    from ...models import float16, float16_check
+    from ..loading import load_model
 
     photographs, folder, output = arguments.images, arguments.folder, arguments.output
     vae = load_model(arguments.model, arguments.device, "float32")
@@ -84,7 +84,7 @@ def _fix(
     vae: "KLAutoencoder", before: "Activations", images: Iterator["Tensor"], noise: "Tensor"
 ) -> "KLAutoencoder":
     """The model rescaled for float16, and a report of what that changes; ValueError if it is not fit to be kept."""
-    from ..models import float16, float16_check
+    from ...models import float16, float16_check
 
     fixed = float16.rescaled(vae, before)
     others = {
@@ -116,8 +116,8 @@ def _test_images(photographs: list[tuple[Path, str]], size: int) -> Iterator["Te
 
     A photograph that cannot be read is told, skipped and taken from the list.
     """
-    from ..models import float16_check
-    from .loading import read_photographs
+    from ...models import float16_check
+    from ..loading import read_photographs
 
     built_in = [
         *float16_check.hard_images(size),

@@ -12,6 +12,7 @@ EXTRAS = {
         "matplotlib": "matplotlib",
         "pytorch_msssim": "pytorch-msssim",
         "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
         "torch_fidelity": "torch-fidelity",
     },
     "onnx": {

@@ -64,7 +64,10 @@ assert train(["any.yaml"]) == 2
     assert done.returncode == 0, done.stderr
     told = done.stderr.partition("REFUSED\n")[2].splitlines()
     assert len(told) == 5
-    assert "lpips, matplotlib, pytorch-msssim, scikit-image, torch-fidelity are not installed" in told[0]
+    assert (
+        "lpips, matplotlib, pytorch-msssim, scikit-image, scikit-learn, torch-fidelity are not installed"
+        in told[0]
+    )
     assert "pip install 'kl-autoencoder[eval]'" in told[0] and "'kl-autoencoder[eval]'" in told[1]
     assert "onnx, onnxscript are not installed; pip install 'kl-autoencoder[onnx]'" in told[2]
     assert "scikit-image is not installed; pip install 'kl-autoencoder[train]'" in told[3]

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see of them
+    from .codec.public import compress, decompress
     from .data.image_io import image_size, load_image, save_image
     from .latents.latent_dataset import LatentDataset, SameShape
     from .models.autoencoder_kl import KLAutoencoder
@@ -23,6 +24,8 @@ _HOME = {
     "load_image": "data.image_io",
     "save_image": "data.image_io",
     "image_size": "data.image_io",
+    "compress": "codec.public",
+    "decompress": "codec.public",
     "LatentDataset": "latents.latent_dataset",
     "SameShape": "latents.latent_dataset",
 }

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 # What an extra of pyproject.toml installs: the module's name and the package's.
 EXTRAS = {
+    "codec": {"constriction": "constriction"},
     "eval": {
         "jinja2": "jinja2",
         "lpips": "lpips",

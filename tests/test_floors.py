@@ -27,7 +27,8 @@ ROOMS = {
         "models": GROUND | {"networks", "inference", "data"},
         "latents": GROUND | {"networks", "inference", "data", "models"},
         "evaluation": GROUND | {"networks", "data", "models"},
-        "cli": GROUND | {"networks", "data", "models", "latents", "evaluation"},
+        "codec": GROUND | {"data", "models"},
+        "cli": GROUND | {"networks", "data", "models", "latents", "evaluation", "codec"},
         "__main__": {"cli"},
     },
     "train": {

@@ -53,6 +53,7 @@ for command in (
 ):
     assert main(command.split()) in (0, 1), command
 print("REFUSED", file=sys.stderr)
+assert main("compress in -o small".split()) == 2
 assert main("evaluate --model compact --data in --size 64 -o report".split()) == 2
 assert main("fp16-check compact".split()) == 2
 assert main("export compact --onnx -o onnx".split()) == 2
@@ -63,7 +64,8 @@ assert train(["any.yaml"]) == 2
     )
     assert done.returncode == 0, done.stderr
     told = done.stderr.partition("REFUSED\n")[2].splitlines()
-    assert len(told) == 5
+    assert len(told) == 6
+    assert "constriction is not installed; pip install 'kl-autoencoder[codec]' brings" in told.pop(0)
     assert (
         "lpips, matplotlib, pytorch-msssim, scikit-image, scikit-learn, torch-fidelity are not installed"
         in told[0]

@@ -18,7 +18,7 @@ from importlib import import_module
 from ..console import PROGRAM, quiet_without_a_reader, reader_is_gone, say
 from ..extras import MissingExtra
 from ..progress import Progress
-from .commands import anomaly, evaluate, float16, images, latent_datasets, latent_space, models, train
+from .commands import anomaly, codec, evaluate, float16, images, latent_datasets, latent_space, models, train
 from .parser import Command, Parser, Version
 
 EXAMPLES = """examples:
@@ -27,6 +27,8 @@ EXAMPLES = """examples:
   kl-autoencoder reconstruct photo.jpg --model runs/quickstart/export -o reconstruction.png --compare
   kl-autoencoder encode photos/ --model stabilityai/sd-vae-ft-mse -o latents.safetensors
   kl-autoencoder decode latents.safetensors -o decoded/
+  kl-autoencoder compress photos/ -o compressed/ --bytes 5000
+  kl-autoencoder decompress compressed/ -o photos-again/
   kl-autoencoder evaluate --model runs/quickstart --data photos/ --size 256 -o report/
   kl-autoencoder export runs/quickstart -o vae.safetensors --single-file
   kl-autoencoder export compact -o onnx/ --onnx
@@ -36,7 +38,7 @@ EXAMPLES = """examples:
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
   kl-autoencoder train configs/quickstart.yaml
 """
-FAMILIES = (images, evaluate, models, float16, latent_datasets, latent_space, anomaly)
+FAMILIES = (images, codec, evaluate, models, float16, latent_datasets, latent_space, anomaly)
 COMMANDS: dict[str, Command] = {name: c for family in FAMILIES for name, c in family.COMMANDS.items()}
 
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")

@@ -96,12 +96,17 @@ def plan_targets(output: str, names: Sequence[str], single: bool) -> list[Path]:
         return [path]
     if is_picture:
         raise ValueError(f"{path}: is one picture; give a folder for several photographs")
+    return names_in_folder(path, names, ".png")
+
+
+def names_in_folder(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:
+    """A path in `folder` for each of `names`, with this suffix; the second of two of one name is called name-2."""
     targets = {}  # as an ordered set
     for name in names:
-        target, n = (path / name).with_suffix(".png"), 1
+        target, n = (folder / name).with_suffix(suffix), 1
         while target in targets:
             n += 1
-            target = (path / name).with_name(f"{Path(name).stem}-{n}.png")
+            target = (folder / name).with_name(f"{Path(name).stem}-{n}{suffix}")
         targets[target] = name
     return list(targets)
 

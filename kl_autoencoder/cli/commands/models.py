@@ -17,6 +17,7 @@ from ...models.folder import HUB_ID
 from ...progress import Progress
 from ..parser import MODEL, Command, Parser, add_dtype, add_json, add_output
 from ..paths import check_model, model_path, readable_folder, refuse_existing
+from . import codec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -236,18 +237,24 @@ def write_repository(
 
 
 def info_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL}; or a file that compress wrote")
     add_json(parser)
 
 
 def check_info(arguments: argparse.Namespace) -> None:
-    check_model(arguments.model)
+    if codec.is_compressed(arguments.model):
+        codec.read_header(Path(arguments.model))
+    else:
+        check_model(arguments.model)
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """Print what a model is: shapes, size, scaling, and what it is made for."""
+    """Print what a model is: shapes, size, scaling, what it is made for; or the header of a compressed file."""
     from ..loading import load_model
 
+    if codec.is_compressed(arguments.model):
+        codec.print_header(arguments.model, arguments.json)
+        return
     vae = load_model(arguments.model, "cpu", None)
     if arguments.json:
         print(json.dumps(_facts(arguments.model, vae), indent=1))

@@ -1,0 +1,75 @@
+"""`compress` and `decompress`: a photograph to a few kilobytes and back."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from ..data.image_io import image_size
+from ..models.autoencoder_kl import COMPACT, ExactAutoencoder
+from ..models.autoencoder_kl_flux2 import class_of
+from . import container
+from .codec import Codec, Photograph, bytes_of
+
+DEFAULT_QUALITY = 60
+
+
+def compress(
+    image: Photograph,
+    quality: int | None = None,
+    *,
+    max_bytes: int | None = None,
+    bits_per_pixel: float | None = None,
+    model: str | os.PathLike | ExactAutoencoder = COMPACT.name,
+) -> bytes:
+    """An image -> the bytes of a file that `decompress` reads.
+
+    Any size: the network gets it padded by reflection, and the padding is cropped again. As in `load_image` it is
+    turned upright, its colour profile is converted to sRGB, transparency is laid over white, and 16 bits are
+    rounded to 8; profile, alpha and EXIF are not kept.
+
+    Args:
+        image: a file, a PIL image, or a tensor (3, H, W) or (1, 3, H, W) in [-1, 1].
+        quality: 1 to 100 (60); 16 more halve the step that the latents are rounded to.
+        max_bytes, bits_per_pixel: instead of a quality, the best that fits.
+        model: "compact", a folder, a hub id, or an autoencoder in evaluation mode. Decoding needs the same.
+
+    Raises ValueError for more than one of the three, for values out of range, and as `load_image`.
+    """
+    if sum(value is not None for value in (quality, max_bytes, bits_per_pixel)) > 1:
+        raise ValueError("quality, max_bytes and bits_per_pixel: one of them")
+    codec = codec_of(model)
+    if bits_per_pixel is not None:
+        max_bytes = bytes_of(bits_per_pixel, _size(image))
+    if max_bytes is not None:
+        return codec.compress_to(image, max_bytes)
+    return codec.compress(image, DEFAULT_QUALITY if quality is None else quality)
+
+
+def decompress(data: bytes, model: str | os.PathLike | ExactAutoencoder = COMPACT.name) -> Image.Image:
+    """The bytes that `compress` made -> the image, RGB in sRGB, of its original size.
+
+    Raises ValueError for bytes that are damaged, truncated or something else, and for those of another model.
+    """
+    container.unpack(data)  # before the model is loaded
+    return codec_of(model).decompress(data)
+
+
+def codec_of(model: str | os.PathLike | ExactAutoencoder) -> Codec:
+    """The codec of an autoencoder, or of the one that a name leads to, which is loaded once."""
+    if isinstance(model, ExactAutoencoder):
+        return Codec(model, Path(model.config.get("_name_or_path") or "a model").name)
+    return _loaded(os.fspath(model))
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str) -> Codec:
+    source = COMPACT if name == COMPACT.name and not Path(name).is_dir() else name
+    return Codec(class_of(source).from_pretrained(source).float(), Path(name).name)
+
+
+def _size(image: Photograph) -> tuple[int, int]:
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return tuple(image.shape[-2:]) if hasattr(image, "shape") else image_size(image)

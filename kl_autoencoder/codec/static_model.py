@@ -1,0 +1,59 @@
+"""Tables that stay the same over a whole image: a mean and a scale for each channel, told in the file.
+
+What any autoencoder can be used with, and what a learned model is compared with.
+"""
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from .prediction import Pass, Prediction, everywhere
+from .tables import PLACE_BITS, PLACES, REACH, SCALES, cost_table
+
+CHANNEL = struct.Struct("<hB")  # the mean in sixteenths of a step, the number of the scale
+
+
+class StaticModel:
+    """means: of the channels, in sixteenths of a step; scales: the numbers of their scales."""
+
+    def __init__(self, means: list[int], scales: list[int]):
+        self.means, self.scales = means, scales
+
+    @classmethod
+    def fit(cls, symbols: np.ndarray) -> "StaticModel":
+        """The mean and the scale that cost the fewest bits for the symbols (C, h, w) of an image."""
+        means = [
+            int(np.clip(round(float(channel.mean()) * PLACES), -(1 << 15), (1 << 15) - 1))
+            for channel in symbols
+        ]
+        return cls(means, [_best_scale(c, mean) for c, mean in zip(symbols, means, strict=True)])
+
+    @classmethod
+    def from_side(cls, side: bytes, channels: int) -> "StaticModel":
+        """The inverse of `side`. Raises ValueError for what it cannot have written."""
+        if len(side) != channels * CHANNEL.size:
+            raise ValueError(f"damaged: static tables of {len(side)} bytes for {channels} channels")
+        means, scales = zip(*CHANNEL.iter_unpack(side), strict=True)
+        if max(scales) >= SCALES:
+            raise ValueError(f"damaged: scale {max(scales)}; allowed: 0 to {SCALES - 1}")
+        return cls(list(means), list(scales))
+
+    @property
+    def side(self) -> bytes:
+        return b"".join(CHANNEL.pack(*pair) for pair in zip(self.means, self.scales, strict=True))
+
+    def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
+        return (Pass(channel, everywhere(shape)) for channel in range(shape[0]))
+
+    def predict(self, at: Pass, symbols: np.ndarray, quality: int) -> Prediction:
+        shape = at.mask.shape
+        return Prediction(np.full(shape, self.means[at.channel]), np.full(shape, self.scales[at.channel]))
+
+
+def _best_scale(channel: np.ndarray, mean: int) -> int:
+    whole = (mean + PLACES // 2) >> PLACE_BITS
+    place = mean - PLACES * whole + PLACES // 2
+    entries = (channel.astype(np.int64) - whole).clip(-REACH, REACH) + REACH
+    counts = np.bincount(entries.ravel(), minlength=2 * REACH + 1)
+    return int(np.argmin(cost_table()[:, place] @ counts))

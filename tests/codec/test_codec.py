@@ -1,0 +1,138 @@
+"""Images to bytes and back: sizes, qualities, other models, and what each error says."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data as photographs
+
+from kl_autoencoder import KLAutoencoder, compress, decompress, load_image
+from kl_autoencoder.codec import container
+from kl_autoencoder.codec.codec import Codec, rounded
+from kl_autoencoder.codec.public import codec_of
+from kl_autoencoder.codec.steps import step_of
+from kl_autoencoder.data.image_io import pad_to_multiple, tensor_to_images
+from kl_autoencoder.evaluation.metrics import psnr
+from tests.codec.damage import damaged
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return codec_of("compact")
+
+
+@pytest.fixture(scope="module")
+def astronaut():
+    return Image.fromarray(photographs.astronaut()[:200, 150:350])
+
+
+@pytest.fixture(scope="module")
+def other():
+    """A small model of eight channels in patches of 2x2, untrained."""
+    from kl_autoencoder import KLAutoencoderFlux2
+
+    torch.manual_seed(0)
+    return KLAutoencoderFlux2(
+        block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2
+    ).eval()
+
+
+@pytest.mark.parametrize("quality", [10, 60, 100])
+def test_the_image_is_what_the_decoder_makes_of_the_rounded_latents(codec, astronaut, quality):
+    images = pad_to_multiple(load_image(astronaut, multiple_of=1), 8)
+    vae, step = codec.vae, step_of(quality)
+    with torch.inference_mode():
+        z = vae.scale(vae.encode(images).latent_dist.mode())
+        wanted = vae.decode(vae.unscale((z / step + 0.5).floor() * step)).sample[:, :, :200, :200]
+    found = decompress(compress(astronaut, quality))
+    assert found.size == (200, 200) and found.mode == "RGB"
+    difference = np.asarray(found).astype(int) - np.asarray(tensor_to_images(wanted)[0]).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_better_quality_takes_more_bytes_and_is_better(codec, astronaut):
+    original = load_image(astronaut)
+    files = [compress(astronaut, quality) for quality in (15, 30, 45, 60, 75)]
+    sizes = [len(file) for file in files]
+    quality = [psnr(load_image(decompress(file)), original).item() for file in files]
+    assert sizes == sorted(sizes) and quality == sorted(quality)
+    assert quality[-1] - quality[0] > 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (8, 8), (33, 250)])
+def test_any_size(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = decompress(compress(Image.fromarray(pixels)))
+    assert (image.height, image.width) == size
+
+
+def test_files_and_tensors_and_modes(astronaut, tmp_path):
+    wanted = compress(astronaut, 50)
+    astronaut.save(tmp_path / "a.png")
+    assert compress(tmp_path / "a.png", 50) == wanted
+    assert compress(load_image(astronaut, multiple_of=1), 50) == wanted
+    assert compress(load_image(astronaut, multiple_of=1)[0], 50) == wanted
+    transparent = astronaut.convert("RGBA")
+    transparent.putalpha(0)
+    assert compress(transparent, 50) == compress(Image.new("RGB", (200, 200), "white"), 50)
+
+
+def test_the_best_quality_that_fits(codec, astronaut):
+    found = compress(astronaut, max_bytes=700)
+    header, _ = container.unpack(found)
+    assert len(found) <= 700 < len(compress(astronaut, header.quality + 1))
+    assert compress(astronaut, bits_per_pixel=0.14) == found
+    with pytest.raises(ValueError, match="20 bytes are too few; at quality 1 it takes"):
+        compress(astronaut, max_bytes=20)
+    with pytest.raises(ValueError, match="one of them"):
+        compress(astronaut, 50, max_bytes=700)
+
+
+def test_large_images_are_coded_in_tiles(codec):
+    latents = torch.randn(4, 130, 300, generator=torch.Generator().manual_seed(0))
+    data = codec.packed(latents, (1040, 2400), 40)
+    header, chunks = container.unpack(data)
+    assert len(chunks) == 6
+    np.testing.assert_array_equal(codec.symbols(header, chunks), rounded(latents, 40))
+    with pytest.raises(ValueError, match="damaged: 5 chunks for 2400x1040 pixels"):
+        codec.symbols(header, chunks[1:])
+
+
+def test_half_precision_is_the_same_model_and_scaling_is_part_of_it(codec, astronaut):
+    half = Codec(KLAutoencoder.from_pretrained("compact", torch_dtype=torch.float16), "half")
+    assert half.model_hash == codec.model_hash
+    vae = KLAutoencoder.from_pretrained("compact")
+    vae.register_to_config(scaling_factor=1.0)
+    with pytest.raises(ValueError, match="was made with the model 'compact' of weights .*; .* has "):
+        decompress(compress(astronaut), model=vae)
+
+
+def test_latents_in_patches(other, astronaut):
+    image = decompress(compress(astronaut, model=other), model=other)
+    assert image.size == astronaut.size
+
+
+def test_damaged_files_of_right_checksums_are_refused_or_decoded(codec):
+    """What an attacker could write: no crash, and no symbols beyond the bounds."""
+    chance, size = random.Random(0), (160, 160)
+    latents = torch.randn(4, 20, 20, generator=torch.Generator().manual_seed(0))
+    header, (chunk,) = container.unpack(codec.packed(latents, size, 40))
+    refused = 0
+    for _ in range(100):
+        try:
+            found = codec.symbols(*container.unpack(container.pack(header, [damaged(chunk, chance)])))
+            assert found.shape == (4, 20, 20) and np.abs(found).max() < 1 << 17
+        except ValueError as error:
+            assert "damage" in str(error) or "more coded" in str(error)
+            refused += 1
+    assert refused > 10
+
+
+def test_three_hundred_damaged_files(codec, astronaut):
+    chance, data = random.Random(1), compress(astronaut)
+    for _ in range(300):
+        with pytest.raises(ValueError) as told:
+            decompress(damaged(data, chance))
+        assert "\n" not in str(told.value) and len(str(told.value)) < 160

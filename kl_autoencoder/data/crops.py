@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_io import cover_box, image_size, resize_box, to_rgb
+from .colours import to_channels, to_rgb
+from .image_io import cover_box, image_size, resize_box
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 as long as the crop keeps this many times its final side, the rest being
 # bicubic. Measured on 1024-pixel JPEGs to 256: twice the images a second from a crop of 768 on, 40 to 48 dB
@@ -91,12 +92,14 @@ def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Ra
     return Part(pixels, (height, width), box)
 
 
-def read_square(file: BinaryIO, resolution: int, crop: Crop, enlarge: bool = False) -> np.ndarray:
-    """Read a square crop of an image, scaled (bicubic, antialiased): (resolution, resolution, 3), uint8.
+def read_square(
+    file: BinaryIO, resolution: int, crop: Crop, enlarge: bool = False, channels: int = 3
+) -> np.ndarray:
+    """Read a square crop of an image, scaled (bicubic, antialiased): (resolution, resolution, channels), uint8.
 
-    The crop has whole pixels and is at least `resolution` wide unless the image itself is smaller. Colours,
-    orientation and reduced decoding of JPEGs as in `read_part`. Raises TooSmall if it would be enlarged, unless
-    `enlarge`; ValueError if it cannot be read.
+    The crop has whole pixels and is at least `resolution` wide unless the image itself is smaller. Colours as in
+    `to_channels`, orientation and reduced decoding of JPEGs as in `read_part`. Raises TooSmall if it would be
+    enlarged, unless `enlarge`; ValueError if it cannot be read.
     """
     height, width = image_size(file)  # refuses bombs and formats that no photograph has
     short = min(height, width)
@@ -107,8 +110,9 @@ def read_square(file: BinaryIO, resolution: int, crop: Crop, enlarge: bool = Fal
         image.load()
         side = max(1, round(side * min(image.size) / short))
         left, top = int(crop.x * (image.width - side + 1)), int(crop.y * (image.height - side + 1))
-        square = to_rgb(image.crop((left, top, left + side, top + side)))  # so few pixels are converted
-    pixels = np.array(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
+        # cropped first, so that few pixels are converted
+        square = to_channels(image.crop((left, top, left + side, top + side)), channels)
+    pixels = np.atleast_3d(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
     return pixels[:, ::-1] if crop.flip else pixels
 
 

@@ -18,7 +18,7 @@ class Photograph(NamedTuple):
 
     number: int  # its place in the source
     name: str
-    image: Tensor  # (1, 3, H, W), float32 in [-1, 1]
+    image: Tensor  # (1, C, H, W), float32 in [-1, 1]
 
 
 class Photographs:
@@ -26,7 +26,7 @@ class Photographs:
 
     `records`: of `open_source`, or any sequence of {column: record}. `size` N scales the short side to N
     (bicubic, antialiased) and crops the centre square; None keeps every pixel. Images of less than `smallest`
-    pixels a side are left out.
+    pixels a side are left out. `channels`: C of the images, 1 (gray), 3 (RGB) or 4 (RGBA).
     """
 
     def __init__(
@@ -37,8 +37,10 @@ class Photographs:
         column: str = "image",
         rows: Sequence[int] | None = None,
         smallest: int = SMALLEST,
+        channels: int = 3,
     ):
         self.records, self.source, self.size, self.column = records, source, size, column
+        self.channels = channels
         self.rows = range(len(records)) if rows is None else rows
         self.count, self.smallest = len(self.rows), smallest
         self.skipped: dict[int, str] = {}  # number -> why it cannot be used
@@ -79,7 +81,8 @@ class Photographs:
         row = int(self.rows[number])
         record = self.records[row][self.column]
         name = self._name(record, row)
-        image = load_image(open_image(encoded_file(record, name)), size, multiple_of=1)
+        opened = open_image(encoded_file(record, name), self.channels)
+        image = load_image(opened, size, multiple_of=1, channels=self.channels)
         if min(image.shape[2:]) < self.smallest:
             height, width = image.shape[2:]
             raise ValueError(f"{name}: {width}x{height} pixels; allowed: {self.smallest} a side and more")

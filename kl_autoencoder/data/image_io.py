@@ -1,6 +1,8 @@
-"""Image files and PIL images <-> float32 tensors (B, 3, H, W) in [-1, 1], and grids of them to look at."""
+"""Image files and PIL images <-> float32 tensors (B, C, H, W) in [-1, 1], and grids of them to look at.
 
-import io
+C is 3, RGB, unless another number of `channels` is asked for: 1, gray, or 4, RGBA.
+"""
+
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,24 +11,13 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont
+from PIL import Image, ImageDraw, ImageFile, ImageFont
 from torch import Tensor
 
 from ..files import replacing
+from .colours import MODES, decode, orientation, to_channels
 from .formats import WRITERS, check_writable
 
-# EXIF 2.32, tag 0x0112: how to turn an image that was stored with this orientation.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SRGB = ImageCms.createProfile("sRGB")
-PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # PIL mode -> ICC colour space
 RUN_BY_GHOSTSCRIPT = ("EPS", "WMF")  # never photographs, and decoding them starts another program
 SIXTEEN_BITS_IN_I = ("PNG", "PPM")  # formats whose 16-bit gray Pillow may give as mode I, 0 to 65535
 DIFFERENCE_GAIN = 4.0
@@ -36,85 +27,63 @@ def load_image(
     source: str | os.PathLike | Image.Image,
     size: int | tuple[int, int] | None = None,
     multiple_of: int = 8,
+    channels: int = 3,
 ) -> Tensor:
-    """Read an image: file or PIL image -> (1, 3, H, W), float32 in [-1, 1], sRGB.
+    """Read an image: file or PIL image -> (1, channels, H, W), float32 in [-1, 1], sRGB.
 
     `size`: an int scales the short side to it and crops the centre square; (height, width) scales until both
     are covered and crops the centre; None keeps every pixel. `multiple_of` then pads at the right and bottom
     by reflection up to the next multiple (1: no padding); `image_size(path)` tells the size to crop back to.
-    Colours, rotation, what is raised: see `open_image`. ValueError for an impossible `size` or `multiple_of`.
+    Colours, `channels`, rotation, what is raised: see `open_image`. ValueError for an impossible `size` or
+    `multiple_of`.
     """
-    image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source)
+    image = to_channels(source, channels) if isinstance(source, Image.Image) else open_image(source, channels)
     if size is not None:
         image = _cover(image, *_height_width(size))
-    return pad_to_multiple(image_to_tensor(image)[None], multiple_of)
+    return pad_to_multiple(image_to_tensor(image, channels)[None], multiple_of)
 
 
-def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
+def open_image(source: str | os.PathLike | BinaryIO, channels: int = 3) -> Image.Image:
     """Decode an image file, or a file opened for reading in binary, to an upright PIL image of mode RGB in sRGB.
 
     EXIF rotation is applied, an embedded colour profile is converted to sRGB, transparency is laid over white,
-    16-bit values are rounded to 8 bits; of an animation, or of several pages, the first is taken.
+    16-bit values are rounded to 8 bits; of an animation, or of several pages, the first is taken. `channels`: 1
+    gives mode L, and 4 mode RGBA, whose transparency stays as it is (`to_channels`).
     Raises FileNotFoundError if there is no such file, and ValueError, naming the file, if it is not an image,
     damaged or truncated, of 32-bit integers, or holds more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (decompression
     bombs).
     """
     with _opened(source) as image:
-        return to_rgb(image)
+        return to_channels(image, channels)
 
 
 def image_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
     """(height, width) in pixels of an image file, upright, without decoding it. Raises as `open_image`."""
     with _opened(source) as image:
         if image.format == "TIFF":
-            _decode(image)  # PIL turns a TIFF upright itself, at a moment that depends on its version
-        upright = _orientation(image) < 5
+            decode(image)  # PIL turns a TIFF upright itself, at a moment that depends on its version
+        upright = orientation(image) < 5
         return (image.height, image.width) if upright else (image.width, image.height)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode -> upright RGB in sRGB, transparency over white; see `open_image`.
-
-    Single channels of more than 8 bits: modes I;16 and I are read as 0 to 65535, mode F as 0 to 1. A colour
-    profile that is broken or belongs to another kind of image is ignored, as browsers do. The pixels of an
-    image that is plain RGB already are kept exactly. Raises ValueError for a damaged or truncated image and
-    for values outside those ranges.
-    """
-    _decode(image)
-    orientation, profile = _orientation(image), image.info.get("icc_profile")
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bits(image)
-    alpha = None
-    if image.has_transparency_data:  # as a channel, or as a colour key or palette entries beside the pixels
-        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert(image.mode[:-1])
-    image = _to_srgb(image, profile)
-    if alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    # A new image, so that neither the rotation nor the profile can be applied a second time.
-    return Image.fromarray(np.asarray(image))
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """A PIL image of any mode -> (3, H, W), float32 in [-1, 1]; no resizing, no padding. See `to_rgb`."""
-    pixels = torch.from_numpy(np.array(to_rgb(image)))
+def image_to_tensor(image: Image.Image, channels: int = 3) -> Tensor:
+    """A PIL image of any mode -> (channels, H, W), float32 in [-1, 1]; no resizing, no padding: `to_channels`."""
+    pixels = torch.from_numpy(np.atleast_3d(np.array(to_channels(image, channels))))
     # in place: of large images each copy counts
     return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
 
 
 def tensor_to_images(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) or (3, H, W) in [-1, 1], any floating type and device -> B PIL images of mode RGB.
+    """(B, C, H, W) or (C, H, W) in [-1, 1], any floating type and device -> B PIL images.
 
-    Values are clamped to [-1, 1] and rounded to the nearest of 256 levels. Raises ValueError for another shape
-    and for values that are not finite, which have no colour.
+    C = 1, 3 or 4 gives mode L, RGB or RGBA. Values are clamped to [-1, 1] and rounded to the nearest of 256
+    levels. Raises ValueError for another shape and for values that are not finite, which have no colour.
     """
     images = images[None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+    if images.ndim != 4 or images.shape[1] not in MODES or not images.numel():
         raise ValueError(
-            f"images must be (B, 3, H, W) or (3, H, W), none of them 0, not {tuple(images.shape)}"
+            "images must be (B, C, H, W) or (C, H, W), none of them 0 and C = 1, 3 or 4, "
+            f"not {tuple(images.shape)}"
         )
     images = images.detach().float()
     bad = int((~images.isfinite()).sum())
@@ -124,6 +93,8 @@ def tensor_to_images(images: Tensor) -> list[Image.Image]:
             "if the model ran in float16, run it in bfloat16 or float32"
         )
     levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if images.shape[1] == 1:
+        return [Image.fromarray(array) for array in levels[:, 0].cpu().numpy()]
     return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
@@ -132,15 +103,18 @@ def save_image(
 ) -> list[Path]:
     """Write an image, or each of a batch, and return the paths written.
 
-    `images`: (B, 3, H, W) or (3, H, W) as in `tensor_to_images`, or a PIL image. One image is written to
+    `images`: (B, C, H, W) or (C, H, W) as in `tensor_to_images`, or a PIL image. One image is written to
     `path`; B > 1 images to numbered names beside it: `photo.png` -> `photo-000.png`, `photo-001.png` ...
     `size` (height, width) keeps the top left part, which undoes the padding of `load_image`. The suffix says
     the format. A file appears under its name only when it is complete, and replaces one that was there.
-    Raises ValueError for an unknown suffix, a size larger than the image, and as `tensor_to_images`.
+    Raises ValueError for an unknown suffix, transparency in a JPEG, a size larger than the image, and as
+    `tensor_to_images`.
     """
     path = Path(path)
     check_writable(path)
     pictures = [images] if isinstance(images, Image.Image) else tensor_to_images(images)
+    if pictures[0].mode == "RGBA" and WRITERS[path.suffix.lower()]["format"] == "JPEG":
+        raise ValueError(f"{path}: JPEG holds no transparency; allowed: .png, .webp, .tif")
     if size is not None:
         pictures = [_top_left(picture, *_height_width(size)) for picture in pictures]
     paths = [path]
@@ -195,14 +169,21 @@ def resize_box(
 
 
 def difference_image(a: Tensor, b: Tensor, gain: float = DIFFERENCE_GAIN) -> Tensor:
-    """|a - b| of two (B, 3, H, W) in [-1, 1], amplified: black (-1) where equal, white from 2 / gain on."""
-    return ((a.float() - b.float()).abs() * gain - 1).clamp(-1, 1)
+    """|a - b| of two (B, C, H, W) in [-1, 1], amplified: black (-1) where equal, white from 2 / gain on.
+
+    Of RGBA it is opaque, and a difference in the transparency shows in all three colours.
+    """
+    difference = ((a.float() - b.float()).abs() * gain - 1).clamp(-1, 1)
+    if difference.shape[1] < 4:
+        return difference
+    colours, alpha = difference.split((3, 1), dim=1)
+    return torch.cat([colours.maximum(alpha), torch.ones_like(alpha)], dim=1)
 
 
 def image_grid(columns: Sequence[Tensor], labels: Sequence[str] | None = None, gap: int = 4) -> Image.Image:
     """Lay out images to compare: one row an image of the batch, one column an entry of `columns`.
 
-    `columns`: tensors (B, 3, H, W) in [-1, 1], all of one shape, such as original, reconstruction and
+    `columns`: tensors (B, C, H, W) in [-1, 1], all of one shape, such as original, reconstruction and
     `difference_image`. `labels`: a heading for each column. Raises ValueError if shapes or counts differ.
     """
     if not columns or len({column.shape for column in columns}) != 1:
@@ -214,7 +195,7 @@ def image_grid(columns: Sequence[Tensor], labels: Sequence[str] | None = None, g
     heading = _headings(labels, width) if labels else []
     top = heading[0].height if heading else 0
     grid_size = (len(cells) * (width + gap) - gap, top + len(cells[0]) * (height + gap) - gap)
-    grid = Image.new("RGB", grid_size, "white")
+    grid = Image.new("RGBA" if cells[0][0].mode == "RGBA" else "RGB", grid_size, "white")
     for i, column in enumerate(cells):
         if heading:
             grid.paste(heading[i], (i * (width + gap), 0))
@@ -278,47 +259,6 @@ def _refuse_empty_jpeg(image: ImageFile.ImageFile) -> None:
         raise ValueError(
             f"truncated, or no photograph: {size:,} bytes cannot hold {image.width}x{image.height} pixels"
         )
-
-
-def _decode(image: Image.Image) -> None:
-    try:
-        image.load()
-    except Exception as error:  # OSError, SyntaxError, struct.error, zlib.error ... by format
-        raise ValueError(f"damaged or truncated image ({error})") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:  # EXIF that cannot be parsed says nothing; the pixels may still be sound
-        return 1
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Modes I;16*, I (0 to 65535) and F (0 to 1) -> L."""
-    top = 1.0 if image.mode == "F" else 65535.0
-    values = np.asarray(image).astype(np.float64)
-    if not (values.min() >= 0 and values.max() <= top):  # written so that NaN fails too
-        raise ValueError(
-            f"mode {image.mode} with values from {values.min():g} to {values.max():g}, allowed are 0 to {top:g}"
-        )
-    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image without transparency -> RGB, through its ICC profile if that one is usable."""
-    if image.mode not in PROFILE_SPACES:
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if source.profile.xcolor_space.strip() == PROFILE_SPACES[image.mode]:
-                converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
-                assert converted is not None  # it is None only where the image is changed in place
-                return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass
-    return image.convert("RGB")
 
 
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:

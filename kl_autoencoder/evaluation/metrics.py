@@ -1,6 +1,7 @@
-"""How alike two images are: PSNR, SSIM, MS-SSIM and LPIPS, of (B, 3, H, W) tensors in [-1, 1].
+"""How alike two images are: PSNR, SSIM, MS-SSIM and LPIPS, of (B, C, H, W) tensors in [-1, 1].
 
-All but LPIPS are of the images as they would be saved: clamped and rounded to 8 bits.
+All but LPIPS are of the images as they would be saved: clamped and rounded to 8 bits. C is 3 (RGB), 1 (gray) or 4
+(RGBA); of RGBA, PSNR and SSIM are of all four channels, LPIPS of the colours alone.
 """
 
 import os
@@ -19,6 +20,8 @@ BACKBONES = {  # what torchvision downloads for each net
     "alex": "alexnet-owt-7be5be79.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
+LPIPS_SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}  # side in pixels below which a layer has none left
+SSIM_WINDOW = 11  # pixels a side
 MAX_PSNR = 100.0  # dB, where a mean over images is taken: one level in one value of 256x256 gives 101
 MS_SSIM_TOO_SMALL = 160  # pixels: 2^4 of them are one at the fifth scale, where 11 are needed
 
@@ -34,7 +37,7 @@ def from_8_bits(levels: Tensor) -> Tensor:
 
 
 def as_saved(images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> the same after writing and reading 8-bit images. NaN is black, as pipelines write it."""
+    """(B, C, H, W) -> the same after writing and reading 8-bit images. NaN is black, as pipelines write it."""
     return from_8_bits(to_8_bits(images.nan_to_num(-1.0, 1.0, -1.0)))
 
 
@@ -53,7 +56,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     with needs("eval"):
         from skimage.metrics import structural_similarity
 
-    if min(a.shape[2:]) < 11:
+    if min(a.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"ssim: images of {a.shape[2]}x{a.shape[3]}; allowed: 11x11 and larger")
     pairs = zip(*(to_8_bits(x).permute(0, 2, 3, 1).cpu().numpy() for x in (a, b)), strict=True)
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
@@ -80,13 +83,15 @@ def similarity(images: Tensor, references: Tensor, lpips: "LPIPS | None") -> dic
     """What each image is measured by, in training and in `evaluate`: `psnr`, `ssim`, and `lpips` where given.
 
     Of the images as they would be saved, LPIPS too; `references` are 8-bit images already. PSNR ends at
-    `MAX_PSNR`: one image that is reproduced exactly would make the mean over all infinite.
+    `MAX_PSNR`: one image that is reproduced exactly would make the mean over all infinite. SSIM is left out of
+    images that are smaller than its window.
     """
     saved = as_saved(images)
     values = {
         "psnr": psnr(saved, references).clamp(max=MAX_PSNR).tolist(),
-        "ssim": ssim(saved, references).tolist(),
     }
+    if min(images.shape[2:]) >= SSIM_WINDOW:
+        values["ssim"] = ssim(saved, references).tolist()
     if lpips is not None:
         device = next(lpips.parameters()).device
         with torch.no_grad():
@@ -129,14 +134,15 @@ class LPIPS(nn.Module):
         return super().train(False)  # its dropout is for calibrating the metric, never for using it
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Unit-length feature vectors at each layer of images in [-1, 1]."""
+        """Unit-length feature vectors at each layer of images in [-1, 1]; gray counts as RGB, alpha is left out."""
+        colours = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            layers = self.lpips.net(self.lpips.scaling_layer(images.float()))
+            layers = self.lpips.net(self.lpips.scaling_layer(colours.float()))
         layers = [f.float() for f in layers]
         return [f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-10) for f in layers]
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """(B, 3, H, W) twice, in [-1, 1] -> distances (B,), float32; differentiable in `images` alone."""
+        """(B, C, H, W) twice, in [-1, 1] -> distances (B,), float32; differentiable in `images` alone."""
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
                 wanted = self.features(references)

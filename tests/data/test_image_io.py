@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from kl_autoencoder.data.colours import to_rgb
 from kl_autoencoder.data.crops import Crop, read_part, read_square
 from kl_autoencoder.data.image_io import (
     difference_image,
@@ -20,7 +21,6 @@ from kl_autoencoder.data.image_io import (
     pad_to_multiple,
     save_image,
     tensor_to_images,
-    to_rgb,
 )
 
 RNG = np.random.default_rng(0)
@@ -452,8 +452,8 @@ class TestSaving:
             save_image(torch.zeros(1, 3, 4, 4), tmp_path / "absent" / "a.png")
         with pytest.raises(ValueError, match="cannot crop 4x4"):
             save_image(torch.zeros(1, 3, 4, 4), tmp_path / "a.png", size=(5, 4))
-        for shape in [(4, 4), (1, 4, 8, 8), (0, 3, 4, 4), (1, 3, 0, 4)]:
-            with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\)"):
+        for shape in [(4, 4), (1, 2, 8, 8), (1, 5, 8, 8), (0, 3, 4, 4), (1, 3, 0, 4)]:
+            with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\)"):
                 save_image(torch.zeros(shape), tmp_path / "a.png")
         assert not list(tmp_path.iterdir())
 

@@ -113,8 +113,8 @@ def _latents(vae: ExactAutoencoder, statistics: LatentStatistics) -> str:
 def _row(name: str, metrics: dict) -> str:
     if not metrics:  # those before training are lost with metrics.jsonl
         return f"| {name} training | not recorded | | |"
-    lpips = f"{metrics['lpips']:.3f}" if "lpips" in metrics else "not measured"
-    return f"| {name} training | {metrics['psnr']:.2f} | {metrics['ssim']:.3f} | {lpips} |"
+    ssim, lpips = (f"{metrics[m]:.3f}" if m in metrics else "not measured" for m in ("ssim", "lpips"))
+    return f"| {name} training | {metrics['psnr']:.2f} | {ssim} | {lpips} |"
 
 
 def _numbers(values) -> str:

@@ -21,10 +21,10 @@ from ..parts.views import View
 from .start import damp_residual_branches, start_as_enlargement
 
 
-def build_autoencoder(config: ModelConfig) -> ExactAutoencoder:
+def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencoder:
     """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
 
-    Raises ValueError naming the key for what gives no network of RGB images.
+    Raises ValueError naming the key for what gives no network of images of `channels` channels.
     """
     source = config.pretrained
     try:
@@ -45,8 +45,8 @@ def build_autoencoder(config: ModelConfig) -> ExactAutoencoder:
         what = f"model.pretrained: {source!r} cannot be loaded: " if source else "model."
         raise ValueError(f"{what}{error}") from error
     for key in ("in_channels", "out_channels"):
-        if vae.config[key] != 3:
-            raise ValueError(f"model.{key}: {vae.config[key]}; allowed: 3, photographs are RGB")
+        if vae.config[key] != channels:
+            raise ValueError(f"model.{key}: {vae.config[key]}; allowed: data.channels, {channels}")
     if config.start == "enlargement":
         start_as_enlargement(vae)
     return vae

@@ -34,7 +34,7 @@ def check_weights(config: Config, memory: int) -> None:
     adversarial = config.loss.adversarial
     if adversarial.weight:
         with torch.device("meta"):
-            network = PatchDiscriminator(3, adversarial.channels, adversarial.layers)
+            network = PatchDiscriminator(config.data.channels, adversarial.channels, adversarial.layers)
         what = f"loss.adversarial: channels={adversarial.channels}, layers={adversarial.layers}"
         _refuse_above(memory, _parameters(network) * FLOAT * 4, what, "to train")
 
@@ -64,10 +64,10 @@ def device_memory(device: torch.device) -> int:
     return int(total_host_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_held_out(images: int, side: int, memory: int) -> None:
+def check_held_out(images: int, side: int, memory: int, channels: int = 3) -> None:
     """Refuse a rank's held-out images that exceed `memory` bytes once decoded, at 8 bits a value."""
     what = f"data.validation_images: {images} of {side}x{side}"
-    _refuse_above(memory, images * 3 * side**2, what, "a rank")
+    _refuse_above(memory, images * channels * side**2, what, "a rank")
 
 
 def readable(size: int) -> str:

@@ -48,6 +48,8 @@ def start_as_enlargement(vae: KLAutoencoder) -> KLAutoencoder:
     config, groups, latents = vae.config, vae.config.norm_num_groups, vae.config.latent_channels
     widths, decoder_widths = config.block_out_channels, decoder_block_out_channels(config)
     smallest = min(*widths, *decoder_widths)
+    if config.in_channels != 3:
+        raise ValueError(f"model.start: enlargement of {config.in_channels} channels; allowed: with 3, RGB")
     if latents < 3 or smallest // groups < 4 or smallest - groups < 6:
         raise ValueError(
             f"model.start: enlargement with block_out_channels={list(widths)}, "

@@ -204,7 +204,7 @@ class AutoencoderTask:
     def _build_model(self, perceptual: LPIPS | None, terms: list[Term]) -> TrainedModel:
         """The autoencoder with its bottleneck and view, on the device; compiled, with LPIPS, where asked."""
         config = self.config
-        self.vae = build_autoencoder(config.model).to(memory_format=torch.channels_last)
+        self.vae = build_autoencoder(config.model, config.data.channels).to(memory_format=torch.channels_last)
         learn_scale = config.loss.reconstruction in LEARNED_SCALE
         bottleneck = BOTTLENECKS.build(config.model.bottleneck, config)
         view = VIEWS.build(config.loss.view, config)
@@ -245,10 +245,12 @@ class AutoencoderTask:
     def _check_resolutions(self) -> None:
         for key in ("resolution", "validation_resolution"):
             side, f = getattr(self.config.data, key), self.vae.size_multiple
-            if side and (side % f or side < 16):  # SSIM's window has 11 pixels
+            if side and side % f:
                 raise ValueError(
-                    f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}, from 16 on"
+                    f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}"
                 )
+        validation.check_perceptual(self.config)
+        self.lpips = validation.fitting_lpips(self.config, self.lpips, self.run.say)
         self._check_smaller_images()
 
     def _check_smaller_images(self) -> None:
@@ -267,7 +269,8 @@ class AutoencoderTask:
         """This rank's share of the held-out images, and the number of them over all ranks."""
         rank, ranks, say = self.run.rank, self.run.ranks, self.run.say
         photographs = self.data.held_out()
-        size.check_held_out(-(-photographs.count // ranks), photographs.size, self.memory)
+        share = -(-photographs.count // ranks)
+        size.check_held_out(share, photographs.size, self.memory, photographs.channels)
         held_out = validation.HeldOut(photographs, self.config.validation.batch_size, rank, ranks)
         shares = gather_object([(len(held_out), photographs.skipped)])
         skipped = sorted(pair for _, share in shares for pair in share.items())

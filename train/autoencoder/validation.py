@@ -1,6 +1,6 @@
 """Metrics and pictures on held-out images, by the measure that `kl-autoencoder evaluate` takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +10,16 @@ from torch import Tensor
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.data.image_dataset import Photographs
 from kl_autoencoder.data.image_io import DIFFERENCE_GAIN, difference_image, image_grid, save_image
-from kl_autoencoder.evaluation.metrics import LPIPS, from_8_bits, similarity, to_8_bits
+from kl_autoencoder.evaluation.metrics import (
+    LPIPS,
+    LPIPS_SMALLEST,
+    SSIM_WINDOW,
+    from_8_bits,
+    similarity,
+    to_8_bits,
+)
+
+from ..config import Config
 
 
 class HeldOut:
@@ -24,7 +33,7 @@ class HeldOut:
         return sum(map(len, self.eight_bits))
 
     def batches(self) -> Iterator[Tensor]:
-        """(B, 3, R, R), float32 in [-1, 1]."""
+        """(B, C, R, R), float32 in [-1, 1]."""
         return map(from_8_bits, self.eight_bits)
 
     def first(self, images: int) -> Tensor:
@@ -32,9 +41,33 @@ class HeldOut:
         return torch.stack(list(islice((image for batch in self.batches() for image in batch), images)))
 
 
+def check_perceptual(config: Config) -> None:
+    """Raise ValueError for crops in which the network of the perceptual term has no pixels left."""
+    perceptual, side = config.loss.perceptual, config.data.resolution
+    if perceptual.weight and side < LPIPS_SMALLEST[perceptual.net]:
+        raise ValueError(
+            f"data.resolution: {side}; allowed: at least {LPIPS_SMALLEST[perceptual.net]} with "
+            f"loss.perceptual.net={perceptual.net}, or loss.perceptual.weight=0"
+        )
+
+
+def fitting_lpips(config: Config, lpips: LPIPS | None, say: Callable[[str], None]) -> LPIPS | None:
+    """LPIPS for validation, None where the held-out images are too small for it; says what is left out."""
+    data, net = config.data, config.validation.lpips_net
+    side = data.validation_resolution or data.resolution
+    if side < SSIM_WINDOW:
+        say(f"validation reports no SSIM: images of {side} pixels, its window has {SSIM_WINDOW}")
+    if lpips is not None and side < LPIPS_SMALLEST[net]:
+        say(f"validation reports no LPIPS: images of {side} pixels, {net} needs {LPIPS_SMALLEST[net]}")
+        return None
+    if data.channels == 4 and (lpips is not None or config.loss.perceptual.weight):
+        say("LPIPS compares the colours alone, their transparency is left out")
+    return lpips
+
+
 @torch.no_grad()
 def reconstruct(vae: KLAutoencoder, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> their reconstructions from the posterior's mode, on the CPU, float32."""
+    """Images (B, C, H, W) in [-1, 1] -> their reconstructions from the posterior's mode, on the CPU, float32."""
     return vae(images.to(vae.device, vae.dtype)).sample.float().cpu()
 
 

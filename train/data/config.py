@@ -22,6 +22,10 @@ class DataConfig:
     )
     split: str = key("train", "the split of a hub or saved source that is trained on")
     validation_split: str = key("validation", "the split of a hub or saved source that is held out")
+    channels: Literal[1, 3, 4] = choice(
+        3,
+        "images are read as 1, gray; 3, RGB; or 4, RGBA: what the network's in_channels and out_channels are",
+    )
     resolution: int = key(256, "side in pixels of the square crops", low=1, high=8192)
     batch_size: int = key(8, "images per device and forward pass", low=1, high=10**4)
     num_workers: int = key(
@@ -64,4 +68,6 @@ class DataConfig:
     @property
     def crops(self) -> RandomCrops:
         enlarge = self.too_small == "enlarge"
-        return RandomCrops(self.resolution, tuple(self.crop_scale), self.horizontal_flip, enlarge)
+        return RandomCrops(
+            self.resolution, tuple(self.crop_scale), self.horizontal_flip, enlarge, self.channels
+        )

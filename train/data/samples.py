@@ -40,13 +40,15 @@ def augmentation(seed: int, sample: int) -> random.Random:
 class RandomCrops:
     """Crops of (resolution, resolution) whose scale is uniform in `scale`; `flip` mirrors half of them.
 
-    Images whose short side is less than `resolution` are skipped, or with `enlarge` scaled up.
+    Images whose short side is less than `resolution` are skipped, or with `enlarge` scaled up. `channels`: 1 reads
+    gray, 3 RGB, 4 RGBA.
     """
 
     resolution: int
     scale: tuple[float, ...]
     flip: bool
     enlarge: bool = False
+    channels: int = 3
 
     def draw(self, rng: random.Random) -> Crop:
         low, high = self.scale
@@ -66,7 +68,8 @@ def read_sample(
     crop, skipped = crops.draw(rng), []
     for record, name in islice(records, ATTEMPTS):
         try:
-            pixels = read_square(encoded_file(record, name), crops.resolution, crop, crops.enlarge)
+            file = encoded_file(record, name)
+            pixels = read_square(file, crops.resolution, crop, crops.enlarge, crops.channels)
         except TooSmall as error:
             skipped.append((name, f"too small: {error}"))
         except Exception as error:  # decoders fed with damaged bytes raise nearly everything
@@ -104,7 +107,7 @@ def collate(samples: list[dict]) -> dict:
 
 
 def _stacked(images: list[np.ndarray]) -> Tensor:
-    """Images (R, R, 3) -> (B, 3, R, R), uint8."""
+    """Images (R, R, C) -> (B, C, R, R), uint8."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
 
 

@@ -1,4 +1,4 @@
-"""`TrainingData`: from sources to batches (B, 3, H, W) in [-1, 1], resumable at any sample, and held-out images.
+"""`TrainingData`: from sources to batches (B, C, H, W) in [-1, 1], resumable at any sample, and held-out images.
 
 Sample number n, counted from 0 over the whole run and all ranks, is a pure function of the source, the seed and n:
 which image, which crop, flipped or not. A checkpoint therefore only holds how many samples were consumed, and a run
@@ -75,7 +75,7 @@ class TrainingData:
     ) -> TrainLoader:
         """The micro-batches of rank `rank` of `world_size`, from sample `start_sample` of the run on, without end.
 
-        A batch is {"images": (B, 3, R, R) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
+        A batch is {"images": (B, C, R, R) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
         "skipped": [(name, reason), ...], the images met that could not be used, for `SkippedImages`}. The numbers
         of different ranks interleave, see `SampleOrder`. Workers read ahead, so the `start_sample` of a
         continued run is the number of samples that the trainer has consumed, over all ranks.
@@ -130,14 +130,15 @@ class TrainingData:
         config = self.config
         column, wanted = config.image_column, config.validation_images or HELD_OUT
         size = config.validation_resolution or config.resolution
+        read = {"smallest": 1, "channels": config.channels}
         if config.validation is None:
-            return Photographs(self.images, config.train, size, column, self.held_out_rows, smallest=1)
+            return Photographs(self.images, config.train, size, column, self.held_out_rows, **read)
         if config.streaming and (head := self._head(wanted)) is not None:
-            return Photographs(head, config.validation, size, column, smallest=1)
+            return Photographs(head, config.validation, size, column, **read)
         split = config.validation_split
         images = open_source(config.validation, VALIDATION, column, split, samples="validation")
         rows = np.sort(permutation(len(images), DRAWN)[:wanted])
-        return Photographs(images, config.validation, size, column, rows, smallest=1)
+        return Photographs(images, config.validation, size, column, rows, **read)
 
     def _head(self, wanted: int) -> list[dict] | None:
         """The first rows of a validation source that can be streamed; None for one that is read in place."""

@@ -39,7 +39,8 @@ ROOMS = {
         "loop": {"config", "data"},
         "autoencoder": {"config", "data", "loop", "parts"},
         "smoke": {"config", "data"},
-        "__main__": {"config", "data", "loop", "autoencoder", "smoke"},
+        "tasks": {"config", "loop", "autoencoder", "smoke"},
+        "__main__": {"config", "data", "loop", "smoke", "tasks"},
     },
 }
 PACKAGES = list(ROOMS)

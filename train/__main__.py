@@ -2,7 +2,6 @@
 
 import os
 import sys
-from functools import partial
 
 from kl_autoencoder.cli.parser import Parser
 from kl_autoencoder.console import quiet_without_a_reader
@@ -57,7 +56,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m train") -> int:
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
-        description="Train a KL autoencoder. Running the same command again continues where it stopped.",
+        description="Train an autoencoder, or what the key `task` of the configuration names. Running the same "
+        "command again continues where it stopped.",
         epilog=f"example: {prog} configs/kl_f8.yaml data.train=FOLDER output_dir=runs/a",
     )
     parser.add_argument("config", nargs="?", help="a YAML file, such as configs/quickstart.yaml")
@@ -74,34 +74,34 @@ def _parser(prog: str) -> Parser:
 
 def smoke(config) -> int:
     """Run a recipe's phases at a fraction of its sizes, in a folder that is removed again."""
-    from .smoke import STATISTICS_SAMPLES, replaced, smoke_run
+    from .smoke import replaced, smoke_run
 
     is_main = rank_of(os.environ)[0] == 0
     with smoke_run(config) as small:
         for line in replaced(config, small) if is_main else ():
             print(line)
-        code = run(small, STATISTICS_SAMPLES)
+        code = run(small, small=True)
     if is_main:
         print("smoke test passed; nothing is kept" if code == 0 else "smoke test failed")
     return code
 
 
-def run(config, statistics_samples: int | None = None) -> int:
+def run(config, small: bool = False) -> int:
     """Train to the end, export and print the summary; the exit code. Errors are printed, one line each."""
     try:
-        return _run(config, statistics_samples)
+        return _run(config, small)
     except KeyboardInterrupt:  # before the first step or after the last; between them it is a request to stop
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
 
 
-def _run(config, statistics_samples: int | None) -> int:
+def _run(config, small: bool) -> int:
     try:
-        from .autoencoder.task import AutoencoderTask
         from .data.loader import LoaderFailed
         from .loop.trainer import TooManyBadSteps, Trainer
+        from .tasks import task_maker
 
-        trainer = Trainer(config, partial(AutoencoderTask, statistics_samples=statistics_samples))
+        trainer = Trainer(config, task_maker(config, small))
     except (ValueError, OSError) as error:
         print_error(error)
         return 2

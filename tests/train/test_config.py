@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from train import __main__ as program
-from train.config import Config, build, load_config, to_yaml
-from train.config.keys import keys
+from train.config import TASKS, AutoencoderConfig, Config, build, load_config, to_yaml
+from train.config.keys import describe, keys
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 SMALL = "output_dir: runs/a\ndata: {train: photos, resolution: 64, batch_size: 2}\n"
@@ -66,6 +66,9 @@ def test_overrides_are_typed_and_nested(small):
         ("data.train=null", "data.train: None; allowed: text"),
         ("model.block_out_channels=[8, x]", "model.block_out_channels[1]: 'x'; allowed: a whole number"),
         ("model.block_out_channels=8", "model.block_out_channels: 8; allowed: a list"),
+        ("task=autoencodr", "task: 'autoencodr'; allowed: autoencoder"),
+        ("task=autoencodr", "did you mean autoencoder?"),
+        ("task=[1]", "task: (1,); allowed: autoencoder"),
         ("plugins=[no_such_module]", "plugins: 'no_such_module' cannot be imported"),
     ],
 )
@@ -89,7 +92,7 @@ def numeric_keys(cls, prefix=""):
             yield prefix + name, "..." in str(kind)
 
 
-@pytest.mark.parametrize("key, several", list(numeric_keys(Config)))
+@pytest.mark.parametrize("key, several", list(numeric_keys(AutoencoderConfig)))
 def test_every_number_has_an_upper_bound(small, key, several):
     """One line below 300 characters for numbers that no machine holds, whichever way they are written."""
     values = (2**63 - 1, 2**64, "1e300", f"1{'0' * 400}", f"9{'0' * 5000}", f"-1{'0' * 400}")
@@ -99,7 +102,7 @@ def test_every_number_has_an_upper_bound(small, key, several):
             load_config(small, [f"{key}={text}"])
         said = str(error.value)
         assert "\n" not in said and len(said) < 300 and "allowed" in said
-    assert len(list(numeric_keys(Config))) > 40
+    assert len(list(numeric_keys(AutoencoderConfig))) > 40
 
 
 @pytest.mark.parametrize("text", ["seed: 2020-13-45", f"seed: 9{'0' * 5000}", "[" * 5000, "seed: \x00"])
@@ -160,6 +163,16 @@ def test_every_key_has_a_sentence_a_type_and_a_default():
     assert {*leaves(written)} - {"loss.terms"} <= {*by_name} and by_name["loss.view.high"].doc.startswith(
         "noise: "
     )
+
+
+def test_every_task_has_its_keys_under_its_name_and_shared_ones_once():
+    shared, *own = describe().split("\n\nWith task: ")
+    names = [line.split(":")[0] for line in shared.splitlines() if not line.startswith(" ")]
+    assert names[0] == "task" and "optimizer.learning_rate" in names and "model.latent_channels" not in names
+    assert [text.split("\n")[0] for text in own] == list(TASKS)
+    for text, cls in zip(own, TASKS.values(), strict=True):
+        besides = [line.split(":")[0] for line in text.splitlines()[2:] if not line.startswith(" ")]
+        assert {*names, *besides} == {key.name for key in keys(cls)} and not {*names} & {*besides}
 
 
 def leaves(values, prefix=""):

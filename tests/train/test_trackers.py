@@ -8,8 +8,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
 from tests.train.test_trainer import make, records, small  # noqa: F401
-from train.config import build
-from train.config.schema import Config, LogConfig
+from train.config import Config, LogConfig, build
 
 PLUGIN = """
 from accelerate.tracking import GeneralTracker, register_tracker_class

@@ -9,7 +9,7 @@ from kl_autoencoder.latents.statistics import LatentStatistics
 from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder
 from kl_autoencoder.models.run_folder import TRAINED
 
-from ..config import Config, to_yaml
+from ..config import AutoencoderConfig, to_yaml
 from .training_state import save_training_state
 
 CARD = """---
@@ -52,7 +52,9 @@ reconstruction must be exact (text, medical or legal evidence).
 """
 
 
-def export(folder: Path, vae: ExactAutoencoder, config: Config, facts: dict, training_state=None) -> None:
+def export(
+    folder: Path, vae: ExactAutoencoder, config: AutoencoderConfig, facts: dict, training_state=None
+) -> None:
     """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
 
     facts: step, samples, held_out (number of images), statistics (LatentStatistics), and the metrics
@@ -74,7 +76,7 @@ def export(folder: Path, vae: ExactAutoencoder, config: Config, facts: dict, tra
     os.replace(beside, folder)
 
 
-def model_card(folder: Path, vae: ExactAutoencoder, config: Config, facts: dict) -> str:
+def model_card(folder: Path, vae: ExactAutoencoder, config: AutoencoderConfig, facts: dict) -> str:
     size, f = config.data.resolution, vae.downsampling
     return CARD.format(
         name=config.output_dir.rstrip("/").rsplit("/", 1)[-1],

@@ -7,14 +7,14 @@ import torch
 from kl_autoencoder.inference.memory import total_host_memory
 from kl_autoencoder.models.autoencoder_kl_flux2 import CLASSES
 
-from ..config import Config
+from ..config import AutoencoderConfig
 from .discriminator import PatchDiscriminator
 
 FLOAT = 4  # bytes; weights, gradients and moments are float32 whatever the mixed precision
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
-def check_weights(config: Config, memory: int) -> None:
+def check_weights(config: AutoencoderConfig, memory: int) -> None:
     """Refuse networks whose weights and optimizer state exceed `memory` bytes, having built none of them.
 
     Counted on torch's meta device, whose tensors have shapes and no data. A pretrained network is left out: it is
@@ -39,7 +39,7 @@ def check_weights(config: Config, memory: int) -> None:
         _refuse_above(memory, _parameters(network) * FLOAT * 4, what, "to train")
 
 
-def check_step(config: Config, network, memory: int) -> None:
+def check_step(config: AutoencoderConfig, network, memory: int) -> None:
     """Refuse a batch of which one activation a ResNet block exceeds `memory` bytes.
 
     `network` is the autoencoder's config. Each block's input at least is kept for the backward pass, however much

@@ -1,26 +1,32 @@
 """The configuration of a run: frozen sections, read from YAML, overridden from the command line, all checked."""
 
-from .reading import build, dotted, load_config, to_yaml
-from .schema import (
+from .autoencoder import (
     AdversarialConfig,
-    CheckpointConfig,
-    Config,
+    AutoencoderConfig,
     DataConfig,
-    EMAConfig,
     ExportConfig,
     KLConfig,
-    LogConfig,
     LossConfig,
     ModelConfig,
-    OptimizerConfig,
     PerceptualConfig,
+)
+from .reading import build, dotted, load_config, to_yaml
+from .run import (
+    CheckpointConfig,
+    Config,
+    EMAConfig,
+    LogConfig,
+    OptimizerConfig,
     ResumeConfig,
     TrainConfig,
     ValidationConfig,
 )
+from .tasks import TASKS
 
 __all__ = [
+    "TASKS",
     "AdversarialConfig",
+    "AutoencoderConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -3,12 +3,14 @@
 import dataclasses
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ..parts.registry import SORTS, Parts
+from .autoencoder import AutoencoderConfig
 from .errors import bounds_of, dotted, kinds
-from .schema import Config
+from .run import Config
+from .tasks import TASKS
 
 NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 WIDTH = 100
@@ -24,7 +26,7 @@ class Key(NamedTuple):
     doc: str
 
 
-def keys(cls: type = Config, path: tuple[str, ...] = ()) -> Iterator[Key]:
+def keys(cls: type = AutoencoderConfig, path: tuple[str, ...] = ()) -> Iterator[Key]:
     """All keys of a section and of those in it, in the order of the code."""
     for name, field in cls.__pydantic_fields__.items():
         inner = next((kind for kind in kinds(field.annotation) if dataclasses.is_dataclass(kind)), None)
@@ -52,13 +54,22 @@ def _kinds_of(parts: Parts, field) -> Iterator[Key]:
 
 
 def describe() -> str:
-    """The text of `--keys`."""
+    """The text of `--keys`: what every run has, then what each task has besides."""
+    shared = [key._replace(type=" | ".join(TASKS)) if key.name == "task" else key for key in keys(Config)]
+    lines, names = _lines(shared), {key.name for key in shared}
+    for task, cls in TASKS.items():
+        own = _lines(key for key in keys(cls) if key.name not in names)
+        lines += ["", f"With task: {task}", "", *own]
+    return "\n".join(lines)
+
+
+def _lines(described: Iterable[Key]) -> list[str]:
     lines = []
-    for key in keys():
+    for key in described:
         about = ", ".join(filter(None, [key.type, key.range, f"default {key.default}"]))
         lines.append(f"{key.name}: {about}")
         lines += textwrap.wrap(key.doc, WIDTH, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
+    return lines
 
 
 def type_name(annotation: Any) -> str:

@@ -9,7 +9,7 @@ import re
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -19,11 +19,14 @@ from kl_autoencoder.files import clipped, one_line
 from ..parts.registry import SORTS, Parts
 from ..settings import Section
 from .errors import first_error
-from .schema import Config
+from .run import Config
+from .tasks import config_class
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A YAML file and `dotted.key=value` overrides -> Config. Raises ValueError or FileNotFoundError.
+    """A YAML file and `dotted.key=value` overrides -> the `Config` of its task.
+
+    Raises ValueError or FileNotFoundError.
 
     `configs/kl_f8.yaml` and the others are found wherever the package is installed, after files here.
     `base: other.yaml` in the file, a path relative to it, stands for that file's keys, which this one's replace.
@@ -35,12 +38,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def build(cls: type[Section], values: Any) -> Section:
-    """A section from a mapping, strictly. Modules named in `plugins` are imported first."""
-    values = _tuples(values)
-    if cls is Config and isinstance(values, dict):
+    """A section from a mapping, strictly. Of a `Config` its `task` chooses the class.
+
+    Modules named in `plugins` are imported first.
+    """
+    values, kind = _tuples(values), cast(type, cls)
+    if issubclass(cls, Config) and isinstance(values, dict):
         _import_plugins(values.get("plugins") or ())
         values = _with_parts(values)
-    return _validated(cls, values)
+        kind = config_class(values) if cls is Config else cls
+    return _validated(kind, values)
 
 
 def _validated(cls: type[Section], values: Any, prefix: str = "") -> Section:

@@ -1,4 +1,4 @@
-"""`DataConfig`, the section `data` of a configuration: sources, crops, batches, held-out images."""
+"""`DataConfig`, the section `data` of a configuration: batches, sources, crops, held-out images."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,14 @@ from .samples import RandomCrops
 
 
 @section
-class DataConfig:
+class BatchesConfig:
+    """What the data of every task have."""
+
+    batch_size: int = key(8, "images per device and forward pass", low=1, high=10**4)
+
+
+@section
+class DataConfig(BatchesConfig):
     """What is trained on. Sources are folders, files and data sets, see `kl_autoencoder.data.locating.KINDS`."""
 
     train: str = key(..., "the source of the images: a folder, parquet or webdataset files, a hub id ...")
@@ -27,7 +34,6 @@ class DataConfig:
         "images are read as 1, gray; 3, RGB; or 4, RGBA: what the network's in_channels and out_channels are",
     )
     resolution: int = key(256, "side in pixels of the square crops", low=1, high=8192)
-    batch_size: int = key(8, "images per device and forward pass", low=1, high=10**4)
     num_workers: int = key(
         4, "processes a device that decode; 0 decodes in the training process", low=0, high=1024
     )

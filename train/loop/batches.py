@@ -1,12 +1,12 @@
 """Read batches so that all ranks stop together when one of them cannot read on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from accelerate.utils import gather_object
 from torch.profiler import record_function
 
-from ..data.loader import LoaderFailed, TrainLoader
+from ..data.loader import LoaderFailed
 from .launch import Agreement
 
 
@@ -19,7 +19,7 @@ class AgreedBatches:
     def __init__(self, agreement: Agreement, on_failure: Callable[[], str]):
         self.agreement, self.on_failure = agreement, on_failure
 
-    def grouped(self, loader: TrainLoader, groups: int, size: int) -> Iterator[list[dict]]:
+    def grouped(self, loader: Iterable[dict], groups: int, size: int) -> Iterator[list[dict]]:
         """Yield `groups` lists of `size` batches, each once every rank has read its own.
 
         If a rank cannot read its list, all ranks raise LoaderFailed after the last list that every rank has.

@@ -7,11 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..data.loader import TrainLoader
 from .player import Player, Tensors
 
 # `AgreedBatches.grouped`: (loader, groups, size) -> `groups` lists of `size` batches, the same number on all ranks
-Grouped = Callable[[TrainLoader, int, int], Iterator[list[dict]]]
+Grouped = Callable[[Iterable[dict], int, int], Iterator[list[dict]]]
 
 
 class Source(Protocol):
@@ -24,7 +23,11 @@ class Source(Protocol):
 
     def loader(
         self, start_sample: int, rank: int, world_size: int, device: torch.device | str
-    ) -> TrainLoader: ...
+    ) -> Iterable[dict]:
+        """The micro-batches of a rank from a sample of the run on, without end.
+
+        Each holds "sample", (B,) int64, the numbers of its samples, and "skipped", [(name, reason), ...].
+        """
 
 
 class Task(Protocol):

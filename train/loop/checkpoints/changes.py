@@ -14,7 +14,12 @@ from ..schedules import LearningRate
 
 UNCOMPARED = ("output_dir", "resume")  # the folder may be moved, and `resume` only says how to continue
 # keys that decide which samples there are, and in which order; crops may grow, as in the recipes of several parts
-ANOTHER_RUN = ("seed", "model", *(f"data.{key}" for key in ("train", "split", "image_column", "streaming")))
+ANOTHER_RUN = (
+    "task",
+    "seed",
+    "model",
+    *(f"data.{key}" for key in ("train", "split", "image_column", "streaming")),
+)
 # what these hold out of data.train, where data.validation is null, is not trained on
 HELD_OUT = ("data.validation", "data.validation_images")
 NOTABLE = 0.01  # relative change of a learning rate above which it is printed

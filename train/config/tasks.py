@@ -1,0 +1,19 @@
+"""`TASKS`, what a run can train: the name of each task in a YAML and the class of its configuration."""
+
+import difflib
+from typing import Any
+
+from .autoencoder import AutoencoderConfig
+from .run import Config
+
+TASKS: dict[str, type[Config]] = {"autoencoder": AutoencoderConfig}
+
+
+def config_class(values: dict[str, Any]) -> type[Config]:
+    """The class that the key `task` of a configuration chooses. Raises ValueError for a task that there is not."""
+    task = values.get("task", "autoencoder")
+    if isinstance(task, str) and task in TASKS:
+        return TASKS[task]
+    near = difflib.get_close_matches(str(task)[:80], TASKS, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"task: {repr(task)[:60]}; allowed: {', '.join(TASKS)}{meant}")

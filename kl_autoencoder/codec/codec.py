@@ -15,6 +15,7 @@ from ..models.autoencoder_kl import ExactAutoencoder
 from ..models.large_images import prepare_for
 from . import container, tiles
 from .container import Header
+from .context_model import ContextModel
 from .prediction import EntropyModel, decode_symbols, encode_symbols
 from .static_model import StaticModel
 from .steps import HIGHEST, LOWEST, check_quality, step_of
@@ -34,9 +35,14 @@ class Codec:
     model trained for it; None for static tables, which are fitted to each image.
     """
 
-    def __init__(self, vae: ExactAutoencoder, name: str, learned=None):
+    def __init__(self, vae: ExactAutoencoder, name: str, learned: ContextModel | None = None):
         self.vae, self.name, self.learned = vae, name, learned
         self.model_hash = weights_hash(vae)
+        channels = self.latent_shape(1, 1)[0]
+        if learned and learned.channels != channels:
+            raise ValueError(
+                f"{name} has latents of {channels} channels, its entropy model {learned.channels}"
+            )
 
     # ---------------------------------------------------------------- images <-> bytes
 

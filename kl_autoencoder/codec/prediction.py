@@ -10,8 +10,9 @@ from .tables import PLACE_BITS, PLACES
 
 
 class Pass(NamedTuple):
-    """Symbols that are coded together: those of one channel at the places where `mask` (h, w) is true."""
+    """The pass of this number: symbols of one channel, at the places where `mask` (h, w) is true."""
 
+    number: int
     channel: int
     mask: np.ndarray
 

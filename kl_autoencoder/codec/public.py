@@ -11,6 +11,7 @@ from ..models.autoencoder_kl import COMPACT, ExactAutoencoder
 from ..models.autoencoder_kl_flux2 import class_of
 from . import container
 from .codec import Codec, Photograph, bytes_of
+from .context_model import ContextModel
 
 DEFAULT_QUALITY = 60
 
@@ -59,14 +60,16 @@ def decompress(data: bytes, model: str | os.PathLike | ExactAutoencoder = COMPAC
 def codec_of(model: str | os.PathLike | ExactAutoencoder) -> Codec:
     """The codec of an autoencoder, or of the one that a name leads to, which is loaded once."""
     if isinstance(model, ExactAutoencoder):
-        return Codec(model, Path(model.config.get("_name_or_path") or "a model").name)
+        source = Path(model.config.get("_name_or_path") or "a model")
+        return Codec(model, source.name, ContextModel.beside(source))
     return _loaded(os.fspath(model))
 
 
 @lru_cache(maxsize=1)
 def _loaded(name: str) -> Codec:
     source = COMPACT if name == COMPACT.name and not Path(name).is_dir() else name
-    return Codec(class_of(source).from_pretrained(source).float(), Path(name).name)
+    vae = class_of(source).from_pretrained(source).float()
+    return Codec(vae, Path(name).name, ContextModel.beside(source))
 
 
 def _size(image: Photograph) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class StaticModel:
         return b"".join(CHANNEL.pack(*pair) for pair in zip(self.means, self.scales, strict=True))
 
     def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
-        return (Pass(channel, everywhere(shape)) for channel in range(shape[0]))
+        return (Pass(channel, channel, everywhere(shape)) for channel in range(shape[0]))
 
     def predict(self, at: Pass, symbols: np.ndarray, quality: int) -> Prediction:
         shape = at.mask.shape

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...codec import container
 from ...codec.steps import HIGHEST, LOWEST, step_of
@@ -12,7 +13,20 @@ from ...extras import require
 from ...files import replacing
 from ...progress import tracked, write
 from ..parser import IMAGES, Command, Parser, add_computation, add_model, add_output, positive
-from ..paths import check_model, find_photographs, names_in_folder, plan_targets, refuse_existing
+from ..paths import (
+    check_model,
+    find_photographs,
+    model_path,
+    names_in_folder,
+    plan_targets,
+    readable_folder,
+    refuse_existing,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ...codec.codec import Codec
 
 DEFAULT_QUALITY = 60
 KEPT = f"Any size. Alpha, colour profile and EXIF are not kept. {IMAGES}"
@@ -70,11 +84,11 @@ def check_compress(arguments: argparse.Namespace) -> None:
 
 def compress(arguments: argparse.Namespace) -> None:
     """Write each image as a file from which the same model makes it again."""
-    from ...codec.codec import Codec, bytes_of
-    from ..loading import load_model, read_photographs, refuse_unread
+    from ...codec.codec import bytes_of
+    from ..loading import read_photographs, refuse_unread
 
     photographs, targets, unread = arguments.photographs, arguments.targets, []
-    codec = Codec(load_model(arguments.model, arguments.device, arguments.dtype), Path(arguments.model).name)
+    codec = load_codec(arguments)
     for i, images in read_photographs(photographs, None, unread, "compressing", codec.vae):
         height, width = images.shape[2:]
         most = bytes_of(arguments.bpp, (height, width)) if arguments.bpp else arguments.bytes
@@ -131,10 +145,9 @@ def find_compressed(inputs: Sequence[str]) -> list[tuple[Path, str]]:
 
 def decompress(arguments: argparse.Namespace) -> None:
     """Write the image of each file; of several, one that is damaged is told and skipped."""
-    from ...codec.codec import Codec
-    from ..loading import load_model, write_picture
+    from ..loading import write_picture
 
-    codec = Codec(load_model(arguments.model, arguments.device, arguments.dtype), Path(arguments.model).name)
+    codec = load_codec(arguments)
     damaged = 0
     for path, target in zip(
         tracked(arguments.files, "decompressing", "images"), arguments.targets, strict=True
@@ -152,7 +165,19 @@ def decompress(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{damaged} of {len(arguments.files)} files could not be decompressed")
 
 
-def decompress_file(codec, path: Path):
+def load_codec(arguments: argparse.Namespace) -> "Codec":
+    """The codec of `--model`, with the entropy model in its folder if there is one."""
+    from ...codec.codec import Codec
+    from ...codec.context_model import ContextModel
+    from ..loading import load_model
+
+    vae = load_model(arguments.model, arguments.device, arguments.dtype)
+    path = model_path(arguments.model)
+    learned = ContextModel.beside(readable_folder(path)) if path.is_dir() else None
+    return Codec(vae, Path(arguments.model).name, learned)
+
+
+def decompress_file(codec: "Codec", path: Path) -> "Image.Image":
     """The image in a file. Raises ValueError naming it."""
     data = container.read(path)
     try:

@@ -1,0 +1,175 @@
+"""The learned entropy model: whole numbers, exact on any machine, and no look at what is not decoded yet."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.signal import correlate
+from scipy.stats import logistic
+
+from kl_autoencoder.codec import context_model, context_network
+from kl_autoencoder.codec.context_model import ContextModel, exact_convolutions
+from kl_autoencoder.codec.context_network import ContextNetwork, checkerboard, logistic_bits
+from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols
+from kl_autoencoder.codec.steps import step_of, steps_to_deviations
+from kl_autoencoder.codec.tables import REACH
+
+
+def network(channels=3, width=8, scale=6.0, seed=0):
+    """With weights of a few hundred units, so that sums are far beyond bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    made = ContextNetwork(channels, width)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * scale / parameter[0].numel() ** 0.5
+            )
+    return made
+
+
+def drawn(shape, seed=0, deviation=3.0):
+    return np.round(np.random.default_rng(seed).normal(0, deviation, shape)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ContextModel(network())
+
+
+def _correlated(planes, kernels):
+    parts = [correlate(*pair, mode="same", method="direct") for pair in zip(planes, kernels, strict=True)]
+    return np.sum(parts, axis=0)
+
+
+def by_whole_numbers(model, number, symbols, quality):
+    """The prediction once more, by scipy's correlation of int64."""
+    channel, second = divmod(number, 2)
+    _, h, w = symbols.shape
+    context = steps_to_deviations(symbols, quality, 5).clip(-255, 255)
+    seen = list(context[:channel])
+    if second:
+        seen.append(np.where((np.arange(h)[:, None] + np.arange(w)) % 2 == 0, context[channel], 0))
+    x = np.stack([*seen, np.full((h, w), 40 - quality)])
+    whole = {
+        name: value.numpy().astype(np.int64) for name, value in context_model.integers(model.network).items()
+    }
+    for layer in ("context", "hidden", "out"):
+        weight, bias = whole[f"passes.{number}.{layer}.weight"], whole[f"passes.{number}.{layer}.bias"]
+        sums = np.stack([_correlated(x, kernels) for kernels in weight]) + bias[:, None, None]
+        x = ((sums + 64) >> 7).clip(0, 255)
+    mean, scale = (sums[0] + 32) >> 6, (sums[1] + 64) >> 7
+    scale = ((scale - (40 - quality) + 64 + 2) >> 2).clip(0, 35)
+    return np.rint(mean / 64 / step_of(quality) * 16), scale
+
+
+@pytest.mark.parametrize("quality", [1, 40, 73, 100])
+def test_predictions_are_those_of_whole_numbers(model, quality):
+    symbols = drawn((3, 9, 12))
+    for at in model.passes(symbols.shape):
+        mean, scale = by_whole_numbers(model, at.number, symbols, quality)
+        found = model.predict(at, symbols, quality)
+        np.testing.assert_array_equal(found.scales, scale)
+        assert np.abs(found.means - mean).max() <= 1  # a step of the other direction is its inverse to 1e-5
+
+
+def test_every_place_is_coded_once_and_nothing_later_counts(model):
+    symbols = drawn((3, 10, 11))
+    coded = np.zeros(symbols.shape, int)
+    for at in model.passes(symbols.shape):
+        later = np.where(coded > 0, symbols, 99)
+        for mine, other in zip(model.predict(at, symbols, 40), model.predict(at, later, 40), strict=True):
+            np.testing.assert_array_equal(mine, other)
+        coded[at.channel][at.mask] += 1
+    assert (coded == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 9), (3, 32, 17)])
+def test_decoding_is_the_inverse(model, shape):
+    symbols = drawn(shape, deviation=20)
+    for quality in (10, 60, 100):
+        assert np.array_equal(
+            decode_symbols(encode_symbols(symbols, model, quality), shape, model, quality), symbols
+        )
+
+
+def test_bytes_are_within_two_percent_of_the_cross_entropy():
+    """Of what training minimises, computed by a logistic distribution in floats."""
+    made = network(scale=0.3)
+    symbols = drawn((3, 60, 60), deviation=1.5)
+    bits = made.bits(torch.from_numpy(symbols)[None].float(), torch.tensor([40.0])).sum().item()
+    found = 8 * len(encode_symbols(symbols, ContextModel(made), 40))
+    assert bits * 0.98 < found < bits * 1.02
+
+
+def test_bits_are_those_of_a_logistic_distribution_and_far_out_still_have_a_gradient():
+    difference, scale = torch.tensor([0.0, 0.3, -7.0, 30.0]), torch.tensor([0.1, 1.0, 0.7, 2.0])
+    away, spread = difference.abs().double().numpy(), scale.double().numpy()
+    wanted = -np.log2(logistic.cdf((0.5 - away) / spread) - logistic.cdf((-0.5 - away) / spread))
+    np.testing.assert_allclose(logistic_bits(difference, scale), wanted, rtol=1e-4)
+    far = torch.tensor([500.0], requires_grad=True)
+    logistic_bits(far, torch.tensor([0.1])).sum().backward()
+    assert far.grad.item() == pytest.approx(10 / np.log(2), rel=1e-3)
+
+
+def test_batches_threads_and_settings_change_nothing():
+    made = network(channels=2, width=16)
+    context = torch.from_numpy(drawn((5, 2, 21, 30), deviation=60)).float()
+    quality = torch.tensor([1.0, 30, 40, 80, 100])
+
+    def predictions(slices):
+        with torch.inference_mode(), exact_convolutions():
+            parts = [torch.stack(made.predict(3, context[s], quality[s])) for s in slices]
+        return torch.cat(parts, dim=1)
+
+    whole = predictions([slice(5)])
+    wanted = torch.stack(made.double().predict(3, context.double(), quality.double()))
+    made.float()
+    assert torch.equal(whole.double(), wanted)
+    assert torch.equal(whole, predictions([slice(i, i + 1) for i in range(5)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(whole, predictions([slice(3), slice(3, 5)]))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(whole, predictions([slice(2), slice(2, 5)]))
+
+
+def test_sums_that_would_not_be_exact_are_refused():
+    with pytest.raises(ValueError, match=r"passes.*: sums up to .*; allowed: below 8,388,608"):
+        ContextModel(network(scale=5000.0))
+
+
+def test_a_file_is_read_as_it_was_written(model, tmp_path):
+    path = tmp_path / context_model.FILE
+    model.save(path)
+    found = ContextModel.load(path)
+    assert found.hash == model.hash and found.channels == 3
+    symbols = drawn((3, 20, 20))
+    assert encode_symbols(symbols, found, 50) == encode_symbols(symbols, model, 50)
+    assert ContextModel.beside(tmp_path).hash == model.hash and ContextModel.beside(tmp_path / "none") is None
+
+
+def test_files_that_hold_something_else(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    model.save(path)
+    tensors, about = load_file(path), {context_model.KEY: context_model.VERSION}
+    wrong = {
+        "not an entropy model of version 1": (tensors, {}),
+        "not whole numbers": ({name: t.float() for name, t in tensors.items()}, about),
+        "not the tensors of an entropy model": (
+            {**tensors, "passes.1.hidden.weight": torch.ones(2, 2, dtype=torch.int32)},
+            about,
+        ),
+        "sums up to": ({name: t * 1000 for name, t in tensors.items()}, about),
+    }
+    for told, (content, metadata) in wrong.items():
+        save_file({name: t.contiguous() for name, t in content.items()}, path, metadata)
+        with pytest.raises(ValueError, match=told) as error:
+            ContextModel.load(path)
+        assert str(error.value).startswith(str(path))
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="damaged, truncated or not a safetensors file"):
+        ContextModel.load(path)
+
+
+def test_the_checkerboard_begins_at_the_top_left():
+    assert checkerboard(2, 3).tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert context_network.SIDE == 5 and REACH == 48

@@ -16,6 +16,12 @@ EXTRAS = {
         "sklearn": "scikit-learn",
         "torch_fidelity": "torch-fidelity",
     },
+    "demo": {
+        "gradio": "gradio",
+        "jinja2": "jinja2",
+        "lpips": "lpips",
+        "skimage": "scikit-image",
+    },
     "onnx": {
         "onnx": "onnx",
         "onnxruntime": "onnxruntime",

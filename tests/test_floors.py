@@ -28,7 +28,8 @@ ROOMS = {
         "latents": GROUND | {"networks", "inference", "data", "models"},
         "evaluation": GROUND | {"networks", "data", "models"},
         "codec": GROUND | {"data", "models"},
-        "cli": GROUND | {"networks", "data", "models", "latents", "evaluation", "codec"},
+        "demo": GROUND | {"networks", "data", "models", "latents", "evaluation", "codec"},
+        "cli": GROUND | {"networks", "data", "models", "latents", "evaluation", "codec", "demo"},
         "__main__": {"cli"},
     },
     "train": {

@@ -18,7 +18,18 @@ from importlib import import_module
 from ..console import PROGRAM, quiet_without_a_reader, reader_is_gone, say
 from ..extras import MissingExtra
 from ..progress import Progress
-from .commands import anomaly, codec, evaluate, float16, images, latent_datasets, latent_space, models, train
+from .commands import (
+    anomaly,
+    codec,
+    demo,
+    evaluate,
+    float16,
+    images,
+    latent_datasets,
+    latent_space,
+    models,
+    train,
+)  # fmt: skip
 from .parser import Command, Parser, Version
 
 EXAMPLES = """examples:
@@ -38,7 +49,7 @@ EXAMPLES = """examples:
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
   kl-autoencoder train configs/quickstart.yaml
 """
-FAMILIES = (images, codec, evaluate, models, float16, latent_datasets, latent_space, anomaly)
+FAMILIES = (images, demo, codec, evaluate, models, float16, latent_datasets, latent_space, anomaly)
 COMMANDS: dict[str, Command] = {name: c for family in FAMILIES for name, c in family.COMMANDS.items()}
 
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")

@@ -16,7 +16,17 @@ from tests.conftest import ROOT
 from tests.processes import finish, start
 
 # numpy takes a tenth of a second, and is needed to look into a file of latents
-HEAVY = {"torch", "PIL", "diffusers", "datasets", "huggingface_hub", "accelerate", "pyarrow", "tqdm"}
+HEAVY = {
+    "torch",
+    "PIL",
+    "diffusers",
+    "datasets",
+    "huggingface_hub",
+    "accelerate",
+    "pyarrow",
+    "tqdm",
+    "gradio",
+}
 PHOTO = str(ROOT / "tests" / "benchmarks" / "results" / "compact.jpg")
 # The commands, run where there is nothing, and what they say. Names that must exist are those of this repository.
 REFUSED = {
@@ -42,6 +52,11 @@ REFUSED = {
     "decompress PHOTO -o b.png": "not a file of `kl-autoencoder compress` (begins with b'",
     "decompress COMPACT -o out": ": no .klc files in it",
     "info absent.klc": "absent.klc: no such file",
+    "demo --model nowhere": "'nowhere': no such model",
+    "demo --model compact --model compact": "--model: compact, compact; allowed: each model once",
+    "demo --model a/b --model c/d --model e/f --model g/h": "--model: 4 of them; allowed: up to 3",
+    "demo --port 70000": "--port: 70000; allowed: 0 (a free one) to 65535",
+    "demo --host nowhere.invalid": "--host: 'nowhere.invalid'",
     "evaluate --model compact --data no/such/folder -o report": "--data: 'no/such/folder' is no file or folder",
     "evaluate --model compact --data COMPACT -o report": "--data: no images in",
     "evaluate --model compact --data sample-photographs -o PHOTO": "is a file; a folder is written",

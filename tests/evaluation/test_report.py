@@ -3,32 +3,19 @@
 import base64
 import io
 import re
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.chromium import chromium, drag, look
 from tests.evaluated import SIZE
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not CHROMIUM or not DRIVER:
-        pytest.skip("no Chromium with its driver on this machine")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -42,13 +29,6 @@ def page(browser, report):
     return browser
 
 
-def look(browser, width, dark=False):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-
-
 def stage(page, number=0):
     from selenium.webdriver.common.by import By
 
@@ -60,16 +40,6 @@ def stage(page, number=0):
 def split(page, number=0):
     style = "document.querySelectorAll('.stage')[arguments[0]].style"
     return page.execute_script(f"return parseFloat({style}.getPropertyValue('--split'))", number)
-
-
-def drag(page, target, start, by):
-    """With the mouse, from a place in the stage, both in shares of its size."""
-    from selenium.webdriver import ActionChains
-
-    width, height = target.size["width"], target.size["height"]
-    mouse = ActionChains(page, duration=20)
-    mouse.move_to_element_with_offset(target, (start[0] - 0.5) * width, (start[1] - 0.5) * height)
-    mouse.click_and_hold().move_by_offset(by[0] * width, by[1] * height).release().perform()
 
 
 def pixels(element):

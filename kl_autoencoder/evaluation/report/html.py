@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Iterator
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,38 +16,10 @@ from ...data.image_io import tensor_to_images
 from ..metrics import as_saved
 from ..runner import Evaluation
 from . import plots
+from .columns import COLUMNS, Column
 
 SHOWN = ("best", "median", "worst")
 SHOWN_PIXELS = 768  # a side; of larger images the centre
-
-
-class Column(NamedTuple):
-    """A metric as the tables show it; `better` says whether higher (up) or lower (down) values are."""
-
-    key: str
-    label: str
-    better: str  # up, down, or nothing
-    digits: int
-    unit: str = ""
-
-    @property
-    def arrow(self) -> str:
-        return {"up": "↑", "down": "↓", "": ""}[self.better]
-
-    def text(self, value: float | None) -> str:
-        return "–" if value is None else f"{value:,.{self.digits}f}"
-
-
-COLUMNS = (
-    Column("psnr", "PSNR", "up", 2, "dB"),
-    Column("ssim", "SSIM", "up", 3),
-    Column("ms_ssim", "MS-SSIM", "up", 3),
-    Column("lpips", "LPIPS", "down", 3),
-    Column("rfid", "rFID", "down", 2),
-    Column("squeezenet_frechet_distance", "SqueezeNet FD", "down", 0),
-    Column("bits_per_pixel", "bits/pixel", "", 3),
-    Column("kl_bits_per_pixel", "KL bits/pixel", "", 3),
-)
 
 
 def columns(metrics: dict[str, Any]) -> list[Column]:

@@ -1,0 +1,204 @@
+"""The page in Gradio: what a visitor sees and touches, and which method of the studio each thing calls."""
+
+import html
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..files import one_line
+from . import rendering
+from .studio import Studio
+
+TITLE = "What does the autoencoder make of it?"
+INTRO = (
+    "Drop a photograph, paste one, or choose an example. It is encoded to latents, a small fraction of its "
+    "numbers, and decoded again. Drag the divider to see what is lost. Everything stays on this machine."
+)
+SIZES = {"512": 512, "1024": 1024, "2048": 2048, "every pixel": None}  # the longest side, in pixels
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # none is fetched
+START = "klAutoencoder.compare(element); watch('value', () => klAutoencoder.compare(element));"
+
+
+def photograph_input(value: Path, label: str, name: str, height: int) -> gr.Image:
+    """An image that is dropped, pasted or chosen; its file is passed on as it is, and read as everywhere here.
+
+    Gradio would decode it with less care: without colour profiles, 16 bits, or a sentence for what is no image.
+    """
+    image = gr.Image(
+        str(value), label=label, elem_id=name, height=height, sources=["upload", "clipboard"], type="filepath",
+        image_mode=None, buttons=[],
+    )  # fmt: skip
+    image.preprocess = lambda payload: payload.path if payload else None
+    return image
+
+
+def theme() -> gr.themes.Base:
+    default = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"], primary_hue="blue")
+    return default.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
+
+
+def head() -> str:
+    return f"<script>{rendering.script()}</script>"
+
+
+def told(function: Callable) -> Callable:
+    """The same, with what a visitor can get wrong as a sentence on the page instead of a traceback."""
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            sentence = one_line(str(error))
+        except Exception as error:
+            traceback.print_exc()
+            sentence = f"{type(error).__name__}: {one_line(str(error))}"
+        raise gr.Error(html.escape(sentence), title="That did not work", print_exception=False)
+
+    return run
+
+
+def build(studio: Studio, examples: Sequence[Path]) -> gr.Blocks:
+    """The page of a studio. All that computes shares one place in the queue: one thing at a time."""
+    with gr.Blocks(title="kl-autoencoder", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(f"<h1>{TITLE}</h1><p>{INTRO}</p>", elem_classes=["ours", "intro"], apply_default_css=False)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                photograph, longest, model = _inputs(studio, examples)
+            with gr.Column(scale=3, min_width=340), gr.Tabs():
+                _reconstruction_tab(page, studio, photograph, longest)
+                _latents_tab(page, studio, photograph, model)
+                _noise_tab(page, studio, photograph, model)
+                _between_tab(studio, photograph, model, examples)
+                _attribute_tab(studio, photograph, model)
+                _samples_tab(studio, photograph, model)
+    page.queue(default_concurrency_limit=1)
+    return page
+
+
+def _inputs(studio: Studio, examples: Sequence[Path]) -> tuple[gr.Image, gr.Radio, gr.Radio]:
+    photograph = photograph_input(examples[0], "Photograph", "photograph", 240)
+    gr.Examples(
+        [[str(path)] for path in examples], [photograph], label="Or one of these", cache_examples=False
+    )
+    longest = gr.Radio(
+        list(SIZES), value="1024", label="Longest side", info="in pixels; larger photographs are scaled down"
+    )
+    names = list(studio.models)
+    model = gr.Radio(
+        names, value=names[0], label="Model", visible=len(names) > 1, info="for all but the first tab"
+    )
+    return photograph, longest, model
+
+
+def _text(words: str) -> gr.HTML:
+    return gr.HTML(f"<p>{words}</p>", elem_classes=["ours"], apply_default_css=False)
+
+
+def _output(name: str, **options: Any) -> gr.HTML:
+    return gr.HTML(
+        elem_id=name,
+        elem_classes=["ours"],
+        apply_default_css=False,
+        js_on_load=START,
+        padding=False,
+        **options,
+    )
+
+
+def _on(events: Sequence[Callable], function: Callable, inputs: Sequence, outputs: Sequence) -> None:
+    """Call a method of the studio on any of the events; of several that wait the last."""
+    gr.on(
+        list(events), told(function), list(inputs), list(outputs), concurrency_id="models",
+        trigger_mode="always_last", show_progress="minimal", api_visibility="private",
+    )  # fmt: skip
+
+
+def _reconstruction_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, longest: gr.Radio) -> None:
+    with gr.Tab("Reconstruction"):
+        outputs = [_output("comparison"), _output("figures")]
+
+    def reconstruct(path: str | None, longest: str) -> tuple[str, str]:
+        return studio.reconstruct(path, SIZES[longest])
+
+    _on([page.load, photograph.change, longest.change], reconstruct, [photograph, longest], outputs)
+
+
+def _latents_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
+    with gr.Tab("Latents") as tab:
+        _text("What the photograph is encoded to: all that the decoder gets to know of it.")
+        output = _output("latents")
+    _on([tab.select, photograph.change, model.change], studio.latents, [photograph, model], [output])
+
+
+def _noise_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
+    with gr.Tab("Noise") as tab:
+        _text("A diffusion model's latents are never quite right. How much noise does the decoder bear?")
+        with gr.Row():
+            level = gr.Slider(0, 2, 0.3, step=0.05, label="Noise", info="in deviations of each channel")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
+        output = _output("noise")
+    events = [tab.select, photograph.change, model.change, level.release, seed.change]
+    _on(events, studio.noise, [photograph, model, level, seed], [output])
+
+
+def _between_tab(studio: Studio, photograph: gr.Image, model: gr.Radio, examples: Sequence[Path]) -> None:
+    with gr.Tab("Between two") as tab:
+        _text("Two photographs are encoded, their latents mixed, and the mixture is decoded.")
+        with gr.Row():
+            second = photograph_input(examples[1], "Second photograph", "second", 160)
+            with gr.Column():
+                place = gr.Slider(0, 1, 0.5, step=0.05, label="Place", info="0 is the first, 1 the second")
+                spherical = gr.Checkbox(label="Along an arc", info="keeps the length of the latents")
+        output = _output("between")
+    events = [tab.select, photograph.change, second.change, model.change, place.release, spherical.change]
+    _on(events, studio.between, [photograph, second, model, place, spherical], [output])
+
+
+def _attribute_tab(studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
+    with gr.Tab("Attribute"):
+        _text(
+            "Photographs of two kinds say what an attribute is: the difference of their mean latents is added to "
+            "yours. The more of each kind, and the more alike otherwise, the clearer."
+        )
+        with gr.Row():
+            plus, minus = (
+                gr.File(label=label, file_count="multiple", file_types=["image"], height=140)
+                for label in ("Photographs with it", "Photographs without it")
+            )
+        strength = gr.Slider(-2, 2, 1, step=0.1, label="Strength")
+        apply = gr.Button("Change the photograph", variant="primary")
+        output = _output("attribute")
+
+    def change(path: str | None, plus: list[str] | None, minus: list[str] | None, *rest: Any) -> str:
+        return studio.attribute(path, plus or [], minus or [], *rest)
+
+    _on([apply.click, strength.release], change, [photograph, plus, minus, model, strength], [output])
+
+
+def _samples_tab(studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
+    with gr.Tab("Samples") as tab:
+        _text("What the decoder makes of random latents, without any photograph.")
+        with gr.Row():
+            kind = gr.Radio(
+                ["prior", "fitted"],
+                value="prior",
+                label="Gaussian",
+                info="fitted: to the photograph's channels",
+            )
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
+        output = _output("samples")
+
+    def sample(path: str | None, model: str, kind: str, seed: int) -> str:
+        return studio.samples(path, model, kind == "fitted", seed)
+
+    _on(
+        [tab.select, model.change, kind.change, seed.change],
+        sample,
+        [photograph, model, kind, seed],
+        [output],
+    )

@@ -1,0 +1,128 @@
+"""The page served on this machine: what it may load, who may ask, how large an upload may be, and how it ends."""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ..extras import needs
+from ..models.autoencoder_kl import ExactAutoencoder
+from . import photographs
+from .address import is_local, url
+from .picture_files import PictureFiles
+from .reconstruction import load_lpips
+from .studio import Studio
+
+# Before gradio is imported: nothing is reported, no version is looked up.
+os.environ |= {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_SSR_MODE": "False",
+}
+with needs("demo"):
+    import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI, HTTPException
+    from fastapi.responses import FileResponse
+    from starlette.datastructures import MutableHeaders
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from . import page, rendering
+
+MOST_UPLOADED = 64 << 20  # bytes of one file
+HOUR = 3600  # seconds, after which an upload is deleted
+# A browser loads from this server alone, whatever the page asks for. Gradio needs the inline parts.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class WithHeaders:
+    """An ASGI application whose answers carry `HEADERS`."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+def application(
+    models: Mapping[str, ExactAutoencoder], folder: Path, local: bool, most_uploaded: int = MOST_UPLOADED
+) -> FastAPI:
+    """The web application. Uploads, examples and pictures lie in `folder`; `local`: only localhost may ask."""
+    for name in ("uploads", "examples", "pictures"):
+        (folder / name).mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    files = PictureFiles(folder / "pictures")
+    studio = Studio(models, load_lpips(next(iter(models.values())).device), files)
+    blocks = page.build(studio, photographs.write_examples(folder / "examples"))
+    blocks.delete_cache = (HOUR, HOUR)
+    app = FastAPI(openapi_url=None)
+
+    @app.get("/pictures/{name}")
+    def picture(name: str) -> FileResponse:
+        path = files.path(name)
+        if path is None:
+            raise HTTPException(404)
+        return FileResponse(path, headers={"cache-control": "no-store"})
+
+    app.add_middleware(WithHeaders)
+    if local:  # a page of the web cannot ask under a name of its own that leads here
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+    return gr.mount_gradio_app(
+        app, blocks, "/", footer_links=[], run_history=False, max_file_size=most_uploaded, ssr_mode=False,
+        theme=page.theme(), css=rendering.style(), head=page.head(), allowed_paths=[str(folder / "examples")],
+    )  # fmt: skip
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal comes, and then ends at once, in the middle of a computation too."""
+
+    def __init__(self, app: FastAPI, folder: Path, ready: str):
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False))
+        self.folder, self.ready = folder, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.ready, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os._exit(128 + sig)  # Python would wait for the thread that computes
+
+
+def serve(models: Mapping[str, ExactAutoencoder], listening: socket.socket) -> None:
+    """Serve the page on a bound socket until Ctrl-C or SIGTERM; what visitors brought is deleted then."""
+    folder = Path(tempfile.mkdtemp(prefix="kl-autoencoder-demo-"))
+    try:
+        app = application(models, folder, is_local(listening))
+        _warm_up(models)
+        Server(app, folder, f"{url(listening)} (Ctrl-C ends it)").run([listening])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.inference_mode()
+def _warm_up(models: Mapping[str, ExactAutoencoder]) -> None:
+    """The first call of a network chooses its kernels, which the first visitor's milliseconds should not count."""
+    for vae in models.values():
+        side = 8 * vae.size_multiple
+        vae(torch.zeros(1, 3, side, side, device=vae.device, dtype=vae.dtype))

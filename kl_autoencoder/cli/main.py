@@ -28,8 +28,9 @@ from .commands import (
     latent_datasets,
     latent_space,
     models,
+    study,
     train,
-)  # fmt: skip
+)
 from .parser import Command, Parser, Version
 
 EXAMPLES = """examples:
@@ -49,7 +50,7 @@ EXAMPLES = """examples:
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
   kl-autoencoder train configs/quickstart.yaml
 """
-FAMILIES = (images, demo, codec, evaluate, models, float16, latent_datasets, latent_space, anomaly)
+FAMILIES = (images, demo, codec, evaluate, study, models, float16, latent_datasets, latent_space, anomaly)
 COMMANDS: dict[str, Command] = {name: c for family in FAMILIES for name, c in family.COMMANDS.items()}
 
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")

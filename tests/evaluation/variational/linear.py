@@ -16,6 +16,7 @@ class LinearModel:
     def __init__(self, encoder, offset, variances, decoder, mean):
         self.encoder, self.offset, self.variances = encoder, offset, variances
         self.decoder, self.mean = decoder, mean
+        self.device, self.dtype, self.config = torch.device("cpu"), decoder.dtype, {}
 
     def encode(self, images):
         means = images.flatten(1) @ self.encoder.to(images) + self.offset.to(images)

@@ -1,0 +1,92 @@
+"""Decoded images in a grid over the latent space: the manifold of two latents, the traversal of each."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .style import axes, titled
+
+REACH = 3.0  # standard deviations, to either side
+MOST_ROWS = 12  # latents of a traversal
+INCHES = 0.62  # of a cell
+
+Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images (B, C, H, W) in [-1, 1], on the CPU
+
+
+def manifold(decode: Decode, side: int = 20) -> Figure:
+    """What two latents decode to, at side x side quantiles of their normal prior (Kingma & Welling 2013, figure 4).
+
+    Equal steps of the inverse normal CDF, so that each image stands for an equal share of the prior.
+    """
+    places = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side).float()
+    y, x = torch.meshgrid(places.flip(0), places, indexing="ij")
+    images = decode(torch.stack((x, y), dim=-1).view(-1, 2, 1, 1))
+    figure, ax = axes(7.2, 7.2)
+    pitch = _mosaic(ax, images.unflatten(0, (side, side)))
+    near = range(0, side // 2, max(1, side // 8))
+    ticks = [*near, *(side - 1 - i for i in reversed(near))]  # the same to both sides
+    ax.set_xticks(_centres(ticks, images.shape[-1], pitch[1]), [f"{places[i]:+.1f}" for i in ticks])
+    ax.set_yticks(
+        _centres(ticks, images.shape[-2], pitch[0]), [f"{places[side - 1 - i]:+.1f}" for i in ticks]
+    )
+    titled(ax, "What each place of the latent plane decodes to", "$z_0$", "$z_1$")
+    return figure
+
+
+def most_informative(rates: Tensor, most: int = MOST_ROWS) -> list[int]:
+    """The channels of largest rate first, at most `most` of them. rates: (C, h, w), nats a latent value."""
+    return rates.sum((1, 2)).argsort(descending=True)[:most].tolist()
+
+
+def traversals(
+    decode: Decode, start: Tensor, channels: Sequence[int], mean: Tensor, std: Tensor, rates: Tensor | None = None,
+    steps: int = 7,
+) -> Figure:  # fmt: skip
+    """A row for each of `channels`: that latent moved from -3 to 3 deviations, the others as in `start`.
+
+    start: (C, h, w); of a spatial latent the whole channel is moved by the same amount, around `start`. A latent of
+    one position takes the values mean + t std. mean, std: (C,). rates: (C,), nats, written beside the rows.
+    """
+    moves = torch.linspace(-REACH, REACH, steps)
+    single = start[0].numel() == 1
+    rows = []
+    for channel in channels:
+        z = start.expand(steps, *start.shape).clone()
+        move = (moves * std[channel])[:, None, None]
+        z[:, channel] = mean[channel] + move if single else z[:, channel] + move
+        rows.append(z)
+    images = decode(torch.cat(rows)).unflatten(0, (len(rows), steps))
+    figure, ax = axes(INCHES * steps + 1.4, INCHES * len(rows) + 0.9)
+    pitch = _mosaic(ax, images)
+    values = [f"{move:+.2g}" if move else "0" for move in moves.tolist()]
+    ax.set_xticks(_centres(range(steps), images.shape[-1], pitch[1]), values)
+    names = [f"$z_{{{c}}}$" if rates is None else f"$z_{{{c}}}$  {rates[c]:.2f} nats" for c in channels]
+    ax.set_yticks(_centres(range(len(rows)), images.shape[-2], pitch[0]), names)
+    titled(ax, "One latent at a time, in standard deviations")
+    return figure
+
+
+def _centres(cells: Iterable[int], length: int, pitch: int) -> list[float]:
+    return [cell * pitch + length / 2 - 0.5 for cell in cells]
+
+
+def _mosaic(ax: Axes, images: Tensor) -> tuple[int, int]:
+    """Draw images (R, K, C, H, W) as R rows of K; returns the pixels from one to the next, down and across."""
+    rows, columns, channels, height, width = images.shape
+    gap = max(1, width // 16)
+    if channels not in (1, 3):
+        raise ValueError(f"images of {channels} channels; allowed in pictures: 1 (grey) or 3 (RGB)")
+    sheet = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    shown = ((images.float().clamp(-1, 1) + 1) / 2).expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2)
+    for i in range(rows):
+        for j in range(columns):
+            y, x = i * (height + gap), j * (width + gap)
+            sheet[y : y + height, x : x + width] = shown[i, j]
+    ax.imshow(sheet.numpy(), interpolation="nearest")
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return height + gap, width + gap

@@ -1,0 +1,161 @@
+"""The measures that make sense of a model on a set of images, by whether it has posteriors or a code book."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...networks.distributions import DiagonalGaussian
+from ...networks.priors import PRIORS
+from .bounds import Likelihood, elbo, importance_bound, importance_weights, posterior_of
+from .codes import code_counts, perplexity, usage
+from .discrepancy import squared_mmd
+from .information import active_units, split_rate
+from .likelihoods import best_log_scale, error
+
+DRAWS = 50  # z ~ q(z|x) for each image, for the ELBO and the bound L_50
+
+
+class Encoded(NamedTuple):
+    """What a model makes of N images, on the CPU.
+
+    latents: (N, C, h, w), the mode of the posterior. moments: (N, 2C, h, w), mean and logvar of a Gaussian
+    posterior, None where there is none. counts: (codes,), how often each code occurs, None without a code book.
+    """
+
+    latents: Tensor
+    moments: Tensor | None = None
+    counts: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        return self.latents.flatten(1)
+
+    @property
+    def logvar(self) -> Tensor:
+        return DiagonalGaussian(self.moments).logvar.flatten(1)
+
+    def rate_of_values(self) -> Tensor | None:
+        """The mean KL of each latent value in nats, (C, h, w); None without a Gaussian posterior."""
+        return None if self.moments is None else DiagonalGaussian(self.moments).kl_map().mean(0)
+
+
+class Images(NamedTuple):
+    """Images (N, C, H, W) in [-1, 1] on the CPU, and the classes (N,) that a conditional model is given."""
+
+    images: Tensor
+    labels: Tensor | None = None
+    batch_size: int = 64
+
+    def batches(self, device: torch.device, done: Callable[[int], None] = lambda count: None):
+        """Yield (images, {"labels": labels} or {}) on `device`; `done` is called with the size of each used one."""
+        labels = [None] * len(self.images) if self.labels is None else self.labels
+        for start in range(0, len(self.images), self.batch_size):
+            images = self.images[start : start + self.batch_size].to(device)
+            of_batch = labels[start : start + self.batch_size]
+            yield images, {} if self.labels is None else {"labels": of_batch.to(device)}
+            done(len(images))
+
+
+@torch.no_grad()
+def encode(model: Any, data: Images, done: Callable[[int], None] = lambda count: None) -> Encoded:
+    latents, moments, counts = [], [], 0
+    for images, labels in data.batches(model.device, done):
+        posterior = model.encode(images, **labels).latent_dist
+        latents.append(posterior.mode().float().cpu())
+        if isinstance(posterior, DiagonalGaussian):
+            moments.append(posterior.parameters.float().cpu())
+        if is_discrete(model):
+            counts = counts + code_counts(model.encode_indices(images, **labels), model.codes)
+    return Encoded(
+        torch.cat(latents), torch.cat(moments) if moments else None, counts if is_discrete(model) else None
+    )
+
+
+def is_discrete(model: Any) -> bool:
+    return getattr(model, "codes", None) is not None
+
+
+def prior_of(model: Any) -> str:
+    """The prior that a model's latents were held to: that of an adversarial bottleneck, else the normal one."""
+    prior = (model.config.get("bottleneck") or {}).get("prior")
+    return prior if prior in PRIORS else "normal"
+
+
+def measure(
+    model: Any,
+    data: Images,
+    encoded: Encoded,
+    likelihood: str,
+    seed: int = 0,
+    done: Callable[[int], None] = lambda count: None,
+) -> dict[str, float | int | str]:
+    """Name -> measure, those that make sense of the model, in nats per image where they are of information.
+
+    mse: of the reconstruction from the mode, in [-1, 1]. Of a Gaussian posterior: `bounds` and `information`. Of a
+    code book: codes, perplexity, usage. Of other latents: prior and mmd, the squared MMD from it.
+    """
+    found = {"images": len(data.images), "mse": _mse(model, data, encoded)}
+    if encoded.moments is not None:
+        found |= bounds(model, data, likelihood, seed, done) | information(encoded, seed)
+    elif encoded.counts is not None:
+        counts = encoded.counts
+        found |= {"codes": len(counts), "perplexity": perplexity(counts), "usage": usage(counts)}
+    else:
+        found |= discrepancy(encoded.mean, prior_of(model), seed)
+    return found
+
+
+@torch.no_grad()
+def _mse(model: Any, data: Images, encoded: Encoded) -> float:
+    total, batches = 0.0, encoded.latents.split(data.batch_size)
+    for (images, labels), z in zip(data.batches(model.device), batches, strict=True):
+        decoded = model.decode(z.to(images), **labels).sample
+        total += float((decoded.double() - images.double()).square().sum())
+    return total / data.images.numel()
+
+
+@torch.no_grad()
+def bounds(
+    model: Any, data: Images, kind: str, seed: int = 0, done: Callable[[int], None] = lambda count: None
+) -> dict[str, float | str]:
+    """ELBO, split into distortion and rate, and the bound L_50; means over the images.
+
+    The scale of a Gaussian or Laplace likelihood is the likeliest for draws from the posteriors of these images.
+    """
+    likelihood = Likelihood(kind, _best_log_scale(model, data, kind, seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    elbos, rates, tighter = [], [], []
+    for images, labels in data.batches(model.device, done):
+        weights = importance_weights(model, images, likelihood, DRAWS, generator, **labels)
+        kl = posterior_of(model, images, **labels).kl().cpu()
+        elbos.append(elbo(weights, kl))
+        rates.append(kl)
+        tighter.append(importance_bound(weights.log_weights, DRAWS))
+    bound, rate, tight = (float(torch.cat(values).mean()) for values in (elbos, rates, tighter))
+    scale = {} if likelihood.log_scale is None else {"log_scale": likelihood.log_scale}
+    split = {"distortion": -bound - rate, "rate": rate, "elbo": bound, f"iwae_{DRAWS}": tight}
+    return {"likelihood": kind, **scale, **split}
+
+
+def _best_log_scale(model: Any, data: Images, kind: str, seed: int) -> float | None:
+    generator, total = torch.Generator().manual_seed(seed), 0.0
+    for images, labels in data.batches(model.device):
+        z = model.encode(images, **labels).latent_dist.sample(generator)
+        total += len(images) * error(kind, images, model.decode(z, **labels).sample)
+    return best_log_scale(kind, max(total / len(data.images), 1e-12))
+
+
+def information(encoded: Encoded, seed: int = 0) -> dict[str, float | int]:
+    """Active units of how many, and the rate as mutual information (at most log N) and the aggregate's KL."""
+    generator = torch.Generator().manual_seed(seed)
+    active = active_units(encoded.mean)
+    units = {"active_units": int(active.sum()), "units": len(active)}
+    return units | split_rate(encoded.mean, encoded.logvar, generator)
+
+
+def discrepancy(latents: Tensor, prior: str, seed: int = 0) -> dict[str, float | str]:
+    """The squared MMD of latents (N, D) from as many draws of a prior."""
+    draws = PRIORS[prior].sample(len(latents), latents.shape[1], torch.Generator().manual_seed(seed))
+    return {"prior": prior, "mmd": squared_mmd(latents, draws)}

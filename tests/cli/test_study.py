@@ -1,0 +1,93 @@
+"""study: what it measures and draws of a model, and what it refuses."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.cli.main import main
+from kl_autoencoder.evaluation.variational.measures import Images, encode, measure
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with an untrained model of gray 16x16 images, its config and its metrics."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    network = {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "sample_size": 16}
+    vae = KLAutoencoder(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **network)
+    vae.save_pretrained(folder / "export")
+    (folder / "config.yaml").write_text("loss: {reconstruction: l1}\n")
+    (folder / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": n, "train/reconstruction": 1 / n, "train/kl": 0.1}) + "\n" for n in (1, 2, 3)
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Twelve gray images of 16x16 in two folders, dark and light."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (folder / name).mkdir()
+        for number in range(6):
+            pixels = random.integers(low, low + 128, (16, 16), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def pixels(folder):
+    files = sorted(folder.rglob("*.png"))
+    stacked = np.stack([np.asarray(Image.open(file)) for file in files])
+    return torch.from_numpy(stacked).float()[:, None] / 127.5 - 1
+
+
+def test_it_writes_what_the_library_measures_and_draws(run, classes, tmp_path, capsys):
+    output = tmp_path / "study"
+    assert main(["study", str(run), "--data", str(classes), "-o", str(output), "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    names = {"measures.json", "traversals.png", "latents.png", "training.png"}
+    assert {path.name for path in output.iterdir()} == names
+    found = json.loads((output / "measures.json").read_text())
+    assert found["likelihood"] == "laplace"  # the run's l1
+
+    vae = KLAutoencoder.from_pretrained(run / "export").eval()
+    data = Images(pixels(classes))
+    with torch.no_grad():
+        wanted = measure(vae, data, encode(vae, data), "laplace")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert value == found[name] or math.isclose(value, found[name], rel_tol=1e-4, abs_tol=1e-5), name
+    assert f"elbo                {found['elbo']:.5g} nats" in told and "active_units" in told
+
+    assert main(["study", str(run), "--data", str(classes), "-o", str(output)]) == 2
+    assert "measures.json: exists already; --overwrite replaces it" in capsys.readouterr().err
+
+
+def test_json_alone_is_printed_on_request(run, classes, tmp_path, capsys):
+    command = ["study", str(run), "--data", str(classes), "-o", str(tmp_path), "--json", "--limit", "4"]
+    assert main([*command, "--likelihood", "bernoulli"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "measures.json").read_text())
+    assert printed["images"] == 4 and printed["likelihood"] == "bernoulli" and "log_scale" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--size", "15"], "--size: 15; allowed: multiples of 2"),
+        (["--label-column", "kind"], "--label-column: "),
+        (["--limit", "1"], "allowed: at least 2"),
+    ],
+)
+def test_what_is_refused(run, classes, tmp_path, capsys, options, told):
+    command = ["study", str(run), "--data", str(classes), "-o", str(tmp_path / "study"), *options]
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()

@@ -31,6 +31,7 @@ EXTRAS = {
         "lpips": "lpips",
         "pydantic": "pydantic",
         "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
         "tensorboard": "tensorboard",
     },
     "alignment": {"transformers": "transformers"},

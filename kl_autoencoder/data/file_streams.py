@@ -23,7 +23,10 @@ class Stream(Protocol):
         """A name that tells a shard from the others, the same in every run."""
 
     def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
-        """The records {"bytes", "path"} of a shard from number `start` on; None for a record without an image."""
+        """The records {"bytes", "path"} of a shard from number `start` on; None for a record without an image.
+
+        Where columns are kept beside the image, {"columns": {name: value}} is in the record, too.
+        """
 
     def length(self, shard: int) -> int | None:
         """The number of records of a shard; None where it can only be found by reading the shard."""
@@ -35,8 +38,8 @@ class Stream(Protocol):
 class FileStream:
     """Tar or parquet files, local or remote. Reading goes on where a remote file failed."""
 
-    def __init__(self, kind: str, paths: Sequence[str], column: str):
-        self.kind, self.paths, self.column = kind, list(paths), column
+    def __init__(self, kind: str, paths: Sequence[str], column: str, keep: Sequence[str] = ()):
+        self.kind, self.paths, self.column, self.keep = kind, list(paths), column, tuple(keep)
         self.num_shards = len(self.paths)
 
     def name(self, shard: int) -> str:
@@ -47,7 +50,8 @@ class FileStream:
         return read_with_retries(lambda n: self._read(path, n), path, start, lambda k: time.sleep(0.5 * 2**k))
 
     def _read(self, path: str, start: int) -> Iterator[dict | None]:
-        return (read_tar if self.kind == "webdataset" else read_parquet)(path, self.column, start)
+        read = read_tar if self.kind == "webdataset" else read_parquet
+        return read(path, self.column, start, self.keep)
 
     def length(self, shard: int) -> int | None:
         path = self.paths[shard]
@@ -62,8 +66,9 @@ class FileStream:
 class HubStream:
     """A data set of the hub, as `datasets` streams it."""
 
-    def __init__(self, images: datasets.IterableDataset, column: str):
+    def __init__(self, images: datasets.IterableDataset, column: str, keep: Sequence[str] = ()):
         self.images, self.column, self.num_shards = images, column, images.num_shards
+        self.keep = tuple(keep)
 
     def name(self, shard: int) -> str:
         return str(shard)
@@ -71,7 +76,12 @@ class HubStream:
     def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
         # iter(), because a plain loop would divide the shard's records among the loader's workers
         batches = self.images.shard(num_shards=self.num_shards, index=shard).iter(BATCH)
-        records = (as_record(value) for batch in batches for value in batch[self.column])
+        rows = (
+            row
+            for batch in batches
+            for row in zip(*(batch[name] for name in (self.column, *self.keep)), strict=True)
+        )
+        records = (as_record(value, dict(zip(self.keep, kept, strict=True))) for value, *kept in rows)
         return islice(records, start, None)
 
     def length(self, shard: int) -> int | None:

@@ -13,10 +13,12 @@ from .formats import READABLE
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 KINDS = (
     "a folder of images, parquet or webdataset (.tar) files, a pattern or URL of such (shard-{000..099}.tar, "
-    "s3://bucket/*.parquet), a folder by save_to_disk, a hub id (owner/name:config@revision), or sample-photographs"
+    "s3://bucket/*.parquet), a folder by save_to_disk, a hub id (owner/name:config@revision), or "
+    "sample-photographs, sample-digits, sample-shapes, sample-faces, sample-strangers"
 )
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 SAMPLE_PHOTOGRAPHS = "sample-photographs"
+SAMPLES = ("sample-digits", "sample-shapes", "sample-faces", "sample-strangers")  # of samples/tables.py
 # The colour photographs in the wheel of scikit-image, except two medical ones, whose single colour would be half of
 # all pixels. The two motorcycles are a stereo pair, so both are in `train`: no scene is in both splits.
 SAMPLE_FILES = {
@@ -26,9 +28,9 @@ SAMPLE_FILES = {
 
 
 class Located(NamedTuple):
-    """The kind of a source and its files: image files, data files, or a list of the one folder or hub id."""
+    """The kind of a source and its files: image files, data files, or a list of the one folder, hub id or name."""
 
-    kind: Literal["images", "parquet", "webdataset", "saved", "hub"]
+    kind: Literal["images", "parquet", "webdataset", "saved", "hub", "sample"]
     files: list[str]
 
 
@@ -36,12 +38,14 @@ def locate(source: str, key: str, samples: Literal["train", "validation"] = "tra
     """Find what a source is; see `KINDS`.
 
     `key`: the option or configuration key that names the source; error messages begin with it. `samples`: which
-    split of the sample photographs is meant. Raises FileNotFoundError for a name that leads nowhere and ValueError
+    split of the samples is meant. Raises FileNotFoundError for a name that leads nowhere and ValueError
     for a folder or files that cannot be a source.
     """
     path = os.path.expanduser(source)
     if source == SAMPLE_PHOTOGRAPHS:
         return Located("images", _sample_photographs(samples))
+    if source in SAMPLES:
+        return Located("sample", [source])
     if os.path.isdir(path):
         return _in_folder(path, key)
     if files := remote.expand(path, key):

@@ -1,6 +1,6 @@
 """Parquet files: read rows in sequence, or those of local files by number, memory-mapped and without a copy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -21,14 +21,19 @@ def schema_of(path: str) -> datasets.Features:
         return datasets.Features.from_arrow_schema(file.schema_arrow)
 
 
-def read_parquet(path: str, column: str, start: int = 0) -> Iterator[dict | None]:
-    """The records {"bytes", "path"} of a column from row `start` on; row groups before it are not read."""
+def read_parquet(path: str, column: str, start: int = 0, keep: Sequence[str] = ()) -> Iterator[dict | None]:
+    """The records {"bytes", "path"} of a column from row `start` on; row groups before it are not read.
+
+    With {"columns": those in `keep`} beside them.
+    """
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if start < rows:
-                values = _read_group(file, group, [column]).column(column)
-                yield from (as_record(values[row].as_py()) for row in range(start, rows))
+                table = _read_group(file, group, [column, *keep])
+                values, kept = table.column(column), [(name, table.column(name)) for name in keep]
+                for row in range(start, rows):
+                    yield as_record(values[row].as_py(), {name: other[row].as_py() for name, other in kept})
             start = max(start - rows, 0)
 
 
@@ -54,11 +59,16 @@ def bytes_of_groups(paths: Sequence[str], column: str) -> float:
     return sum(sizes) / max(len(sizes), 1)
 
 
-def as_record(value: Any) -> dict | None:
-    """A value of an image column (a struct of bytes and path, encoded bytes, or a path) -> {"bytes", "path"}."""
+def as_record(value: Any, kept: Mapping[str, Any] | None = None) -> dict | None:
+    """A value of an image column (a struct of bytes and path, encoded bytes, or a path) -> {"bytes", "path"}.
+
+    With {"columns": kept} beside them where columns are kept; None where there is no image.
+    """
     if isinstance(value, bytes):
-        return {"bytes": value, "path": None}
-    return {"bytes": None, "path": value} if isinstance(value, str) else value
+        value = {"bytes": value, "path": None}
+    elif isinstance(value, str):
+        value = {"bytes": None, "path": value}
+    return {**value, "columns": kept} if value and kept else value
 
 
 class ParquetRows:

@@ -23,21 +23,31 @@ from .file_streams import FileStream, HubStream, Stream
 from .locating import HUB_ID, KINDS, locate
 from .parquet_files import ParquetRows, bytes_of_groups, schema_of
 from .remote import is_url
+from .samples.tables import SampleRows
 from .tar_files import TarRows, fields_of
 
 LARGE_GROUP = 2**20  # bytes of images in a parquet row group above which single rows are read from a copy
+TABLES = "of parquet, webdataset, saved, hub and sample sources"  # that have columns beside the image
 ANNOUNCED_BYTES = 2**30  # bytes of a source that are read or written before anything else can start
 
-Rows = datasets.Dataset | TarRows | ParquetRows
+Rows = datasets.Dataset | TarRows | ParquetRows | SampleRows
 
 log = logging.getLogger(__name__)
 
 
 class Keys(NamedTuple):
-    """The options or configuration keys that name a source and its image column; error messages begin with them."""
+    """The options or configuration keys that name a source, its image column and its other columns.
+
+    Error messages begin with them. `kept` is left out where one key names all columns.
+    """
 
     source: str
     column: str
+    kept: str | None = None
+
+    def of(self, name: str, column: str) -> str:
+        """The key that names column `name`, where `column` is that of the images."""
+        return self.column if name == column else self.kept or self.column
 
 
 def open_source(
@@ -58,7 +68,13 @@ def open_source(
     one that cannot be used; both name the key and the source.
     """
     kind, files = locate(source, keys.source, samples)
+    if kind == "sample":
+        return _sample_rows(source, keys, samples, column, keep)
     if kind == "images":
+        if keep:
+            raise ValueError(
+                f"{keys.of(keep[0], column)}: {keep[0]!r}, but {source} is files; allowed: {TABLES}"
+            )
         return _image_files(files, column)
     if kind in ("saved", "hub"):
         opened = (
@@ -74,16 +90,21 @@ def open_source(
     )
 
 
-def open_stream(source: str, keys: Keys, column: str = "image", split: str = "train") -> Stream:
-    """Open parquet, webdataset or hub sources to be read file by file; raises as `open_source`."""
+def open_stream(
+    source: str, keys: Keys, column: str = "image", split: str = "train", keep: Sequence[str] = ()
+) -> Stream:
+    """Open parquet, webdataset or hub sources to be read file by file; raises as `open_source`.
+
+    Its records have the columns `keep` beside the image's "bytes" and "path".
+    """
     kind, files = locate(source, keys.source)
-    if kind in ("images", "saved"):
+    if kind in ("images", "saved", "sample"):
         raise ValueError(f"data.streaming: true, but {source} is read in place in any case; allowed: false")
     if kind == "hub":
         images = _open_hub(source, keys.source, split, streaming=True)
-        return HubStream(_encoded(images, source, keys, column), column)
-    _check_columns(kind, files, source, keys, column)
-    return FileStream(kind, files, column)
+        return HubStream(_encoded(images, source, keys, column, keep), column, keep)
+    _check_columns(kind, files, source, keys, column, keep)
+    return FileStream(kind, files, column, keep)
 
 
 def _check_columns(
@@ -94,7 +115,9 @@ def _check_columns(
     found = _read_as(kind, files, source, keys, lambda: look(files[0]))
     for name in (column, *keep):
         if name not in found:
-            raise ValueError(f"{keys.column}: no column {name!r} in {source}; allowed: {', '.join(found)}")
+            raise ValueError(
+                f"{keys.of(name, column)}: no column {name!r} in {source}; allowed: {', '.join(found)}"
+            )
     if kind == "parquet":
         _check_kind(found[column], source, keys, column)
 
@@ -167,7 +190,7 @@ def image_keys(images: Rows, column: str, source: str, most_read: int | None = N
     evenly.
     """
     folder = os.path.join(os.path.expanduser(source), "")
-    names = _image_names(images, column)
+    names = image_names(images, column)
     rows = range(len(names))
     if most_read is not None and None in names:
         rows = np.unique(np.linspace(0, len(names) - 1, most_read).astype(int)).tolist()
@@ -182,10 +205,22 @@ def image_keys(images: Rows, column: str, source: str, most_read: int | None = N
     return keys
 
 
-def _image_names(images: Rows, column: str) -> list[str | None]:
+def image_names(images: Rows, column: str) -> list[str | None]:
+    """The path of each row's image, None where it has none; contents are not read for it."""
     if isinstance(images, datasets.Dataset):
         return pc.struct_field(images.with_format("arrow")[:].column(column), "path").to_pylist()
     return images.image_names()
+
+
+def _sample_rows(
+    source: str, keys: Keys, samples: Literal["train", "validation"], column: str, keep: Sequence[str]
+) -> SampleRows:
+    rows = SampleRows(source, samples, column, keep)
+    for name in keep:
+        if name not in rows.columns:
+            known = ", ".join(rows.columns) or "none"
+            raise ValueError(f"{keys.of(name, column)}: no column {name!r} in {source}; allowed: {known}")
+    return rows
 
 
 def _image_files(paths: Sequence[str], column: str) -> datasets.Dataset:
@@ -236,7 +271,9 @@ def _encoded(images, source: str, keys: Keys, column: str, keep: Sequence[str] =
     columns = images.column_names or []
     for name in (column, *keep):
         if name not in columns:
-            raise ValueError(f"{keys.column}: no column {name!r} in {source}; allowed: {', '.join(columns)}")
+            raise ValueError(
+                f"{keys.of(name, column)}: no column {name!r} in {source}; allowed: {', '.join(columns)}"
+            )
     _check_kind(images.features[column], source, keys, column)
     return images.select_columns([column, *keep]).cast_column(column, datasets.Image(decode=False))
 

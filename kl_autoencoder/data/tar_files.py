@@ -35,19 +35,28 @@ def fields_of(path: str) -> list[str]:
         return list(dict.fromkeys(field for _, sample in first for _, field, _ in sample))
 
 
-def read_tar(path: str, field: str, start: int = 0) -> Iterator[dict | None]:
+def read_tar(path: str, field: str, start: int = 0, keep: Sequence[str] = ()) -> Iterator[dict | None]:
     """The records {"bytes", "path"} of a field from sample `start` on, None for a sample without it.
 
-    Before `start` only headers are read, if the file is seekable.
+    With {"columns": the fields `keep`, decoded} beside them. Before `start` only headers are read, if the file is
+    seekable.
     """
     with open_file(path) as file, tarfile.open(fileobj=file, mode=_mode(file)) as archive:
         for n, (_, sample) in enumerate(groupby(members(archive), itemgetter(0))):
             if n >= start:
-                record = None
+                record, columns = None, dict.fromkeys(keep)
                 for _, name, member in sample:
                     if name == field:
                         record = {"bytes": archive.extractfile(member).read(), "path": member.name}
-                yield record
+                    elif name in columns:
+                        columns[name] = _decoded(name, archive.extractfile(member).read())
+                yield {**record, "columns": columns} if record and keep else record
+
+
+def _decoded(name: str, data: bytes) -> Any:
+    """A field's value as `datasets` decodes it by the end of its name; the bytes where it has no decoder."""
+    decode = WebDataset.DECODERS.get(name.rsplit(".", 1)[-1].lower())
+    return decode(data) if decode else data
 
 
 def _mode(file) -> str:
@@ -90,9 +99,8 @@ class TarRows:
         if values[column] is not None:
             values[column] = {"bytes": values[column], "path": self.names[row].as_py()}
         for name in keep:
-            decode = WebDataset.DECODERS.get(name.rsplit(".", 1)[-1].lower())
-            if decode and values[name] is not None:
-                values[name] = decode(values[name])
+            if values[name] is not None:
+                values[name] = _decoded(name, values[name])
         return values
 
     def image_names(self) -> list[str | None]:

@@ -143,7 +143,7 @@ class TrainingData:
     def _head(self, wanted: int) -> list[dict] | None:
         """The first rows of a validation source that can be streamed; None for one that is read in place."""
         config = self.config
-        if locate(config.validation, VALIDATION.source, "validation").kind in ("images", "saved"):
+        if locate(config.validation, VALIDATION.source, "validation").kind in ("images", "saved", "sample"):
             return None
         stream = open_stream(config.validation, VALIDATION, config.image_column, config.validation_split)
         records = (record for shard in range(stream.num_shards) for record in stream.read(shard))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from kl_autoencoder.data.locating import SAMPLE_PHOTOGRAPHS
+from kl_autoencoder.data.locating import SAMPLE_PHOTOGRAPHS, SAMPLES
 from kl_autoencoder.evaluation.metrics import backbone_file
 from kl_autoencoder.models.autoencoder_kl import COMPACT
 
@@ -59,7 +59,7 @@ def _small_data(config: DataConfig) -> DataConfig:
         shuffle_buffer=min(config.shuffle_buffer, 8),
     )
     sources = [source for source in (config.train, config.validation) if source is not None]
-    if all(_is_here(source) or source == SAMPLE_PHOTOGRAPHS for source in sources):
+    if all(_is_here(source) or source in (SAMPLE_PHOTOGRAPHS, *SAMPLES) for source in sources):
         return small
     return replace(small, train=SAMPLE_PHOTOGRAPHS, validation=SAMPLE_PHOTOGRAPHS, streaming=False)
 

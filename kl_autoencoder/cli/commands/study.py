@@ -42,7 +42,6 @@ def study_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--likelihood", choices=LIKELIHOODS, help="p(x|z) of the bounds (that of the run, else gaussian)"
     )
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at a time (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     add_device(parser)
     add_output(parser, "FOLDER", f"for pictures and {MEASURES}")
@@ -68,7 +67,7 @@ def study(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, arguments.device, "float32")
     labelled = _read(arguments, model)
     given = labelled.classes if model.config.get("classes") else None
-    data = measures.Images(labelled.images, _as_tensor(given), arguments.batch_size)
+    data = measures.Images(labelled.images, _as_tensor(given))
     with Progress("encoding", len(data.images), "images") as progress:
         encoded = measures.encode(model, data, progress.update)
     likelihood = arguments.likelihood or _likelihood_of_run(model_path(arguments.model))

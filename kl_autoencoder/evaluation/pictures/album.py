@@ -11,8 +11,6 @@ from ..variational.codes import perplexity
 from ..variational.measures import Encoded, Images, prior_of
 from . import grids, plots
 
-AT_ONCE = 64  # images decoded at a time
-
 
 def pictures(
     model: Any,
@@ -27,7 +25,7 @@ def pictures(
     classes: (N,), numbers of the images' classes, by which latents are coloured, or None; names: of these classes.
     records: the lines of the run's metrics.jsonl, or none.
     """
-    latents, decode = encoded.latents, decoder(model, data.labels)
+    latents, decode = encoded.latents, decoder(model, data)
     single = latents[0, 0].numel() == 1
     if single and latents.shape[1] == 2 and encoded.counts is None and prior_of(model) == "normal":
         yield "manifold.png", lambda: grids.manifold(decode)
@@ -54,14 +52,16 @@ def _traversals(decode: grids.Decode, encoded: Encoded) -> Figure:
     return grids.traversals(decode, start, order, mean, std, None if rates is None else rates.sum((1, 2)))
 
 
-def decoder(model: Any, labels: Tensor | None) -> grids.Decode:
+def decoder(model: Any, data: Images) -> grids.Decode:
     """Latents on the CPU -> images on the CPU; of a conditional model, of the first image's class."""
 
     @torch.no_grad()
     def decode(z: Tensor) -> Tensor:
         images = []
-        for part in z.split(AT_ONCE):
-            given = {} if labels is None else {"labels": labels[:1].expand(len(part)).to(model.device)}
+        for part in z.split(data.batch_size):
+            given = (
+                {} if data.labels is None else {"labels": data.labels[:1].expand(len(part)).to(model.device)}
+            )
             images.append(model.decode(part.to(model.device, model.dtype), **given).sample.float().cpu())
         return torch.cat(images)
 

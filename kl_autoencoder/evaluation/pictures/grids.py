@@ -63,10 +63,14 @@ def traversals(
     pitch = _mosaic(ax, images)
     values = [f"{move:+.2g}" if move else "0" for move in moves.tolist()]
     ax.set_xticks(_centres(range(steps), images.shape[-1], pitch[1]), values)
-    names = [f"$z_{{{c}}}$" if rates is None else f"$z_{{{c}}}$  {rates[c]:.2f} nats" for c in channels]
+    names = [f"$z_{{{c}}}${'' if rates is None else _nats(float(rates[c]))}" for c in channels]
     ax.set_yticks(_centres(range(len(rows)), images.shape[-2], pitch[0]), names)
     titled(ax, "One latent at a time, in standard deviations")
     return figure
+
+
+def _nats(rate: float) -> str:
+    return f"  {rate:.2f} nats" if rate < 100 else f"  {rate:,.0f} nats"
 
 
 def _centres(cells: Iterable[int], length: int, pitch: int) -> list[float]:

@@ -14,6 +14,7 @@ from .discrepancy import squared_mmd
 from .information import active_units, split_rate
 from .likelihoods import best_log_scale, error
 
+PIXELS_AT_ONCE = 2**20  # of the images that are encoded or decoded together
 DRAWS = 50  # z ~ q(z|x) for each image, for the ELBO and the bound L_50
 
 
@@ -46,7 +47,11 @@ class Images(NamedTuple):
 
     images: Tensor
     labels: Tensor | None = None
-    batch_size: int = 64
+
+    @property
+    def batch_size(self) -> int:
+        """As many images as PIXELS_AT_ONCE allows, up to 256."""
+        return min(256, max(1, PIXELS_AT_ONCE // self.images[0, 0].numel()))
 
     def batches(self, device: torch.device, done: Callable[[int], None] = lambda count: None):
         """Yield (images, {"labels": labels} or {}) on `device`; `done` is called with the size of each used one."""
@@ -128,7 +133,9 @@ def bounds(
     generator = torch.Generator().manual_seed(seed + 1)
     elbos, rates, tighter = [], [], []
     for images, labels in data.batches(model.device, done):
-        weights = importance_weights(model, images, likelihood, DRAWS, generator, **labels)
+        weights = importance_weights(
+            model, images, likelihood, DRAWS, generator, **labels, at_once=data.batch_size
+        )
         kl = posterior_of(model, images, **labels).kl().cpu()
         elbos.append(elbo(weights, kl))
         rates.append(kl)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kl_autoencoder.evaluation.variational import measures
 from kl_autoencoder.evaluation.variational.linear_gaussian import probabilistic_pca
 from kl_autoencoder.evaluation.variational.measures import Images, encode, measure
 from tests.evaluation.variational.linear import LinearModel, true_posterior
@@ -17,10 +18,11 @@ def images(n=120, d=6):
     return (torch.randn(n, d, generator=generator, dtype=torch.float64) @ mixing)[..., None, None]
 
 
-def test_the_measures_of_the_best_linear_model():
+def test_the_measures_of_the_best_linear_model(monkeypatch):
+    monkeypatch.setattr(measures, "PIXELS_AT_ONCE", 50)
     x = images()
     exact = probabilistic_pca(x.flatten(1), 2)
-    model, data, counted = true_posterior(exact), Images(x, batch_size=50), []
+    model, data, counted = true_posterior(exact), Images(x), []
     encoded = encode(model, data)
     found = measure(model, data, encoded, "gaussian", done=counted.append)
     assert counted == [50, 50, 20]

@@ -40,7 +40,9 @@ ROOMS = {
         "loop": {"config", "data"},
         "autoencoder": {"config", "data", "loop", "parts"},
         "smoke": {"config", "data"},
-        "tasks": {"config", "loop", "autoencoder", "smoke"},
+        "one_network": {"config", "loop"},
+        "prior": {"config", "data", "loop", "one_network"},
+        "tasks": {"config", "loop", "autoencoder", "prior", "smoke"},
         "__main__": {"config", "data", "loop", "smoke", "tasks"},
     },
 }

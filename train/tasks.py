@@ -5,9 +5,10 @@ from functools import partial
 from typing import NamedTuple
 
 from .autoencoder.task import AutoencoderTask
-from .config import AutoencoderConfig, Config
+from .config import AutoencoderConfig, CodePriorConfig, Config
 from .loop.context import RunContext
 from .loop.task import Task
+from .prior.task import CodePriorTask
 from .smoke import STATISTICS_SAMPLES
 
 
@@ -22,6 +23,7 @@ TASKS: dict[type[Config], Maker] = {
     AutoencoderConfig: Maker(
         AutoencoderTask, partial(AutoencoderTask, statistics_samples=STATISTICS_SAMPLES)
     ),
+    CodePriorConfig: Maker(CodePriorTask, CodePriorTask),
 }
 
 

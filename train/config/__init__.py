@@ -10,6 +10,7 @@ from .autoencoder import (
     ModelConfig,
     PerceptualConfig,
 )
+from .code_prior import CodePriorConfig
 from .reading import build, dotted, load_config, to_yaml
 from .run import (
     CheckpointConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "AdversarialConfig",
     "AutoencoderConfig",
     "CheckpointConfig",
+    "CodePriorConfig",
     "Config",
     "DataConfig",
     "EMAConfig",

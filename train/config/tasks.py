@@ -4,9 +4,10 @@ import difflib
 from typing import Any
 
 from .autoencoder import AutoencoderConfig
+from .code_prior import CodePriorConfig
 from .run import Config
 
-TASKS: dict[str, type[Config]] = {"autoencoder": AutoencoderConfig}
+TASKS: dict[str, type[Config]] = {"autoencoder": AutoencoderConfig, "code_prior": CodePriorConfig}
 
 
 def config_class(values: dict[str, Any]) -> type[Config]:

@@ -1,0 +1,127 @@
+"""The task `code_prior`: it learns the codes of images, and what it draws decodes to them."""
+
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from kl_autoencoder.models.priors import CodePrior
+from tests.train.discrete import Brightness
+from train.config import CodePriorConfig, build
+from train.loop.trainer import Trainer
+from train.prior import task
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setattr(task, "load_model", lambda name, device, dtype: Brightness())
+
+
+def config(source, folder, **sections):
+    values = {
+        "task": "code_prior",
+        "output_dir": str(folder),
+        "data": {"train": str(source), "batch_size": 4, "validation_images": 4},
+        "model": {"autoencoder": "brightness", "hidden_size": 32, "layers": 2},
+        "optimizer": {"learning_rate": 3e-3},
+        "ema": {"decay": 0.9},
+        "log": {"tensorboard": False},
+        "validation": {"every": 0},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return build(CodePriorConfig, values)
+
+
+def make(configuration):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Trainer(configuration, task.CodePriorTask)
+
+
+def grids(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 16, (count, 4, 4))
+
+
+def write(folder, codes):
+    """Pictures whose codes are `codes`, (N, 4, 4)."""
+    folder.mkdir()
+    for i, grid in enumerate(codes):
+        pixels = ((grid + 0.5) * 16).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(pixels).convert("RGB").save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_four_grids_are_learned_and_drawn(tmp_path):
+    """-log p falls to log(4) / 16 nats a code, which is all that there is to learn; draws are among the four."""
+    codes = grids(4)
+    source = write(tmp_path / "images", codes)
+    run = config(source, tmp_path / "run", data={"validation": str(source)}, train={"steps": 250})
+    trainer = make(run)
+    assert np.array_equal(trainer.task.codes.held_out.grids.numpy(), codes)
+    summary = trainer.fit()
+    assert summary["before"]["nll"] == pytest.approx(math.log(16), rel=0.01)
+    assert summary["after"]["nll"] == pytest.approx(math.log(4) / 16, rel=0.05)
+    assert summary["after"]["bits"] == pytest.approx(summary["after"]["nll"] / math.log(2))
+    prior = CodePrior.from_pretrained(summary["export"])
+    assert prior.config.autoencoder == "brightness"
+    drawn = prior.sample(64, generator=torch.Generator().manual_seed(0)).numpy()
+    found = [next((i for i in range(4) if np.array_equal(one, codes[i])), None) for one in drawn]
+    assert found.count(None) <= 2 and {0, 1, 2, 3} <= set(found)
+    picture = np.asarray(Image.open(summary["picture"]))  # four draws of 32x32 in a row, 4 apart
+    assert picture.shape == (32, 4 * 36 - 4, 3)
+    assert json.loads((summary["export"] / "training.json").read_text())["step"] == 250
+
+
+def test_uniform_codes_cost_log_codes(tmp_path):
+    """Of codes without order a prior that has seen each once can say nothing of others."""
+    source = write(tmp_path / "images", grids(96))
+    run = config(source, tmp_path / "run", data={"batch_size": 16, "validation_images": 32},
+                 train={"steps": 40}, optimizer={"learning_rate": 1e-3})  # fmt: skip
+    after = make(run).fit()["after"]
+    assert after["nll"] == pytest.approx(math.log(16), rel=0.03)
+
+
+def test_labels_choose_what_is_drawn(tmp_path):
+    """Dark pictures have the label 0, bright ones 1."""
+    rng = np.random.default_rng(0)
+    codes = np.concatenate([rng.integers(0, 4, (12, 4, 4)), rng.integers(12, 16, (12, 4, 4))])
+    folder = write(tmp_path / "images", codes)
+    files = [str(path) for path in sorted(folder.iterdir())]
+    table = datasets.Dataset.from_dict({"image": files, "label": [0] * 12 + [1] * 12})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "labelled.parquet")
+    labelled = {"label_column": "label"}
+    run = config(tmp_path / "labelled.parquet", tmp_path / "run", data=labelled, model={"classes": 2},
+                 train={"steps": 60})  # fmt: skip
+    prior = CodePrior.from_pretrained(make(run).fit()["export"])
+    drawn = prior.sample(32, torch.arange(32) % 2, generator=torch.Generator().manual_seed(0)).float()
+    means = drawn.mean(dim=(1, 2))
+    assert means[::2].max() < 5 and means[1::2].min() > 10
+    with pytest.raises(ValueError, match="data.label_column: 1 in label; allowed: whole numbers below"):
+        make(config(tmp_path / "labelled.parquet", tmp_path / "b", data=labelled, model={"classes": 1}))
+
+
+def test_mirrored_images_are_learned_too(tmp_path):
+    codes = grids(8)
+    run = config(write(tmp_path / "images", codes), tmp_path / "run", data={"horizontal_flip": True})
+    held_out = make(run).task.codes.held_out.grids
+    assert len(held_out) == 8 and torch.equal(held_out[1::2], held_out[::2].flip(2))
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    source = write(tmp_path / "images", grids(8))
+    with pytest.raises(ValueError, match="model.hidden_size: 33; allowed: a multiple of model.heads, 4"):
+        config(source, tmp_path / "run", model={"hidden_size": 33})
+    with pytest.raises(ValueError, match="model.classes: 3 with data.label_column=None; allowed: both"):
+        config(source, tmp_path / "run", model={"classes": 3})
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match="model.autoencoder: 'compact' has no codes; allowed: one with a discrete"
+    ):
+        make(config(source, tmp_path / "run", model={"autoencoder": "compact"}))
+    with pytest.raises(ValueError, match="model.autoencoder: 'nowhere' cannot be loaded"):
+        make(config(source, tmp_path / "run", model={"autoencoder": "nowhere"}))

@@ -1,0 +1,75 @@
+"""The configuration of the task `code_prior`: an autoregressive model of a discrete autoencoder's codes."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..data.config import BatchesConfig
+from ..settings import choice, key, section
+from .run import Config, ValidationConfig
+
+
+@section
+class CodesConfig(BatchesConfig):
+    """The images whose codes are learned: centre squares, encoded once as the run starts."""
+
+    train: str = key(..., "the source of the images: a folder, parquet or webdataset files, a hub id ...")
+    validation: str | None = key(
+        None,
+        "a source of held-out images; null holds some of data.train out, chosen by a hash of their names",
+    )
+    image_column: str = key("image", "of parquet, saved and hub sources")
+    split: str = key("train", "the split of a hub or saved source that is trained on")
+    validation_split: str = key("validation", "the split of a hub or saved source that is held out")
+    resolution: int | None = key(
+        None, "side in pixels of the squares; null: what the autoencoder is made for", low=1, high=8192
+    )
+    horizontal_flip: bool = key(False, "the codes of the mirrored images too")
+    validation_images: int | None = key(
+        None,
+        "at most so many held-out images are looked at; null: 64, and of data.train an eighth at most",
+        low=1,
+        high=10**6,
+    )
+    label_column: str | None = key(None, "of data.train with whole numbers, the labels; null: no labels")
+
+
+@section
+class PriorConfig:
+    """The transformer and the autoencoder whose codes it learns."""
+
+    autoencoder: str = key(..., "the discrete autoencoder: a run's folder, its export, or a hub id")
+    classes: int | None = key(None, "how many labels data.label_column has", low=1, high=10**6)
+    hidden_size: int = key(128, "width of the transformer", low=1, high=65536)
+    layers: int = key(4, "blocks of the transformer", low=1, high=256)
+    heads: int = key(4, "of each attention", low=1, high=256)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"model.hidden_size: {self.hidden_size}; allowed: a multiple of model.heads, {self.heads}"
+            )
+
+
+@section
+class PriorValidationConfig(ValidationConfig):
+    """Nats a code of held-out images; pictures of draws."""
+
+    temperature: float = key(1.0, "of the draws in the pictures", above=0, high=100)
+
+
+@section
+class CodePriorConfig(Config):
+    """A run that trains a prior over codes."""
+
+    task: Literal["code_prior"] = choice("code_prior", "what is trained")
+    data: CodesConfig = Field()
+    validation: PriorValidationConfig = PriorValidationConfig()
+    model: PriorConfig = Field()
+
+    def __post_init__(self) -> None:
+        if (self.model.classes is None) != (self.data.label_column is None):
+            raise ValueError(
+                f"model.classes: {self.model.classes} with data.label_column={self.data.label_column}; allowed: "
+                "both or neither"
+            )

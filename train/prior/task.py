@@ -1,0 +1,95 @@
+"""The task of a run that trains a prior over the codes of a discrete autoencoder."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kl_autoencoder.cli.loading import load_model
+from kl_autoencoder.models.priors import CodePrior
+
+from ..loop.context import RunContext
+from ..one_network.exporting import write_folder
+from ..one_network.task import OneNetwork, save_grid
+from .codes import CodeData
+
+
+class CodePriorTask(OneNetwork):
+    """A transformer that learns the codes of images, in the order of a page.
+
+    Making one encodes all images. Raises ValueError or FileNotFoundError naming the key.
+    """
+
+    shown = ("loss",)
+
+    def __init__(self, run: RunContext):
+        config = run.config
+        self.autoencoder = load_discrete(config.model.autoencoder, str(run.device))
+        self.codes = CodeData(config, self.autoencoder, run)
+        self.data = self.codes.train
+        height, width = self.codes.held_out.grids.shape[1:]
+        torch.manual_seed(config.seed)
+        prior = CodePrior(
+            self.autoencoder.codes,
+            height,
+            width,
+            config.model.classes,
+            config.model.hidden_size,
+            config.model.layers,
+            config.model.heads,
+            config.model.autoencoder,
+        )
+        super().__init__(run, prior)
+
+    def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
+        """Cross-entropy of each code given those before it, in nats a code."""
+        logits = self.player.network(batch["codes"], batch.get("labels"))
+        return self.move(F.cross_entropy(logits.float().flatten(0, 2), batch["codes"].flatten()))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """`nll`: mean -log p of the held-out images' codes, in nats a code; and as `bits`."""
+        prior, held_out = self.exported.eval(), self.codes.held_out
+        batches = held_out.batches(self.config.validation.batch_size)[self.run.rank :: self.run.ranks]
+        found = [
+            prior.nll(
+                *(batch[name].to(self.run.device) for name in ("codes", "labels") if name in batch)
+            ).cpu()
+            for batch in batches
+        ]
+        nll = self.mean_over_ranks(torch.cat([torch.zeros(0), *found])) / held_out.grids[0].numel()
+        return {"nll": nll, "bits": nll / math.log(2)}
+
+    @torch.no_grad()
+    def save_pictures(self, path: Path) -> bool:
+        """Decode draws, of the labels in turn where the prior knows any."""
+        count, classes = self.config.validation.pictures, self.config.model.classes
+        labels = None if classes is None else torch.arange(count) % classes
+        generator = torch.Generator().manual_seed(self.config.seed)
+        codes = self.exported.sample(count, labels, self.config.validation.temperature, generator)
+        save_grid(path, decoded(self.autoencoder, codes))
+        return True
+
+    def export(self, folder: Path, facts: dict[str, Any]) -> None:
+        write_folder(folder, self.exported.save_pretrained, facts["step"], facts["samples"])
+
+
+def load_discrete(name: str, device: str) -> Any:
+    """The discrete autoencoder `name`. Raises ValueError or FileNotFoundError naming model.autoencoder."""
+    try:
+        model = load_model(name, device, "float32")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model.autoencoder: {name!r} cannot be loaded: {error}") from error
+    if not hasattr(model, "encode_indices") or getattr(model, "codes", None) is None:
+        raise ValueError(
+            f"model.autoencoder: {name!r} has no codes; allowed: one with a discrete bottleneck (vq, fsq, gumbel)"
+        )
+    return model
+
+
+def decoded(autoencoder: Any, codes: Tensor) -> Tensor:
+    """Codes (B, h, w) -> images (B, C, H, W) in [-1, 1], on the CPU, one at a time, float32."""
+    return torch.cat([autoencoder.decode_indices(one).sample.float().cpu() for one in codes.split(1)])

@@ -10,6 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from kl_autoencoder.cli import loading
+from kl_autoencoder.cli.main import main
+from kl_autoencoder.data.image_io import tensor_to_images
 from kl_autoencoder.models.priors import CodePrior
 from tests.train.discrete import Brightness
 from train.config import CodePriorConfig, build
@@ -125,3 +128,30 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         make(config(source, tmp_path / "run", model={"autoencoder": "compact"}))
     with pytest.raises(ValueError, match="model.autoencoder: 'nowhere' cannot be loaded"):
         make(config(source, tmp_path / "run", model={"autoencoder": "nowhere"}))
+
+
+def test_the_command_draws_from_it(tmp_path, monkeypatch, capsys):
+    """Codes of a prior of one grid decode to that grid; a prior of another code book is refused."""
+    monkeypatch.setattr(loading, "load_model", lambda name, device, dtype: Brightness())
+    only = torch.arange(16).view(4, 4)
+    for name, codes in (("prior", 16), ("other", 8)):
+        prior = CodePrior(
+            codes=codes, height=4, width=4, hidden_size=8, num_layers=1, autoencoder="brightness"
+        )
+        for parameter in prior.parameters():
+            parameter.data.zero_()
+        prior.save_pretrained(tmp_path / name)
+    picture = tmp_path / "grid.png"
+    command = ["sample", "compact", "--grid", "1", "-o", str(picture), "--prior"]
+    assert main([*command, str(tmp_path / "prior")]) == 0
+    expected = np.asarray(tensor_to_images(Brightness().decode_indices(only[None]).sample)[0])
+    assert np.array_equal(np.asarray(Image.open(picture)), expected)
+    capsys.readouterr()
+    for words, message in (
+        (["other"], "is of 8 codes, compact has 16; allowed: the prior of this model, brightness's"),
+        (["prior", "--label", "3"], "--label: 3; allowed: none"),
+        (["prior", "--size", "32"], "--prior: beside --fit or --size"),
+        (["nowhere"], "no such"),
+    ):
+        assert main([*command[:-1], "--overwrite", "--prior", str(tmp_path / words[0]), *words[1:]]) == 2
+        assert message in capsys.readouterr().err

@@ -4,14 +4,14 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...console import say
 from ...data.formats import check_writable
 from ...data.locating import locate
 from ...progress import tracked
 from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_model, add_output, positive
-from ..paths import check_model, find_photographs, refuse_existing
+from ..paths import check_model, find_photographs, model_folder, refuse_existing
 
 if TYPE_CHECKING:
     import datasets
@@ -63,6 +63,14 @@ def sample_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--fit", choices=["channel", "position"], help="a mean and variance for each channel or value"
     )
+    parser.add_argument(
+        "--prior",
+        metavar="FOLDER",
+        help="of a MODEL with codes: draw them from this prior, of task: code_prior",
+    )
+    parser.add_argument(
+        "--label", type=int, metavar="N", help="for --prior, if it knows labels (all in turn)"
+    )
     add_size(parser, "of the pictures (what the model is made for)")
     parser.add_argument("--grid", type=positive, default=4, metavar="N", help="N x N draws (4)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
@@ -76,28 +84,65 @@ def check_sample(arguments: argparse.Namespace) -> None:
         raise ValueError("--fit and --data SOURCE belong together")
     if arguments.data:
         locate(arguments.data, "--data")
+    if arguments.prior is None and arguments.label is not None:
+        raise ValueError("--label: given without --prior; allowed: both")
+    if arguments.prior is not None:
+        if arguments.fit or arguments.size:
+            raise ValueError("--prior: beside --fit or --size; allowed: alone, its codes are of one size")
+        check_model(arguments.prior, ("CodePrior",))
     check_model(arguments.model)
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Decode draws from the prior, or from a Gaussian that is fitted to photographs."""
-    import torch
-
+    """Decode draws from the prior, from one that was trained, or from a Gaussian that is fitted to photographs."""
     from ...data.image_io import image_grid
-    from ...latents import interpolation
     from ..loading import load_model
 
-    output, fit = arguments.output, arguments.fit
     vae = load_model(arguments.model, arguments.device, "float32")
+    images = _draws_of_prior(vae, arguments) if arguments.prior else _draws_of_gaussian(vae, arguments)
+    _save_picture(image_grid(images.chunk(arguments.grid)), arguments.output)
+
+
+def _draws_of_gaussian(vae: "KLAutoencoder", arguments: argparse.Namespace) -> "Tensor":
+    import torch
+
+    from ...latents import interpolation
+
     size = size_of_squares(arguments.size, vae)
     side = size // vae.downsampling
     gaussian = interpolation.standard_normal(vae.config.latent_channels, side, side)
-    if fit:
-        gaussian = interpolation.fitted(_posteriors(vae, arguments.data, "--data", size), fit)
+    if arguments.fit:
+        gaussian = interpolation.fitted(_posteriors(vae, arguments.data, "--data", size), arguments.fit)
     generator = torch.Generator().manual_seed(arguments.seed)
     latents = torch.cat([gaussian.sample(generator) for _ in range(arguments.grid**2)])
-    image_columns = _decoded(vae, latents, (size, size)).chunk(arguments.grid)
-    _save_picture(image_grid(image_columns), output)
+    return _decoded(vae, latents, (size, size))
+
+
+def _draws_of_prior(vae: Any, arguments: argparse.Namespace) -> "Tensor":
+    """Decode codes drawn from a `CodePrior`, of --label or of all labels in turn."""
+    import torch
+
+    from ...models.priors import CodePrior
+
+    prior = CodePrior.from_pretrained(model_folder(Path(arguments.prior), ("CodePrior",))).eval()
+    if getattr(vae, "codes", None) != prior.config.codes:
+        raise ValueError(
+            f"--prior: {arguments.prior} is of {prior.config.codes} codes, {arguments.model} has "
+            f"{getattr(vae, 'codes', None) or 'none'}; allowed: the prior of this model, "
+            f"{prior.config.autoencoder}'s"
+        )
+    labels, count = None, arguments.grid**2
+    if prior.config.classes is not None:
+        one = arguments.label
+        if one is not None and not 0 <= one < prior.config.classes:
+            raise ValueError(f"--label: {one}; allowed: whole numbers below {prior.config.classes}")
+        labels = torch.arange(count) % prior.config.classes if one is None else torch.full((count,), one)
+    elif arguments.label is not None:
+        raise ValueError(f"--label: {arguments.label}; allowed: none, {arguments.prior} knows no labels")
+    generator = torch.Generator().manual_seed(arguments.seed)
+    drawn = prior.sample(count, labels, generator=generator)
+    with torch.inference_mode():
+        return torch.cat([vae.decode_indices(one.to(vae.device)).sample.cpu() for one in drawn.split(1)])
 
 
 def attribute_arguments(parser: Parser) -> None:

@@ -136,10 +136,10 @@ def test_the_command_draws_from_it(tmp_path, monkeypatch, capsys):
     only = torch.arange(16).view(4, 4)
     for name, codes in (("prior", 16), ("other", 8)):
         prior = CodePrior(
-            codes=codes, height=4, width=4, hidden_size=8, num_layers=1, autoencoder="brightness"
+            codes=codes, height=4, width=4, hidden_size=16, num_layers=1, autoencoder="brightness"
         )
-        for parameter in prior.parameters():
-            parameter.data.zero_()
+        prior.transformer.position.weight.data = 10 * torch.eye(16)
+        prior.transformer.to_logits.weight.data = 100 * torch.eye(codes, 16)  # the code of position i is i
         prior.save_pretrained(tmp_path / name)
     picture = tmp_path / "grid.png"
     command = ["sample", "compact", "--grid", "1", "-o", str(picture), "--prior"]

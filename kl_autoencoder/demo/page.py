@@ -3,7 +3,8 @@
 import html
 import traceback
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def told(function: Callable) -> Callable:
     return run
 
 
+def remembered(function: Callable) -> Callable:
+    """The same, with its last answer kept: Gradio tells twice of an upload."""
+    return lru_cache(maxsize=1)(function)
+
+
 def build(studio: Studio, examples: Sequence[Path]) -> gr.Blocks:
     """The page of a studio. All that computes shares one place in the queue: one thing at a time."""
     with gr.Blocks(title="kl-autoencoder", analytics_enabled=False, fill_width=True) as page:
@@ -73,6 +79,8 @@ def build(studio: Studio, examples: Sequence[Path]) -> gr.Blocks:
                 _reconstruction_tab(page, studio, photograph, longest)
                 _latents_tab(page, studio, photograph, model)
                 _noise_tab(page, studio, photograph, model)
+                if find_spec("constriction"):  # of the extra [codec]
+                    _codec_tab(studio, photograph, model)
                 _between_tab(studio, photograph, model, examples)
                 _attribute_tab(studio, photograph, model)
                 _samples_tab(studio, photograph, model)
@@ -85,9 +93,7 @@ def _inputs(studio: Studio, examples: Sequence[Path]) -> tuple[gr.Image, gr.Radi
     gr.Examples(
         [[str(path)] for path in examples], [photograph], label="Or one of these", cache_examples=False
     )
-    longest = gr.Radio(
-        list(SIZES), value="1024", label="Longest side", info="in pixels; larger photographs are scaled down"
-    )
+    longest = gr.Radio(list(SIZES), value="1024", label="Longest side", info="in pixels; more takes longer")
     names = list(studio.models)
     model = gr.Radio(
         names, value=names[0], label="Model", visible=len(names) > 1, info="for all but the first tab"
@@ -125,14 +131,24 @@ def _reconstruction_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, l
     def reconstruct(path: str | None, longest: str) -> tuple[str, str]:
         return studio.reconstruct(path, SIZES[longest])
 
-    _on([page.load, photograph.change, longest.change], reconstruct, [photograph, longest], outputs)
+    _on(
+        [page.load, photograph.change, longest.change],
+        remembered(reconstruct),
+        [photograph, longest],
+        outputs,
+    )
 
 
 def _latents_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
     with gr.Tab("Latents") as tab:
         _text("What the photograph is encoded to: all that the decoder gets to know of it.")
         output = _output("latents")
-    _on([tab.select, photograph.change, model.change], studio.latents, [photograph, model], [output])
+    _on(
+        [tab.select, photograph.change, model.change],
+        remembered(studio.latents),
+        [photograph, model],
+        [output],
+    )
 
 
 def _noise_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
@@ -143,7 +159,16 @@ def _noise_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, model: gr.
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
         output = _output("noise")
     events = [tab.select, photograph.change, model.change, level.release, seed.change]
-    _on(events, studio.noise, [photograph, model, level, seed], [output])
+    _on(events, remembered(studio.noise), [photograph, model, level, seed], [output])
+
+
+def _codec_tab(studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
+    with gr.Tab("File") as tab:
+        _text("The latents rounded and packed into a file: what <code>kl-autoencoder compress</code> writes.")
+        quality = gr.Slider(1, 100, 60, step=1, label="Quality", info="16 less is half the precision")
+        outputs = [_output("compressed"), _output("file-figures")]
+    events = [tab.select, photograph.change, model.change, quality.release]
+    _on(events, remembered(studio.compress), [photograph, model, quality], outputs)
 
 
 def _between_tab(studio: Studio, photograph: gr.Image, model: gr.Radio, examples: Sequence[Path]) -> None:
@@ -156,7 +181,7 @@ def _between_tab(studio: Studio, photograph: gr.Image, model: gr.Radio, examples
                 spherical = gr.Checkbox(label="Along an arc", info="keeps the length of the latents")
         output = _output("between")
     events = [tab.select, photograph.change, second.change, model.change, place.release, spherical.change]
-    _on(events, studio.between, [photograph, second, model, place, spherical], [output])
+    _on(events, remembered(studio.between), [photograph, second, model, place, spherical], [output])
 
 
 def _attribute_tab(studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.image_io import pad_to_multiple
+from ..codec.codec import Codec
+from ..data.image_io import image_to_tensor, pad_to_multiple
 from ..evaluation import baselines
 from ..evaluation.metrics import LPIPS, as_saved, similarity
 from ..models.autoencoder_kl import ExactAutoencoder
@@ -93,6 +94,21 @@ def reconstruct(name: str, vae: ExactAutoencoder, images: Tensor, lpips: LPIPS |
         Costs(1000 * encoding.seconds, 1000 * decoding.seconds, max(peaks, default=None)),
         latents.float().cpu(),
     )
+
+
+def compress(name: str, codec: Codec, images: Tensor, quality: int, lpips: LPIPS | None) -> Iterator[Outcome]:
+    """Compress `images` (1, 3, H, W) to a file by a model, at a quality of 1 to 100; then by JPEG and WebP."""
+    with Meter(codec.vae.device) as encoding:
+        file = codec.compress(images, quality)
+    with Meter(codec.vae.device) as decoding:
+        seen = image_to_tensor(codec.decompress(file))[None]
+    peaks = [meter.peak_bytes for meter in (encoding, decoding) if meter.peak_bytes is not None]
+    costs = Costs(1000 * encoding.seconds, 1000 * decoding.seconds, max(peaks, default=None))
+    bits = 8 * len(file) / (images.shape[2] * images.shape[3])
+    detail = f"quality {quality}, {bits:.3f} bits a pixel"
+    yield Outcome(name, detail, seen, len(file), _values(seen, images, lpips), costs)
+    for kind in CODECS:
+        yield _coded(kind, "", images, len(file), lpips)
 
 
 def _coded(kind: str, like: str, images: Tensor, size: int, lpips: LPIPS | None) -> Outcome:

@@ -20,6 +20,8 @@ COMPARED = (
     Column("decode_ms", "decode", "", 0, "ms"),
     Column("megabytes", "memory", "", 0, "MB"),
 )
+OF_LATENTS = "Of a model, kB is its latents at 8 bits a value; JPEG and WebP get as many bytes."
+OF_FILES = "kB is the whole file; JPEG and WebP get as many bytes."
 Address = Callable[[Tensor], str]  # writes an image (1, 3, H, W) and tells where the page finds it
 
 
@@ -67,12 +69,14 @@ def reconstructions(photograph: Photograph, outcomes: Sequence[Outcome], address
     return comparison("original", photograph.images, choices, address)
 
 
-def table(photograph: Photograph, outcomes: Sequence[Outcome]) -> str:
-    """The figures of every method, a line each."""
+def table(photograph: Photograph, outcomes: Sequence[Outcome], about: str) -> str:
+    """The figures of every method, a line each; `about`: what their bytes are."""
     rows = [_row(outcome, number) for number, outcome in enumerate(outcomes)]
     columns = [c for c in COMPARED if any(row["values"].get(c.key) is not None for row in rows)]
     best = {c.key: _best(c, [row["values"].get(c.key) for row in rows]) for c in columns if c.better}
-    return _template("table.html").render(rows=rows, columns=columns, best=best, about=_about(photograph))
+    return _template("table.html").render(
+        rows=rows, columns=columns, best=best, about=f"{_about(photograph)} {about}"
+    )
 
 
 def pictures(

@@ -8,12 +8,15 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from ..codec.public import codec_of
 from ..evaluation.metrics import LPIPS, psnr
 from ..latents import interpolation
 from ..models.autoencoder_kl import ExactAutoencoder
 from ..networks.distributions import DiagonalGaussian
 from . import latent_edits, latent_pictures, photographs, reconstruction, rendering
+from .photographs import Photograph
 from .picture_files import PictureFiles
+from .reconstruction import Outcome
 from .rendering import Choice
 
 EDITED_SIDE = 512  # pixels: photographs whose latents are changed are scaled down to this
@@ -31,6 +34,7 @@ class Studio:
 
     def __init__(self, models: Mapping[str, ExactAutoencoder], lpips: LPIPS | None, files: PictureFiles):
         self.models, self.lpips, self.files = dict(models), lpips, files
+        self._codec = lru_cache(maxsize=None)(lambda model: codec_of(self.models[model]))
         self._posterior = lru_cache(maxsize=KEPT)(self._encoded)
 
     def reconstruct(self, path: str | None, longest: int | None) -> tuple[str, str]:
@@ -39,10 +43,7 @@ class Studio:
             return "", ""
         photograph = photographs.read_photograph(path, longest)
         outcomes = list(reconstruction.compare(self.models, photograph.images, self.lpips))
-        return (
-            rendering.reconstructions(photograph, outcomes, self._address),
-            rendering.table(photograph, outcomes),
-        )
+        return self._shown(photograph, outcomes, rendering.OF_LATENTS)
 
     def latents(self, path: str | None, model: str) -> str:
         """Every channel of the latents, and the principal components as one picture in colours."""
@@ -61,6 +62,16 @@ class Studio:
             f"with {shares} of their variance."
         )
         return rendering.pictures(shown, self._address, text, pixels=True)
+
+    def compress(self, path: str | None, model: str, quality: int) -> tuple[str, str]:
+        """The photograph in a file of the codec, JPEG and WebP, of equal bytes: the comparison, and the figures."""
+        if not path:
+            return "", ""
+        photograph = photographs.read_photograph(path, EDITED_SIDE)
+        outcomes = list(
+            reconstruction.compress(model, self._codec(model), photograph.images, int(quality), self.lpips)
+        )
+        return self._shown(photograph, outcomes, rendering.OF_FILES)
 
     def noise(self, path: str | None, model: str, level: float, seed: int) -> str:
         """What the decoder makes of latents with noise of `level` deviations, beside those without."""
@@ -122,6 +133,12 @@ class Studio:
         images = latent_edits.decode(vae, latent_edits.draws(gaussian, SAMPLES, seed)).split(1)
         shown = [(f"sample {seed + i}", image) for i, image in enumerate(images)]
         return rendering.pictures(shown, self._address, text)
+
+    def _shown(self, photograph: Photograph, outcomes: Sequence[Outcome], about: str) -> tuple[str, str]:
+        return (
+            rendering.reconstructions(photograph, outcomes, self._address),
+            rendering.table(photograph, outcomes, about),
+        )
 
     def _encoded(self, path: str, model: str, side: int) -> DiagonalGaussian:
         """The posterior of a photograph with no side above `side` pixels; -side: of its centre square."""

@@ -11,6 +11,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from kl_autoencoder import KLAutoencoder
+from kl_autoencoder.codec.public import codec_of
 from kl_autoencoder.data.image_io import load_image, tensor_to_images
 from kl_autoencoder.demo import address, latent_edits, latent_pictures, photographs, reconstruction
 from kl_autoencoder.demo.measuring import Meter
@@ -181,3 +182,17 @@ def test_an_address_is_bound_or_refused():
     with address.bind("0.0.0.0", 0) as everywhere:
         assert not address.is_local(everywhere) and "127.0.0.1" in address.url(everywhere)
     assert isinstance(everywhere, socket.socket)
+
+
+def test_a_compressed_photograph_beside_codecs_of_equal_bytes(models):
+    pytest.importorskip("constriction")
+    images = photographs.image_to_tensor(Image.fromarray(data.coffee()[:96, :96]))[None]
+    codec = codec_of(models["first"])
+    first, jpeg, webp = reconstruction.compress("first", codec, images, 70, None)
+    file = codec.compress(images, 70)
+    assert (
+        first.bytes == len(file) and first.detail == f"quality 70, {8 * len(file) / 96**2:.3f} bits a pixel"
+    )
+    assert tensor_to_images(first.images)[0].tobytes() == codec.decompress(file).tobytes()
+    assert (jpeg.name, webp.name) == ("JPEG", "WebP") and jpeg.costs is None
+    assert webp.bytes <= first.bytes or webp.detail == "its smallest file"

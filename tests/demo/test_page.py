@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -89,9 +90,9 @@ def wait(condition):
     return found
 
 
-def figures(page):
+def figures(page, output="figures"):
     """The table: a list of texts a row."""
-    rows = "[...document.querySelectorAll('#figures tbody tr')]"
+    rows = f"[...document.querySelectorAll('#{output} tbody tr')]"
     return page.execute_script(f"return {rows}.map(row => [...row.children].map(cell => cell.innerText))")
 
 
@@ -239,6 +240,9 @@ def test_the_other_tabs(page):
     ]
     open_tab(page, "Noise")
     wait(lambda: page.execute_script("return document.querySelector('#noise .values')"))
+    if find_spec("constriction"):
+        open_tab(page, "File")
+        wait(lambda: len(figures(page, "file-figures")) == 3)
     open_tab(page, "Between two")
     assert wait(lambda: pictures(page, "between")) == ["first", "50% of the way", "second"]
     open_tab(page, "Samples")

@@ -39,10 +39,11 @@ ROOMS = {
         "config": {"data", "parts", "settings"},
         "loop": {"config", "data"},
         "autoencoder": {"config", "data", "loop", "parts"},
+        "codec": {"config", "data", "loop", "parts", "autoencoder", "one_network"},
         "smoke": {"config", "data"},
         "one_network": {"config", "loop"},
         "prior": {"config", "data", "loop", "one_network"},
-        "tasks": {"config", "loop", "autoencoder", "prior", "smoke"},
+        "tasks": {"config", "loop", "autoencoder", "codec", "prior", "smoke"},
         "__main__": {"config", "data", "loop", "smoke", "tasks"},
     },
 }

@@ -129,7 +129,9 @@ def print_summary(summary: dict) -> None:
     print(f"\n{'held-out images':<18}" + "".join(f"{name.upper():>10}" for name in summary["after"]))
     for name in ("before", "after"):
         print(f"{name + ' training':<18}" + "".join(f"{value:>10.3f}" for value in summary[name].values()))
-    print(f"pictures  {summary['picture']}\nexport    {summary['export']}")
+    if summary["picture"].is_file():  # not every task draws one
+        print(f"pictures  {summary['picture']}")
+    print(f"export    {summary['export']}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from functools import partial
 from typing import NamedTuple
 
 from .autoencoder.task import AutoencoderTask
-from .config import AutoencoderConfig, CodePriorConfig, Config
+from .codec.task import EntropyTask
+from .config import AutoencoderConfig, CodePriorConfig, Config, EntropyModelConfig
 from .loop.context import RunContext
 from .loop.task import Task
 from .prior.task import CodePriorTask
@@ -24,6 +25,7 @@ TASKS: dict[type[Config], Maker] = {
         AutoencoderTask, partial(AutoencoderTask, statistics_samples=STATISTICS_SAMPLES)
     ),
     CodePriorConfig: Maker(CodePriorTask, CodePriorTask),
+    EntropyModelConfig: Maker(EntropyTask, EntropyTask),
 }
 
 

@@ -2,7 +2,8 @@
 
     magic and version   b"KLC", 1
     quality             1 byte
-    model               6 bytes of the SHA-256 of its weights; its name, for people: a length and UTF-8
+    model               6 bytes of the SHA-256 of its weights; its name, for people: a length and UTF-8, none for
+                        compact, the model in the package
     entropy model       4 bytes of its SHA-256, or none, for static tables: a length and the bytes
     height, width       of the image in pixels
     side information    of the entropy model: a length and the bytes
@@ -25,6 +26,7 @@ SUFFIX = ".klc"  # of the files' names
 MAGIC, VERSION = b"KLC", 1
 MODEL_BYTES, ENTROPY_BYTES = 6, 4  # of hashes
 LONGEST_NAME = 64  # bytes
+UNNAMED = "compact"  # the model whose name takes no bytes
 MOST_SIDE = 4096  # bytes of side information
 MOST_PIXELS = 1 << 28  # 268 million
 MOST_BYTES = 1 << 30  # of a file
@@ -52,7 +54,8 @@ def pack(header: Header, chunks: Sequence[bytes]) -> bytes:
     """The file. ValueError for an image of more than MOST_PIXELS."""
     if header.height * header.width > MOST_PIXELS:
         raise ValueError(f"{header.width}x{header.height} pixels; allowed: up to {MOST_PIXELS:,}")
-    name = header.model_name.encode()[:LONGEST_NAME].decode(errors="ignore").encode()
+    name = header.model_name if header.model_name != UNNAMED else ""
+    name = name.encode()[:LONGEST_NAME].decode(errors="ignore").encode()
     parts = [
         MAGIC,
         bytes([VERSION, header.quality]),
@@ -87,7 +90,9 @@ def unpack(data: bytes) -> tuple[Header, list[bytes]]:
         raise ValueError("damaged: its header does not have the checksum that it was written with")
     if not (0 < height * width <= MOST_PIXELS):
         raise ValueError(f"{width}x{height} pixels; allowed: 1 to {MOST_PIXELS:,}")
-    header = Header(quality, name.decode(errors="replace"), model_hash, entropy_hash, height, width, side)
+    header = Header(
+        quality, name.decode(errors="replace") or UNNAMED, model_hash, entropy_hash, height, width, side
+    )
     coded = [_checked(fields.take(length), check, i) for i, (length, check) in enumerate(chunks)]
     if fields.left:
         raise ValueError(f"damaged: {fields.left:,} bytes behind its end")

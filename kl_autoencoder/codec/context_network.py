@@ -15,6 +15,8 @@ product and partial sum is exact, in whatever order they are added. Training run
 straight through the rounding.
 """
 
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,8 +87,8 @@ class ContextNetwork(nn.Module):
         sixteenths = rounded(scale / (1 << (SUM_BITS - 5))) - (UNIT_STEP - quality.view(b, 1, 1))
         return mean, rounded((sixteenths - SMALLEST * A_HALVING) / 4)
 
-    def bits(self, latents: Tensor, quality: Tensor, passes: range | None = None) -> Tensor:
-        """Bits of latents at each place of each pass, differentiable: (B, len(passes), h, w), 0 where not coded.
+    def bits(self, latents: Tensor, quality: Tensor) -> Tensor:
+        """Bits of latents at each place of each pass, differentiable: (B, 2 C, h, w), 0 where not coded.
 
         latents: (B, C, h, w) in steps, whole numbers or with noise in place of rounding. quality: (B,).
         """
@@ -96,13 +98,24 @@ class ContextNetwork(nn.Module):
         context = rounded(in_deviations.clamp(-LARGEST_ACTIVATION, LARGEST_ACTIVATION))
         first = checkerboard(h, w, latents.device)
         found = []
-        for number in passes or range(2 * self.channels):
+        for number in range(2 * self.channels):
             mean, scale = self.predict(number, context, quality)
             mean = mean / (1 << MEAN_BITS) / step.view(b, 1, 1)
             scale = 2 ** (scale.clamp(0, SCALES - 1) / 4 + SMALLEST)
             coded = 1 - first if number % 2 else first
             found.append(coded * logistic_bits(latents[:, number // 2] - mean, scale))
         return torch.stack(found, dim=1)
+
+    def forward(self, latents: Tensor, quality: Tensor) -> Tensor:
+        """`bits`, in float32 also under autocast."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.bits(latents.float(), quality.float())
+
+    def to_json_string(self) -> str:
+        """Its shape, as a checkpoint keeps it."""
+        return json.dumps(
+            {"_class_name": type(self).__name__, "channels": self.channels, "width": self.width}
+        )
 
     def check_sums(self) -> None:
         """Raise ValueError if a sum could be too large to be exact."""

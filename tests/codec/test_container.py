@@ -31,12 +31,16 @@ def test_unpack_is_the_inverse(changes, chunks):
     assert found == replace(header, model_name=header.model_name[:32])  # 64 bytes of UTF-8
 
 
+def test_the_name_of_the_model_in_the_package_takes_no_bytes():
+    assert len(pack(HEADER, CHUNKS)) == len(pack(replace(HEADER, model_name="other"), CHUNKS)) - 5
+
+
 def test_the_bytes_are_those_of_the_format():
-    assert pack(replace(HEADER, side=b""), [b"ab"]) == b"".join(
+    assert pack(replace(HEADER, side=b"", model_name="a-b"), [b"ab"]) == b"".join(
         [
-            *(b"KLC\x01", bytes([60]), b"abcdef", b"\x07compact", b"\x04wxyz"),
+            *(b"KLC\x01", bytes([60]), b"abcdef", b"\x03a-b", b"\x04wxyz"),
             *(b"\x80\x04", b"\xbc\x05", b"\x00", b"\x01", b"\x02", zlib.crc32(b"ab").to_bytes(4, "little")),
-            *(bytes.fromhex("4a0af96c"), b"ab"),
+            *(bytes.fromhex("5ab5738c"), b"ab"),
         ]
     )
 

@@ -21,7 +21,7 @@ from tests.conftest import backbone_missing
 from train.autoencoder.model import build_autoencoder
 from train.config import ModelConfig
 
-FILES = {"config.json", "diffusion_pytorch_model.safetensors", "README.md"}
+FILES = {"config.json", "diffusion_pytorch_model.safetensors", "entropy_model.safetensors", "README.md"}
 
 
 @pytest.fixture(scope="module")

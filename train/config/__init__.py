@@ -11,6 +11,7 @@ from .autoencoder import (
     PerceptualConfig,
 )
 from .code_prior import CodePriorConfig
+from .codec import EntropyModelConfig
 from .reading import build, dotted, load_config, to_yaml
 from .run import (
     CheckpointConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EMAConfig",
+    "EntropyModelConfig",
     "ExportConfig",
     "KLConfig",
     "LogConfig",

@@ -5,9 +5,14 @@ from typing import Any
 
 from .autoencoder import AutoencoderConfig
 from .code_prior import CodePriorConfig
+from .codec import EntropyModelConfig
 from .run import Config
 
-TASKS: dict[str, type[Config]] = {"autoencoder": AutoencoderConfig, "code_prior": CodePriorConfig}
+TASKS: dict[str, type[Config]] = {
+    "autoencoder": AutoencoderConfig,
+    "code_prior": CodePriorConfig,
+    "entropy_model": EntropyModelConfig,
+}
 
 
 def config_class(values: dict[str, Any]) -> type[Config]:

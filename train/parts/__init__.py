@@ -1,6 +1,6 @@
 """Parts of training that a configuration chooses by `kind:`."""
 
-from . import alignment, bottlenecks, equivariance, views
+from . import alignment, bottlenecks, equivariance, rounding, views
 from .draws import Draws
 from .registry import BOTTLENECKS, TERMS, VIEWS
 from .terms import Term
@@ -14,5 +14,6 @@ __all__ = [
     "alignment",
     "bottlenecks",
     "equivariance",
+    "rounding",
     "views",
 ]

@@ -30,6 +30,13 @@ class Draws:
             generator.standard_normal(out=rows[i : i + 1], dtype=np.float32)
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
+    def centred(self, *shape: int) -> Tensor:
+        """Numbers in [-1/2, 1/2), (B, *shape), float32."""
+        rows = np.empty((len(self.generators), *shape), np.float32)
+        for i, generator in enumerate(self.generators):
+            generator.random(out=rows[i : i + 1], dtype=np.float32)
+        return torch.from_numpy(rows - np.float32(0.5)).to(self.device, non_blocking=True)
+
     def uniform(self, low: float, high: float) -> Tensor:
         """A number in [low, high) for each image: (B,), float32."""
         numbers = [generator.uniform(low, high) for generator in self.generators]

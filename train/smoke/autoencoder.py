@@ -22,7 +22,7 @@ def shrink(config: AutoencoderConfig) -> AutoencoderConfig:
     perceptual = replace(loss.perceptual, required=False, net=_net_with_local_backbone(loss.perceptual.net))
     return replace(
         config,
-        data=_small_data(config.data),
+        data=small_data(config.data),
         model=_small_network(config.model),
         loss=replace(
             loss,
@@ -48,7 +48,7 @@ def replaced(before: AutoencoderConfig, after: AutoencoderConfig) -> list[str]:
     return lines
 
 
-def _small_data(config: DataConfig) -> DataConfig:
+def small_data(config: DataConfig) -> DataConfig:
     small = replace(
         config,
         resolution=min(config.resolution, SIDE),
@@ -59,14 +59,14 @@ def _small_data(config: DataConfig) -> DataConfig:
         shuffle_buffer=min(config.shuffle_buffer, 8),
     )
     sources = [source for source in (config.train, config.validation) if source is not None]
-    if all(_is_here(source) or source in (SAMPLE_PHOTOGRAPHS, *SAMPLES) for source in sources):
+    if all(is_here(source) or source in (SAMPLE_PHOTOGRAPHS, *SAMPLES) for source in sources):
         return small
     return replace(small, train=SAMPLE_PHOTOGRAPHS, validation=SAMPLE_PHOTOGRAPHS, streaming=False)
 
 
 def _small_network(config: ModelConfig) -> ModelConfig:
     if config.pretrained is not None:
-        return config if _is_here(config.pretrained) else ModelConfig(pretrained=COMPACT.name)
+        return config if is_here(config.pretrained) else ModelConfig(pretrained=COMPACT.name)
     levels = len(config.block_out_channels or (1,))  # AutoencoderKL's default is one level
     widths = (WIDTHS[0], *[WIDTHS[1]] * (levels - 1))
     # a decoder of widths of its own is the narrower one here
@@ -92,5 +92,5 @@ def _net_with_local_backbone(net: str) -> str:
     return net if backbone_file(net).is_file() else "squeeze"
 
 
-def _is_here(source: str) -> bool:
+def is_here(source: str) -> bool:
     return source == COMPACT.name or Path(source).expanduser().exists()

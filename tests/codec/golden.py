@@ -1,0 +1,77 @@
+"""The golden file: symbols coded by a learned model of made-up whole numbers, as version 1 of the format has them.
+
+`python -m tests.codec.golden` decodes it in this process's settings and says whether encoding gives the same bytes;
+with `--write` it writes it anew, which only a new version of the format may need.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kl_autoencoder.codec import container
+from kl_autoencoder.codec.container import Header
+from kl_autoencoder.codec.context_model import ContextModel, integers
+from kl_autoencoder.codec.context_network import SUM_BITS, WEIGHT_BITS, ContextNetwork
+from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols
+
+PATH = Path(__file__).with_name("golden.klc")
+SHAPE, QUALITIES = (3, 37, 54), (12, 40, 95)
+
+
+def numbers(count: int, seed: int, reach: int) -> np.ndarray:
+    """Whole numbers from -reach to reach: a linear congruential generator, whatever numpy's version."""
+    values, state = [], seed
+    for _ in range(count):
+        state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        values.append((state >> 33) % (2 * reach + 1) - reach)
+    return np.array(values)
+
+
+def model() -> ContextModel:
+    """Weights of up to 2000 units: their products with activations are beyond bfloat16 and TF32."""
+    network = ContextNetwork(SHAPE[0], width=16)
+    with torch.no_grad():
+        for seed, (name, parameter) in enumerate(network.named_parameters()):
+            bits, reach = (SUM_BITS, 60_000) if name.endswith("bias") else (WEIGHT_BITS, 2000)
+            reach = reach if "out" in name else reach // 2
+            whole = numbers(parameter.numel(), seed, reach).reshape(parameter.shape)
+            parameter.copy_(torch.from_numpy(whole).float() / (1 << bits))
+    return ContextModel(network)
+
+
+def symbols() -> np.ndarray:
+    drawn = numbers(2 * int(np.prod(SHAPE)), 99, 40).reshape(2, *SHAPE)
+    return (drawn[0] * drawn[1] // 50).astype(np.int32)
+
+
+def packed() -> bytes:
+    learned = model()
+    chunks = [encode_symbols(symbols(), learned, quality) for quality in QUALITIES]
+    return container.pack(Header(QUALITIES[0], "golden", bytes(6), learned.hash, 296, 432), chunks)
+
+
+def decoded(data: bytes) -> list[np.ndarray]:
+    learned = model()
+    header, chunks = container.unpack(data)
+    assert header.entropy_hash == learned.hash
+    return [decode_symbols(chunk, SHAPE, learned, q) for chunk, q in zip(chunks, QUALITIES, strict=True)]
+
+
+def main() -> None:
+    if "mkldnn-off" in sys.argv:
+        torch.backends.mkldnn.enabled = False
+    if "bfloat16" in sys.argv:
+        torch.set_float32_matmul_precision("medium")
+    assert max(tensor.abs().max().item() for tensor in integers(model().network).values()) > 256
+    found = decoded(PATH.read_bytes())
+    assert all(np.array_equal(one, symbols()) for one in found)
+    assert packed() == PATH.read_bytes()
+    print("the same", torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        PATH.write_bytes(packed())
+    main()

@@ -1,0 +1,45 @@
+"""The page beside an exported entropy model."""
+
+from kl_autoencoder.codec.context_model import FILE
+
+from ..config import EntropyModelConfig, to_yaml
+
+CARD = """# An entropy model for `{autoencoder}`
+
+`{file}`, put into the folder of the autoencoder, is what `kl-autoencoder compress` codes its latents with.
+
+Trained on `{data}`, {samples:,} crops of {size}x{size}. Bits a pixel of {held_out} held-out images, squares of
+{held_size}x{held_size}, by the model's own cross-entropy:
+
+| | {names} |
+|---|{rules}|
+{rows}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def card(config: EntropyModelConfig, facts: dict) -> str:
+    """facts: samples, held_out (number of images), and the metrics `before` and `after`."""
+    names = list(facts["after"])
+    rows = [
+        f"| {when} training | {' | '.join(f'{value:.4f}' for value in facts[when].values())} |"
+        for when in ("before", "after")
+        if facts[when]
+    ]
+    return CARD.format(
+        autoencoder=config.model.pretrained,
+        file=FILE,
+        data=config.data.train,
+        samples=facts["samples"],
+        size=config.data.resolution,
+        held_out=facts["held_out"],
+        held_size=config.data.validation_resolution or config.data.resolution,
+        names=" | ".join(names),
+        rules="|".join("---" for _ in names),
+        rows="\n".join(rows),
+        recipe=to_yaml(config),
+    )

@@ -1,0 +1,47 @@
+"""The configuration of the task `entropy_model`: what the codec's learned entropy model is trained on."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kl_autoencoder.codec.steps import HIGHEST, LOWEST
+
+from ..data.config import DataConfig
+from ..settings import choice, key, section
+from .run import Config
+
+
+@section
+class EntropyNetworkConfig:
+    """The autoencoder whose latents are coded, and the size of the network that predicts them."""
+
+    pretrained: str = key(
+        "compact", "the autoencoder: a folder, single file, hub id, or compact, the model in the package"
+    )
+    subfolder: str | None = key(None, "where in `pretrained` the autoencoder is, such as vae")
+    width: int = key(32, "features of each pass's network", low=1, high=1024)
+
+
+@section
+class QualitiesConfig:
+    """The qualities that latents are rounded at; one network serves all."""
+
+    lowest: int = key(8, "smallest quality", low=LOWEST, high=HIGHEST)
+    highest: int = key(HIGHEST, "largest quality", low=LOWEST, high=HIGHEST)
+    an_image: int = key(3, "qualities that each image is coded at in a step", low=1, high=100)
+
+    def __post_init__(self) -> None:
+        if self.lowest > self.highest:
+            raise ValueError(
+                f"qualities.lowest: {self.lowest}; allowed: at most qualities.highest, {self.highest}"
+            )
+
+
+@section
+class EntropyModelConfig(Config):
+    """A run that trains the entropy model of the codec for an autoencoder that exists."""
+
+    task: Literal["entropy_model"] = choice("entropy_model", "what is trained")
+    data: DataConfig = Field()
+    model: EntropyNetworkConfig = EntropyNetworkConfig()
+    qualities: QualitiesConfig = QualitiesConfig()

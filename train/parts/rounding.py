@@ -1,0 +1,129 @@
+"""The view `rounding` and the term `rate`: an autoencoder whose latents are rounded and coded, see the codec.
+
+The rate is that of a VAE with a learned prior: the bits that the entropy model needs for the rounded latents, in
+place of the KL to a normal distribution (Ballé et al. 2017, "End-to-end Optimized Image Compression").
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kl_autoencoder.codec.context_model import ContextModel
+from kl_autoencoder.codec.context_network import ContextNetwork, rounded
+from kl_autoencoder.codec.steps import A_HALVING, HIGHEST, LOWEST, UNIT_STEP, step_of
+from kl_autoencoder.models.autoencoder_kl import COMPACT
+
+from ..settings import Whole, choice, key, section
+from .draws import Draws
+from .registry import TERMS, VIEWS
+from .terms import Term
+from .views import View
+
+LARGE = 1e6
+
+
+@section
+class RoundingConfig:
+    """What rounding does to latents. The step is drawn for each image, evenly over the qualities."""
+
+    kind: Literal["rounding"] = choice("rounding", "the error of rounding latents to the codec's steps")
+    how: Literal["noise", "straight_through"] = choice(
+        "noise", "uniform noise of a step's width, or rounding whose gradient passes through"
+    )
+    lowest: float = key(30.0, "smallest quality", low=LOWEST, high=HIGHEST)
+    highest: float = key(70.0, "largest quality", low=LOWEST, high=HIGHEST)
+    deviation: float = key(
+        1.0,
+        "what the codec divides raw latents by: 1 / scaling_factor of the model",
+        above=0,
+        high=LARGE,
+    )
+
+    def __post_init__(self) -> None:
+        if self.lowest > self.highest:
+            raise ValueError(
+                f"loss.view.lowest: {self.lowest}; allowed: at most loss.view.highest, {self.highest}"
+            )
+
+
+@VIEWS.register(RoundingConfig)
+def rounding(config: RoundingConfig, run) -> View:
+    def apply(z: Tensor, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        quality = draws.uniform(config.lowest, config.highest).view(-1, 1, 1, 1)
+        step = config.deviation * 2 ** ((UNIT_STEP - quality) / A_HALVING)
+        if config.how == "straight_through":
+            return (rounded(z.float() / step) * step).to(z.dtype), images
+        return z + (step * draws.centred(*z.shape[1:])).to(z.dtype), images
+
+    return apply
+
+
+@section
+class RateConfig:
+    """Bits a pixel of the rounded latents, by an entropy model that is trained with the autoencoder."""
+
+    kind: Literal["rate"] = choice("rate", "bits a pixel of the rounded latents")
+    weight: float = key(0.1, "of the bits a pixel, beside the reconstruction", above=0, high=LARGE)
+    qualities: tuple[Annotated[Whole, Field(ge=LOWEST, le=HIGHEST)], ...] = key(
+        (30, 50, 70), "what they are rounded at; the mean over these counts"
+    )
+    deviation: float = key(1.0, "what the codec divides raw latents by, as in the view", above=0, high=LARGE)
+    start: str | None = key(None, "a folder with an entropy model to go on from, or compact; null: a new one")
+    width: int = key(32, "features of a new one's networks", low=1, high=1024)
+
+    def __post_init__(self) -> None:
+        if not self.qualities:
+            raise ValueError("loss.terms.qualities: none; allowed: one or more")
+
+
+@TERMS.register(RateConfig)
+def rate(config: RateConfig, run) -> Term:
+    """Raises ValueError where the encoder is not trained, whose latents it is about."""
+    if run.train.decoder_only:
+        raise ValueError(
+            "loss.terms: rate with train.decoder_only; allowed: where the encoder is trained, too"
+        )
+
+    def bits_a_pixel(bits: Tensor, images: Tensor) -> Tensor:
+        return bits.mean() / images[0, 0].numel()
+
+    return Term(
+        "rate",
+        "latents",
+        lambda step: config.weight,
+        bits_a_pixel,
+        learned=lambda channels: RateNetwork(_network(config, channels), config.qualities, config.deviation),
+    )
+
+
+class RateNetwork(nn.Module):
+    """Raw latents (B, C, h, w) -> their bits (B,), the mean over qualities; rounding passes gradients through."""
+
+    def __init__(self, network: ContextNetwork, qualities: tuple[int, ...], deviation: float):
+        super().__init__()
+        self.network, self.qualities, self.deviation = network, qualities, deviation
+
+    def forward(self, z: Tensor) -> Tensor:
+        total = torch.zeros(len(z), device=z.device)
+        for quality in self.qualities:
+            symbols = rounded(z.float() / (self.deviation * step_of(quality)))
+            of_each = torch.full((len(z),), float(quality), device=z.device)
+            total = total + self.network(symbols, of_each).sum(dim=(1, 2, 3))
+        return total / len(self.qualities)
+
+
+def _network(config: RateConfig, channels: int) -> ContextNetwork:
+    if config.start is None:
+        return ContextNetwork(channels, config.width)
+    try:
+        found = ContextModel.beside(COMPACT if config.start == COMPACT.name else config.start)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"loss.terms: rate.start: {error}") from error
+    if found is None or found.channels != channels:
+        held = "no entropy model" if found is None else f"one of {found.channels} channels"
+        raise ValueError(
+            f"loss.terms: rate.start: {config.start!r} holds {held}; allowed: one of {channels}, or null"
+        )
+    return found.network.requires_grad_(True).train()

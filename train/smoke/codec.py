@@ -1,0 +1,30 @@
+"""What shrinks in the recipe of an entropy model: sources, crops, batch, qualities an image."""
+
+from dataclasses import replace
+
+from kl_autoencoder.models.autoencoder_kl import COMPACT
+
+from ..config import EntropyModelConfig
+from .autoencoder import is_here, small_data
+
+
+def shrink(config: EntropyModelConfig) -> EntropyModelConfig:
+    """The same recipe with small sections of its own."""
+    model, qualities = config.model, config.qualities
+    if not is_here(model.pretrained):
+        model = replace(model, pretrained=COMPACT.name, subfolder=None)
+    return replace(
+        config,
+        data=small_data(config.data),
+        model=replace(model, width=min(model.width, 8)),
+        qualities=replace(qualities, an_image=min(qualities.an_image, 2)),
+    )
+
+
+def replaced(before: EntropyModelConfig, after: EntropyModelConfig) -> list[str]:
+    """A line for each source that is not on this machine."""
+    pairs = [
+        ("data.train", before.data.train, after.data.train),
+        ("model.pretrained", before.model.pretrained, after.model.pretrained),
+    ]
+    return [f"{key}: {old} is not on this machine; {new} instead" for key, old, new in pairs if old != new]

@@ -17,7 +17,8 @@ from kl_autoencoder.codec.context_network import SUM_BITS, WEIGHT_BITS, ContextN
 from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols
 
 PATH = Path(__file__).with_name("golden.klc")
-SHAPE, QUALITIES = (3, 37, 54), (12, 40, 95)
+REACH = {"context": 300, "hidden": 700, "out": 2000}  # of the weights, in units
+SHAPE, QUALITIES = (3, 17, 22), (12, 40, 95)
 
 
 def numbers(count: int, seed: int, reach: int) -> np.ndarray:
@@ -30,12 +31,13 @@ def numbers(count: int, seed: int, reach: int) -> np.ndarray:
 
 
 def model() -> ContextModel:
-    """Weights of up to 2000 units: their products with activations are beyond bfloat16 and TF32."""
+    """Weights that bfloat16 cannot hold, and sums of up to seven digits."""
     network = ContextNetwork(SHAPE[0], width=16)
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(network.named_parameters()):
-            bits, reach = (SUM_BITS, 60_000) if name.endswith("bias") else (WEIGHT_BITS, 2000)
-            reach = reach if "out" in name else reach // 2
+            bits, reach = (
+                (SUM_BITS, 60_000) if name.endswith("bias") else (WEIGHT_BITS, REACH[name.split(".")[2]])
+            )
             whole = numbers(parameter.numel(), seed, reach).reshape(parameter.shape)
             parameter.copy_(torch.from_numpy(whole).float() / (1 << bits))
     return ContextModel(network)
@@ -49,7 +51,7 @@ def symbols() -> np.ndarray:
 def packed() -> bytes:
     learned = model()
     chunks = [encode_symbols(symbols(), learned, quality) for quality in QUALITIES]
-    return container.pack(Header(QUALITIES[0], "golden", bytes(6), learned.hash, 296, 432), chunks)
+    return container.pack(Header(QUALITIES[0], "golden", bytes(6), learned.hash, 136, 176), chunks)
 
 
 def decoded(data: bytes) -> list[np.ndarray]:

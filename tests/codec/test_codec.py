@@ -136,3 +136,21 @@ def test_three_hundred_damaged_files(codec, astronaut):
         with pytest.raises(ValueError) as told:
             decompress(damaged(data, chance))
         assert "\n" not in str(told.value) and len(str(told.value)) < 160
+
+
+def test_the_fast_path_and_threads_are_nothing_to_the_decoded_latents(codec, astronaut):
+    """The encoder makes the file with floats; any decoder finds the same whole numbers in it."""
+    data = compress(astronaut, 70)
+    header, chunks = container.unpack(data)
+    wanted = codec.symbols(header, chunks)
+    whole = Codec(
+        KLAutoencoder.from_pretrained("compact").train(), "compact", codec.learned
+    )  # nothing in pieces
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        np.testing.assert_array_equal(whole.symbols(header, chunks), wanted)
+        pixels = np.asarray(whole.decompress(data)).astype(int)
+    finally:
+        torch.set_num_threads(threads)
+    assert np.abs(pixels - np.asarray(decompress(data)).astype(int)).max() <= 1

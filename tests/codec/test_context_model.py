@@ -1,5 +1,8 @@
 """The learned entropy model: whole numbers, exact on any machine, and no look at what is not decoded yet."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from kl_autoencoder.codec.context_network import ContextNetwork, checkerboard, l
 from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols
 from kl_autoencoder.codec.steps import step_of, steps_to_deviations
 from kl_autoencoder.codec.tables import REACH
+from tests.conftest import ROOT
 
 
 def network(channels=3, width=8, scale=6.0, seed=0):
@@ -173,3 +177,20 @@ def test_files_that_hold_something_else(model, tmp_path):
 def test_the_checkerboard_begins_at_the_top_left():
     assert checkerboard(2, 3).tolist() == [[1, 0, 1], [0, 1, 0]]
     assert context_network.SIDE == 5 and REACH == 48
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        ({"OMP_NUM_THREADS": "1"}, []),
+        ({"OMP_NUM_THREADS": "2"}, []),
+        ({"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, []),
+        ({"OMP_NUM_THREADS": "2"}, ["mkldnn-off", "bfloat16"]),
+    ],
+)
+def test_the_golden_file_is_read_and_written_alike_by_other_processes(settings, arguments):
+    """Threads, kernels of older processors, torch's own convolutions and half precision change no bit."""
+    command = [sys.executable, "-m", "tests.codec.golden", *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **settings}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["the", "same", settings["OMP_NUM_THREADS"]], done.stderr

@@ -30,7 +30,7 @@ def key(
     return Field(default, strict=True, ge=low, gt=above, le=high, description=doc)
 
 
-def choice(default: str | int, doc: str) -> Any:
+def choice(default: str | int | None, doc: str) -> Any:
     """A key that is one of the words, or numbers, of its Literal type."""
     return Field(default, description=doc)
 

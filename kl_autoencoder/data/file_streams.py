@@ -7,7 +7,7 @@ from typing import Protocol
 
 import datasets
 
-from .parquet_files import as_record, read_parquet, rows_in
+from .parquet_files import as_record, read_column, read_parquet, rows_in
 from .remote import is_url, read_with_retries, size_of
 from .tar_files import read_tar
 
@@ -33,6 +33,9 @@ class Stream(Protocol):
 
     def size(self, shard: int) -> int | None:
         """The bytes of a shard; None where only a request to a server would tell."""
+
+    def values(self, name: str) -> list | None:
+        """A whole column that is kept beside the images; None where all images would have to be read for it."""
 
 
 class FileStream:
@@ -62,6 +65,11 @@ class FileStream:
         # each URL would take a request, and there may be thousands of files
         return None if is_url(path) else size_of(path)
 
+    def values(self, name: str) -> list | None:
+        if self.kind == "webdataset":
+            return None
+        return [value for path in self.paths for value in read_column(path, name)]
+
 
 class HubStream:
     """A data set of the hub, as `datasets` streams it."""
@@ -88,4 +96,7 @@ class HubStream:
         return None
 
     def size(self, shard: int) -> int | None:
+        return None
+
+    def values(self, name: str) -> list | None:
         return None

@@ -1,6 +1,6 @@
 """The images of a source for evaluation and validation: numbered, and cropped and scaled alike each time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ class Photograph(NamedTuple):
     number: int  # its place in the source
     name: str
     image: Tensor  # (1, C, H, W), float32 in [-1, 1]
+    label: int | None = None  # number of its class, where the images have classes
 
 
 class Photographs:
@@ -27,6 +28,8 @@ class Photographs:
     `records`: of `open_source`, or any sequence of {column: record}. `size` N scales the short side to N
     (bicubic, antialiased) and crops the centre square; None keeps every pixel. Images of less than `smallest`
     pixels a side are left out. `channels`: C of the images, 1 (gray), 3 (RGB) or 4 (RGBA).
+    `label`: from a record with {"columns": its row} to the number of its class. `change`: what becomes of an image,
+    from it and its row.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Photographs:
         rows: Sequence[int] | None = None,
         smallest: int = SMALLEST,
         channels: int = 3,
+        label: Callable[[dict], int] | None = None,
+        change: Callable[[Tensor, int], Tensor] | None = None,
     ):
         self.records, self.source, self.size, self.column = records, source, size, column
-        self.channels = channels
+        self.channels, self.label, self.change = channels, label, change
         self.rows = range(len(records)) if rows is None else rows
         self.count, self.smallest = len(self.rows), smallest
         self.skipped: dict[int, str] = {}  # number -> why it cannot be used
@@ -79,14 +84,16 @@ class Photographs:
     def at(self, number: int, size: int | None) -> Photograph:
         """Image `number`, cropped and scaled by the same rule to another size (None: every pixel)."""
         row = int(self.rows[number])
-        record = self.records[row][self.column]
+        values = self.records[row]
+        record = values[self.column]
         name = self._name(record, row)
         opened = open_image(encoded_file(record, name), self.channels)
         image = load_image(opened, size, multiple_of=1, channels=self.channels)
         if min(image.shape[2:]) < self.smallest:
             height, width = image.shape[2:]
             raise ValueError(f"{name}: {width}x{height} pixels; allowed: {self.smallest} a side and more")
-        return Photograph(number, name, image)
+        label = None if self.label is None else self.label({**record, "columns": values})
+        return Photograph(number, name, self.change(image, row) if self.change else image, label)
 
     def _name(self, record: dict, row: int) -> str:
         """The path within the source, if that is a folder; else as in `record_name`."""

@@ -37,6 +37,12 @@ def read_parquet(path: str, column: str, start: int = 0, keep: Sequence[str] = (
             start = max(start - rows, 0)
 
 
+def read_column(path: str, name: str) -> list[Any]:
+    """A whole column, without the others."""
+    with open_parquet(path) as file:
+        return file.read(columns=[name], use_threads=False).column(name).to_pylist()
+
+
 def rows_in(path: str) -> int:
     with open_parquet(path) as file:
         return file.metadata.num_rows
@@ -126,6 +132,10 @@ class ParquetRows:
                 else:
                     names += [None] * file.metadata.num_rows
         return names
+
+    def values(self, name: str) -> list[Any]:
+        """A whole column that is kept beside the images."""
+        return [value for path in self.paths for value in read_column(path, name)]
 
     @property
     def features(self) -> datasets.Features:

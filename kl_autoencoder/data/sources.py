@@ -212,6 +212,13 @@ def image_names(images: Rows, column: str) -> list[str | None]:
     return images.image_names()
 
 
+def column_values(images: Rows, name: str) -> list:
+    """A whole column that was kept beside the images (`keep`); these are not read for it."""
+    if isinstance(images, datasets.Dataset):
+        return images.select_columns(name).with_format("arrow")[:].column(name).to_pylist()
+    return images.values(name)
+
+
 def _sample_rows(
     source: str, keys: Keys, samples: Literal["train", "validation"], column: str, keep: Sequence[str]
 ) -> SampleRows:

@@ -90,17 +90,25 @@ class TarRows:
         return len(self.files)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        values = {}
-        with open(self.paths[self.files[row]], "rb") as file:
-            for name, (offset, size) in zip(self.fields, self.places[row].tolist(), strict=True):
-                file.seek(max(offset, 0))
-                values[name] = file.read(size) if offset >= 0 else None
-        column, *keep = self.fields
+        values = self._read(row, self.fields)
+        column = self.fields[0]
         if values[column] is not None:
             values[column] = {"bytes": values[column], "path": self.names[row].as_py()}
-        for name in keep:
-            if values[name] is not None:
-                values[name] = _decoded(name, values[name])
+        return values
+
+    def values(self, name: str) -> list[Any]:
+        """A whole field that is kept beside the images; these are not read for it."""
+        return [self._read(row, [name])[name] for row in range(len(self))]
+
+    def _read(self, row: int, fields: Sequence[str]) -> dict[str, Any]:
+        """The bytes of the image and the decoded values of other fields, None where the sample has none."""
+        values = {}
+        with open(self.paths[self.files[row]], "rb") as file:
+            for name in fields:
+                offset, size = self.places[row, self.fields.index(name)].tolist()
+                file.seek(max(offset, 0))
+                data = file.read(size) if offset >= 0 else None
+                values[name] = data if data is None or name == self.fields[0] else _decoded(name, data)
         return values
 
     def image_names(self) -> list[str | None]:

@@ -67,7 +67,7 @@ def folder_of(path: Path, images) -> Path:
 
 def config(train, **values) -> DataConfig:
     small = {"validation": SAMPLE_PHOTOGRAPHS, "resolution": 8, "batch_size": 2, "num_workers": 0}
-    return DataConfig(str(train), **{**small, **values})
+    return DataConfig(train=str(train), **{**small, **values})
 
 
 def take(data: DataConfig, samples: int, start=0, ranks=1, seed=3) -> dict[int, torch.Tensor]:

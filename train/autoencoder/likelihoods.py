@@ -39,8 +39,14 @@ def bernoulli(x: Tensor, y: Tensor, log_scale: Tensor | None) -> Tensor:
     """Cross-entropy of (x + 1) / 2 under the probability (y + 1) / 2.
 
     The probability is clamped to [1e-3, 1 - 1e-3]; what lies beyond is pulled back by its square, so the bound
-    stays a bound.
+    stays a bound. Raises ValueError for images outside of [-1, 1], whose values are no probabilities: 8-bit images
+    are never, tensors of one's own and a view that scales may be.
     """
+    if x.abs().max() > 1:
+        raise ValueError(
+            f"loss.reconstruction: bernoulli of images from {float(x.min()):g} to {float(x.max()):g}; "
+            "allowed: -1 to 1"
+        )
     wanted, raw = (x + 1) / 2, (y + 1) / 2
     p = raw.clamp(PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     return F.binary_cross_entropy(p, wanted, reduction="none") + (raw - p).square()

@@ -26,8 +26,12 @@ class HeldOut:
     """One rank's share of the held-out images, every `ranks`-th batch from `rank` on: read once, kept as 8 bits."""
 
     def __init__(self, photographs: Photographs, batch_size: int, rank: int = 0, ranks: int = 1):
-        batches = photographs.batches(batch_size, rank, ranks)
-        self.eight_bits = [to_8_bits(torch.cat([one.image for one in batch])) for batch in batches]
+        self.eight_bits: list[Tensor] = []
+        self.labels: list[Tensor] = []  # (B,) int64 of each batch, where the images have classes
+        for batch in photographs.batches(batch_size, rank, ranks):
+            self.eight_bits.append(to_8_bits(torch.cat([one.image for one in batch])))
+            if batch[0].label is not None:
+                self.labels.append(torch.tensor([one.label for one in batch], dtype=torch.int64))
 
     def __len__(self) -> int:
         return sum(map(len, self.eight_bits))

@@ -27,11 +27,25 @@ class DataConfig(BatchesConfig):
     image_column: str = key(
         "image", "of parquet, saved and hub sources; of webdatasets the suffix, such as jpg"
     )
+    label_column: str | None = key(
+        None,
+        "the column of the classes, whole numbers from 0 on or names, which are numbered in sorted order; of "
+        "webdatasets the suffix, such as cls",
+    )
+    labels: Literal["folders"] | None = choice(
+        None,
+        "the class of an image of a folder is the name of the folder that it lies in, numbered in sorted order",
+    )
     split: str = key("train", "the split of a hub or saved source that is trained on")
     validation_split: str = key("validation", "the split of a hub or saved source that is held out")
     channels: Literal[1, 3, 4] = choice(
         3,
         "images are read as 1, gray; 3, RGB; or 4, RGBA: what the network's in_channels and out_channels are",
+    )
+    binarize: Literal["fixed", "dynamic"] | None = choice(
+        None,
+        "make gray images black and white: at a half, or each pixel white by the chance that its gray is, drawn "
+        "anew for each sample (Burda et al. 2016); held-out images once",
     )
     resolution: int = key(256, "side in pixels of the square crops", low=1, high=8192)
     num_workers: int = key(
@@ -66,6 +80,12 @@ class DataConfig(BatchesConfig):
             raise ValueError(
                 f"data.crop_scale: {list(scale)}; allowed: two rising numbers above 0 and up to 1"
             )
+        if self.binarize and self.channels != 1:
+            raise ValueError(
+                f"data.binarize: {self.binarize} with data.channels={self.channels}; allowed: with data.channels=1"
+            )
+        if self.labels and self.label_column is not None:
+            raise ValueError("data.labels: folders beside data.label_column; allowed: one of the two")
         if self.streaming and self.validation is None:
             raise ValueError(
                 "data.validation: null with data.streaming; allowed: a source (nothing can be held out of a stream)"
@@ -75,5 +95,10 @@ class DataConfig(BatchesConfig):
     def crops(self) -> RandomCrops:
         enlarge = self.too_small == "enlarge"
         return RandomCrops(
-            self.resolution, tuple(self.crop_scale), self.horizontal_flip, enlarge, self.channels
+            self.resolution,
+            tuple(self.crop_scale),
+            self.horizontal_flip,
+            enlarge,
+            self.channels,
+            self.binarize,
         )

@@ -73,6 +73,9 @@ def join_parts(parts: list[dict]) -> dict:
     order = numbers.argsort()
     images = torch.cat([part["images"] for part in parts if part["images"] is not None])
     joined = {name: [entry for part in parts for entry in part[name]] for name in ("skipped", "lengths")}
+    labels = [part["labels"] for part in parts if "labels" in part]
+    if labels:
+        joined["labels"] = torch.cat(labels)[order]
     return {"images": images[order], "sample": numbers[order], **joined}
 
 

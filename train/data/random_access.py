@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from itertools import count, islice
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from kl_autoencoder.data.sources import record_name
+from kl_autoencoder.data.sources import Rows, record_name
 
 from .config import DataConfig
+from .labels import Labels
 from .samples import augmentation, failure, permutation, read_sample
 
 
@@ -68,9 +68,11 @@ class TrainImages(Dataset):
     An image that cannot be read is replaced by another, chosen by the seed and n alone.
     """
 
-    def __init__(self, config: DataConfig, seed: int, images: datasets.Dataset, rows: np.ndarray):
+    def __init__(
+        self, config: DataConfig, seed: int, images: Rows, rows: np.ndarray, labels: Labels | None = None
+    ):
         self.seed, self.images, self.column, self.crops = seed, images, config.image_column, config.crops
-        self.rows = rows
+        self.rows, self.labels = rows, labels
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,7 +81,7 @@ class TrainImages(Dataset):
         rng = augmentation(self.seed, draw.sample)
         records = map(self.record, replacements(draw.index, len(self), rng))
         try:
-            return read_sample(self.crops, draw.sample, rng, records)
+            return read_sample(self.crops, draw.sample, rng, records, self.labels)
         except Exception as error:
             return failure(error)
 
@@ -88,7 +90,8 @@ class TrainImages(Dataset):
         return [self.record(i) for i in np.unique(np.linspace(0, len(self) - 1, most).astype(int))]
 
     def record(self, index: int) -> tuple[dict, str]:
-        """The record {"bytes", "path"} of training image `index`, and its name for messages."""
+        """The record {"bytes", "path", "columns": its row} of training image `index`, and its name for messages."""
         row = int(self.rows[index])
-        record = self.images[row][self.column]
-        return record, record_name(record, f"row {row}")
+        values = self.images[row]
+        record = values[self.column]
+        return {**(record or {}), "columns": values}, record_name(record, f"row {row}")

@@ -16,6 +16,8 @@ from kl_autoencoder.data.image_io import image_size
 from kl_autoencoder.data.sources import encoded_file
 from kl_autoencoder.files import one_line
 
+from .labels import ClassOutOfRange, Labels
+
 ATTEMPTS = 1000  # images in a row that cannot be used, after which a source counts as unreadable
 WARNED = 5  # skipped images that are named in the log at once
 REMEMBERED = 1000  # skipped images that are told apart; a checkpoint holds them
@@ -41,7 +43,7 @@ class RandomCrops:
     """Crops of (resolution, resolution) whose scale is uniform in `scale`; `flip` mirrors half of them.
 
     Images whose short side is less than `resolution` are skipped, or with `enlarge` scaled up. `channels`: 1 reads
-    gray, 3 RGB, 4 RGBA.
+    gray, 3 RGB, 4 RGBA. `binarize`: gray becomes black and white, see `binarised`.
     """
 
     resolution: int
@@ -49,6 +51,7 @@ class RandomCrops:
     flip: bool
     enlarge: bool = False
     channels: int = 3
+    binarize: str | None = None
 
     def draw(self, rng: random.Random) -> Crop:
         low, high = self.scale
@@ -57,19 +60,38 @@ class RandomCrops:
         return Crop(low + (high - low) * share, x, y, self.flip and mirror < 0.5)
 
 
+def binarised(levels: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
+    """Gray levels, uint8 -> 0 and 255: from 128 on ("fixed"), or by chance ("dynamic").
+
+    By chance, a pixel is 255 with probability level / 255 (Burda et al. 2016, section 5), by one number of `rng`.
+    """
+    if kind == "fixed":
+        return np.where(levels >= 128, np.uint8(255), np.uint8(0))
+    # of numpy's generators RandomState is the one that never changes (NEP 19)
+    chance = np.random.RandomState(int(rng.random() * 2**32)).random_sample(levels.shape)
+    return np.where(chance < levels / 255, np.uint8(255), np.uint8(0))
+
+
 def read_sample(
-    crops: RandomCrops, sample: int, rng: random.Random, records: Iterable[tuple[dict, str]]
+    crops: RandomCrops,
+    sample: int,
+    rng: random.Random,
+    records: Iterable[tuple[dict, str]],
+    labels: Labels | None = None,
 ) -> dict:
     """Sample number `sample`, from the first of `records` that can be used.
 
-    records: (record, name) of the sample's own image, then of those that may replace it. Raises ValueError if none
-    of the first `ATTEMPTS` can be used.
+    records: (record, name) of the sample's own image, then of those that may replace it. `labels` number the class
+    of a record. Raises ValueError if none of the first `ATTEMPTS` can be used, and for a class out of range.
     """
     crop, skipped = crops.draw(rng), []
     for record, name in islice(records, ATTEMPTS):
         try:
             file = encoded_file(record, name)
             pixels = read_square(file, crops.resolution, crop, crops.enlarge, crops.channels)
+            label = {} if labels is None else {"label": labels(record)}
+        except ClassOutOfRange:
+            raise
         except TooSmall as error:
             skipped.append((name, f"too small: {error}"))
         except Exception as error:  # decoders fed with damaged bytes raise nearly everything
@@ -77,7 +99,8 @@ def read_sample(
             message = message or type(error).__name__
             skipped.append((name, f"unreadable: {message}"))
         else:
-            return {"image": pixels, "sample": sample, "skipped": skipped}
+            pixels = binarised(pixels, crops.binarize, rng) if crops.binarize else pixels
+            return {"image": pixels, "sample": sample, "skipped": skipped, **label}
     first = ": ".join(skipped[0])
     raise ValueError(f"data.train: none of {len(skipped)} images could be used, the first: {first}")
 
@@ -99,11 +122,14 @@ def collate(samples: list[dict]) -> dict:
     for sample in samples:
         if "failure" in sample:
             return sample
-    return {
+    batch = {
         "images": _stacked([sample["image"] for sample in samples]) if samples else None,
         "sample": torch.tensor([sample["sample"] for sample in samples], dtype=torch.int64),
         "skipped": [image for sample in samples for image in sample["skipped"]],
     }
+    if samples and "label" in samples[0]:
+        batch["labels"] = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
+    return batch
 
 
 def _stacked(images: list[np.ndarray]) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from kl_autoencoder.data.file_streams import Stream
 from kl_autoencoder.data.sources import record_name
 
+from .labels import Labels
 from .samples import RandomCrops, augmentation, collate, failure, permutation, read_sample
 
 LANES = 16  # least number of files that are read at the same time, if there are as many
@@ -89,9 +90,11 @@ class StreamedImages(IterableDataset):
         first: int = 0,
         lengths: Mapping[str, int] | None = None,
         reader: Reader = Reader(),  # noqa: B008 - immutable
+        labels: Labels | None = None,
     ):
         self.stream, self.crops, self.seed, self.batch_size = stream, crops, seed, batch_size
         self.first, self.reader, self.lengths = first, reader, dict(lengths or {})
+        self.labels = labels
         self.shards = stream.num_shards
         self.lanes = lane_count(self.shards, reader.ranks, reader.workers)
         self.block_size = max(1, shuffle_buffer // self.lanes)
@@ -104,7 +107,8 @@ class StreamedImages(IterableDataset):
         try:
             for part in draws:
                 samples = [
-                    read_sample(self.crops, n, augmentation(self.seed, n), records) for n, records in part
+                    read_sample(self.crops, n, augmentation(self.seed, n), records, self.labels)
+                    for n, records in part
                 ]
                 yield collate(samples) | {"lengths": self.found}
                 self.found = []

@@ -9,10 +9,13 @@ continues at the next one on any number of ranks and workers. For streams this h
 import hashlib
 import logging
 import os
+import random
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kl_autoencoder.data.image_dataset import Photographs
@@ -20,14 +23,17 @@ from kl_autoencoder.data.locating import locate
 from kl_autoencoder.data.sources import Keys, Rows, image_keys, open_source, open_stream
 
 from .config import DataConfig
+from .labels import Source, labels_of_rows, labels_of_stream
 from .loader import TrainLoader, start_worker
 from .random_access import SampleOrder, TrainImages
-from .samples import check_images, collate, permutation
+from .samples import binarised, check_images, collate, permutation
 from .streams import Reader, StreamedImages, readers_of_a_file
 
 HELD_OUT = 64  # held-out images where data.validation_images is null
 LOOKED_AT = 32  # images whose headers are read before any work starts
-TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
+TRAIN, VALIDATION = (
+    Keys(f"data.{source}", "data.image_column", "data.label_column") for source in ("train", "validation")
+)
 DRAWN = 0  # key of the permutation by which validation images are chosen from a larger source
 
 log = logging.getLogger(__name__)
@@ -57,17 +63,22 @@ def split_rows(config: DataConfig, images: Rows) -> tuple[np.ndarray, np.ndarray
 class TrainingData:
     """The sources of a run, opened once: batches to train on, held-out images, a fingerprint.
 
-    Raises ValueError or FileNotFoundError for a training source that cannot be used.
+    classes: how many the network knows, None for any number. Raises ValueError or FileNotFoundError for a training
+    source that cannot be used, and ValueError for classes out of range.
     """
 
-    def __init__(self, config: DataConfig, seed: int):
+    def __init__(self, config: DataConfig, seed: int, classes: int | None = None):
         self.config, self.seed = config, seed
         self.lengths: dict[str, int] = {}  # of the shards of a stream that were read to the end
+        self.kept = [] if config.label_column is None else [config.label_column]
+        source = Source(config.train, config.image_column, config.label_column, config.labels == "folders")
         if config.streaming:
-            self.stream = open_stream(config.train, TRAIN, config.image_column, config.split)
+            self.stream = open_stream(config.train, TRAIN, config.image_column, config.split, self.kept)
+            self.labels = labels_of_stream(source, self.stream, classes)
         else:
-            self.images = open_source(config.train, TRAIN, config.image_column, config.split)
+            self.images = open_source(config.train, TRAIN, config.image_column, config.split, keep=self.kept)
             self.rows, self.held_out_rows = split_rows(config, self.images)
+            self.labels = labels_of_rows(source, self.images, classes)
         check_images(config.train, config.crops, self._dataset().some_records(LOOKED_AT))
 
     def loader(
@@ -76,7 +87,8 @@ class TrainingData:
         """The micro-batches of rank `rank` of `world_size`, from sample `start_sample` of the run on, without end.
 
         A batch is {"images": (B, C, R, R) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
-        "skipped": [(name, reason), ...], the images met that could not be used, for `SkippedImages`}. The numbers
+        "skipped": [(name, reason), ...], the images met that could not be used, for `SkippedImages`}, and where
+        they have classes "labels": (B,) int64. The numbers
         of different ranks interleave, see `SampleOrder`. Workers read ahead, so the `start_sample` of a
         continued run is the number of samples that the trainer has consumed, over all ranks.
 
@@ -115,10 +127,10 @@ class TrainingData:
     ) -> TrainImages | StreamedImages:
         config = self.config
         if not config.streaming:
-            return TrainImages(config, self.seed, self.images, self.rows)
+            return TrainImages(config, self.seed, self.images, self.rows, self.labels)
         return StreamedImages(
             self.stream, config.crops, self.seed, config.batch_size, config.shuffle_buffer, start_sample,
-            self.lengths, Reader(rank, world_size, workers=max(config.num_workers, 1)),
+            self.lengths, Reader(rank, world_size, workers=max(config.num_workers, 1)), self.labels,
         )  # fmt: skip
 
     def held_out(self) -> Photographs:
@@ -130,13 +142,15 @@ class TrainingData:
         config = self.config
         column, wanted = config.image_column, config.validation_images or HELD_OUT
         size = config.validation_resolution or config.resolution
-        read = {"smallest": 1, "channels": config.channels}
+        read = {"smallest": 1, "channels": config.channels, "label": self.labels}
+        if config.binarize:
+            read["change"] = partial(binarised_once, kind=config.binarize)
         if config.validation is None:
             return Photographs(self.images, config.train, size, column, self.held_out_rows, **read)
         if config.streaming and (head := self._head(wanted)) is not None:
             return Photographs(head, config.validation, size, column, **read)
         split = config.validation_split
-        images = open_source(config.validation, VALIDATION, column, split, samples="validation")
+        images = open_source(config.validation, VALIDATION, column, split, "validation", self.kept)
         rows = np.sort(permutation(len(images), DRAWN)[:wanted])
         return Photographs(images, config.validation, size, column, rows, **read)
 
@@ -145,9 +159,14 @@ class TrainingData:
         config = self.config
         if locate(config.validation, VALIDATION.source, "validation").kind in ("images", "saved", "sample"):
             return None
-        stream = open_stream(config.validation, VALIDATION, config.image_column, config.validation_split)
+        stream = open_stream(
+            config.validation, VALIDATION, config.image_column, config.validation_split, self.kept
+        )
         records = (record for shard in range(stream.num_shards) for record in stream.read(shard))
-        return [{config.image_column: record} for record in islice(records, wanted)]
+        return [
+            {config.image_column: record, **(record or {}).get("columns", {})}
+            for record in islice(records, wanted)
+        ]
 
     def fingerprint(self) -> dict[str, int | str]:
         """What tells the training source from another: {"images": their number, "sha256": of their names}.
@@ -167,6 +186,12 @@ class TrainingData:
         if self.config.streaming:
             return {"files": len(keys), "sha256": digest.hexdigest()}
         return {"images": len(self.images), "sha256": digest.hexdigest()}
+
+
+def binarised_once(image: Tensor, row: int, kind: str) -> Tensor:
+    """A held-out gray image (1, 1, H, W) in [-1, 1] -> -1 and 1, by its row: the same each time it is read."""
+    levels = ((image + 1) * 127.5).round().to(torch.uint8).numpy()
+    return torch.from_numpy(binarised(levels, kind, random.Random(f"held out/{row}"))).float() / 127.5 - 1
 
 
 def _unchanged(part: dict) -> dict:

@@ -51,6 +51,10 @@ class SampleRows:
     def image_names(self) -> list[str | None]:
         return [self._path(number) for number in self.numbers]
 
+    def values(self, name: str) -> list[Any]:
+        """A whole column that is kept beside the images."""
+        return [self.sample.values(number)[name] for number in self.numbers]
+
     @property
     def features(self) -> datasets.Features:
         column, *keep = self.fields

@@ -18,7 +18,7 @@ ANOTHER_RUN = (
     "task",
     "seed",
     "model",
-    *(f"data.{key}" for key in ("train", "split", "image_column", "streaming")),
+    *(f"data.{key}" for key in ("train", "split", "image_column", "label_column", "labels", "streaming")),
 )
 # what these hold out of data.train, where data.validation is null, is not trained on
 HELD_OUT = ("data.validation", "data.validation_images")

@@ -23,6 +23,7 @@ from .commands import (
     codec,
     demo,
     evaluate,
+    export,
     float16,
     images,
     latent_datasets,
@@ -50,7 +51,19 @@ EXAMPLES = """examples:
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
   kl-autoencoder train configs/quickstart.yaml
 """
-FAMILIES = (images, demo, codec, evaluate, study, models, float16, latent_datasets, latent_space, anomaly)
+FAMILIES = (
+    images,
+    demo,
+    codec,
+    evaluate,
+    study,
+    export,
+    models,
+    float16,
+    latent_datasets,
+    latent_space,
+    anomaly,
+)
 COMMANDS: dict[str, Command] = {name: c for family in FAMILIES for name, c in family.COMMANDS.items()}
 
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")

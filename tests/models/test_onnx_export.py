@@ -107,7 +107,7 @@ def _with_encoder_of(vae, other):
 def test_the_command_says_what_it_checked(folders, told):
     for dtype, tolerance in (("float32", 1e-4), ("float16", 2e-2)):
         assert told[dtype].startswith(
-            "checked in onnxruntime against torch at latents of 1x8x8, 3x5x7, 1x16x9: vae_encoder"
+            "checked onnxruntime against torch at latents of 1x8x8, 3x5x7, 1x16x9: vae_encoder"
         )
         assert all(float(value) < tolerance for value in re.findall(r"within (\S+?),? ", told[dtype]))
         assert len(re.findall("within", told[dtype])) == 2

@@ -11,7 +11,7 @@ from ...extras import require
 from ...progress import tracked
 from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
 from ..paths import check_model, find_photographs, model_path, readable_folder
-from .models import card_of, check_model_output, write_model_folder
+from .export import card_of, check_model_output, write_model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,1 +1,1 @@
-"""A model for others: ONNX graphs for other runtimes, and the hub with its model cards."""
+"""A model for others: graphs and programs for other runtimes, and the hub with its model cards."""

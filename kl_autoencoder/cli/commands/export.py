@@ -1,0 +1,173 @@
+"""export: a model written for use elsewhere, as files of diffusers or for other runtimes."""
+
+import argparse
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...console import say
+from ...extras import require
+from ...files import temporary_beside
+from ...progress import Progress
+from ..parser import MODEL, Command, Parser, add_dtype, add_output
+from ..paths import check_model, model_path, readable_folder, refuse_existing
+
+if TYPE_CHECKING:
+    from ...models.autoencoder_kl import KLAutoencoder
+
+
+def export_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="RUN", help=MODEL)
+    parser.add_argument("--single-file", action="store_true", help="one .safetensors in LDM layout")
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="vae_encoder/model.onnx and vae_decoder/model.onnx, as optimum reads them; any size and batch; with "
+        "--dtype float16 the weights are rescaled, exactly, where float16 would overflow",
+    )
+    parser.add_argument(
+        "--torch-export",
+        action="store_true",
+        help="vae_encoder/model.pt2 and vae_decoder/model.pt2, programs of torch.export; else as --onnx",
+    )
+    add_dtype(parser, None, "store in this type (default: as it is; with --onnx and --torch-export float32)")
+    add_output(parser, "OUT", "a folder for diffusers, or with --single-file a .safetensors file")
+
+
+def check_export(arguments: argparse.Namespace) -> None:
+    """`output` becomes a Path; adds `folder`, the model's, or None for a single file or a hub id."""
+    check_model(arguments.model)
+    source, output = model_path(arguments.model), Path(arguments.output)
+    arguments.output, arguments.folder = output, readable_folder(source) if source.is_dir() else None
+    if arguments.onnx or arguments.torch_export:
+        check_runtime(arguments, "--onnx" if arguments.onnx else "--torch-export")
+    elif arguments.single_file:
+        if output.suffix != ".safetensors":
+            raise ValueError(f"{output}: a single file is written to a .safetensors file")
+        inputs = arguments.folder.iterdir() if arguments.folder else [source]
+        refuse_existing([output], list(inputs), arguments.overwrite)
+    elif output.is_file():
+        raise ValueError(f"{output}: is a file; without --single-file a folder is written")
+    else:
+        check_model_output(output, arguments.folder, arguments.overwrite)
+
+
+def check_runtime(arguments: argparse.Namespace, option: str) -> None:
+    """Refuse what --onnx and --torch-export have no use for, and to write where something is."""
+    if sum((arguments.onnx, arguments.torch_export, arguments.single_file)) > 1:
+        raise ValueError("--onnx, --torch-export and --single-file: one of them")
+    if arguments.dtype == "bfloat16":
+        raise ValueError(f"--dtype: 'bfloat16'; allowed with {option}: float32, float16")
+    output = arguments.output
+    if output.is_file():
+        raise ValueError(f"{output}: is a file; with {option} a folder is written")
+    there = [path for path in (output / "vae_encoder", output / "vae_decoder") if path.exists()]
+    if there and not arguments.overwrite:
+        raise ValueError(f"{there[0]}: exists already; --overwrite replaces it")
+    refuse_existing([output / "config.json"], [], overwrite=True)
+    if arguments.onnx:
+        require("onnx", "onnx", "onnxscript")
+    if arguments.dtype == "float16":
+        require("eval", "skimage")  # whose photographs the activations are measured on
+
+
+def check_model_output(output: Path, model: Path | None, overwrite: bool) -> None:
+    """Refuse to write a model folder where a file or the model itself is, or other things are."""
+    if output.is_file():
+        raise ValueError(f"{output}: is a file, not a folder")
+    if model and output.is_dir() and output.samefile(model):
+        raise ValueError(f"{output}: is the model itself")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"{output}: exists already and is not empty; --overwrite replaces the model in it")
+    refuse_existing([output / "config.json"], [], overwrite=True)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a training run's or any other model as a diffusers folder, or as a single file in LDM layout."""
+    from ..loading import load_model
+
+    output, folder = arguments.output, arguments.folder
+    if arguments.onnx or arguments.torch_export:
+        export_to_runtime(arguments.model, output, arguments.dtype, arguments.onnx)
+        return
+    vae = load_model(arguments.model, "cpu", arguments.dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.single_file:
+        vae.save_single_file(output)
+    else:
+        write_model_folder(vae, output, card_of(folder))
+    print(output)
+
+
+def export_to_runtime(model: str, output: Path, dtype: str | None, onnx: bool) -> None:
+    """Write both networks beside `output`, compare them with torch where that is possible, and move them into it.
+
+    `onnx`: as ONNX graphs; else as programs of torch.export.
+    """
+    from ...models.publishing import graphs, onnx_export, torch_export
+    from ..loading import load_model
+
+    write, check, runtime = (
+        (onnx_export.export_onnx, onnx_export.differences, "onnxruntime")
+        if onnx
+        else (torch_export.export_programs, torch_export.differences, "the programs")
+    )
+    vae = load_model(model, "cpu", "float32")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(output)
+    try:
+        with Progress("exporting"):
+            vae = graphs.safe_in_float16(vae) if dtype == "float16" else vae
+            write(vae, temporary)
+        if onnx and not onnx_export.can_be_checked():
+            say("warning", "onnxruntime is not installed: not checked against torch (kl-autoencoder[onnx])")
+        else:
+            with Progress(f"checking {runtime}"):
+                found = check(vae, temporary)
+            print(graphs.described(found, runtime))
+        _replace_folders(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(output)
+
+
+def _replace_folders(new: Path, output: Path) -> None:
+    """Move each folder in `new` into `output`, in place of one of that name; what else is there stays."""
+    output.mkdir(exist_ok=True)
+    for folder in list(new.iterdir()):
+        old = new / f"old-{folder.name}"
+        if (output / folder.name).exists():
+            os.replace(output / folder.name, old)
+        os.replace(folder, output / folder.name)
+
+
+def card_of(folder: Path | None) -> dict[str, Path]:
+    """The model card in a model's folder, if there is one, as a file to write beside a copy of the model."""
+    card = folder / "README.md" if folder else None
+    return {"README.md": card} if card and card.is_file() else {}
+
+
+def write_model_folder(vae: "KLAutoencoder", output: Path, others: Mapping[str, Path]) -> None:
+    """Save a model beside `output` and rename it then; what else an existing folder holds stays.
+
+    others: files that are copied into it, by the names that they get there.
+    """
+    temporary = temporary_beside(output)
+    try:
+        vae.save_pretrained(temporary)
+        for name, file in others.items():
+            shutil.copyfile(file, temporary / name)
+        if output.is_dir():
+            for file in temporary.iterdir():
+                os.replace(file, output / file.name)
+        else:
+            os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+COMMANDS = {
+    "export": Command("write a trained model for use elsewhere", export_arguments, check_export, export),
+}

@@ -1,6 +1,17 @@
-"""Damage to a compressed file, as disks, wires and people do it. Never none."""
+"""Damage to a compressed file, as disks, wires and people do it. Never none.
+
+`python -m tests.codec.damage [COUNT]` decompresses so many damaged files (10,000) and counts what is said.
+"""
 
 import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
@@ -52,3 +63,35 @@ def spliced(data: bytes, chance: random.Random) -> bytes:
     """Without a stretch in the middle."""
     start = chance.randrange(len(data))
     return data[:start] + data[start + chance.randint(1, 60) :]
+
+
+def main() -> None:
+    from skimage import data
+
+    from kl_autoencoder.cli.commands.codec import decompress_file
+    from kl_autoencoder.codec.public import codec_of
+
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    codec, chance, said, longest = codec_of("compact"), random.Random(0), Counter(), 0.0
+    whole = codec.compress(Image.fromarray(data.astronaut()[:160, :200]), 60)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.klc"
+        for _ in range(count):
+            path.write_bytes(damaged(whole, chance))
+            start = time.perf_counter()
+            try:
+                decompress_file(codec, path)
+                said["no error"] += 1
+            except ValueError as error:
+                clear = (
+                    str(error).startswith(f"{path}: ") and "\n" not in str(error) and len(str(error)) < 200
+                )
+                said["a clear error" if clear else f"unclear: {error}"] += 1
+            longest = max(longest, time.perf_counter() - start)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{dict(said)}; the longest took {longest:.3f} s, memory grew by {grown / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,12 +26,12 @@ from .commands import (
     export,
     float16,
     images,
-    latent_datasets,
     latent_space,
     models,
     study,
     train,
 )
+from .commands.data_sets import augment, latent_datasets
 from .parser import Command, Parser, Version
 
 EXAMPLES = """examples:
@@ -49,6 +49,7 @@ EXAMPLES = """examples:
   kl-autoencoder fp16-check stabilityai/sdxl-vae --fix -o sdxl-vae-fp16/
   accelerate launch -m kl_autoencoder encode-dataset --model vae/ --data photos/ --size 512 -o latents/
   kl-autoencoder interpolate a.jpg b.jpg --model vae/ -o strip.png
+  kl-autoencoder augment digits/ --model runs/digits -o more-digits/
   kl-autoencoder train configs/quickstart.yaml
 """
 FAMILIES = (
@@ -62,6 +63,7 @@ FAMILIES = (
     float16,
     latent_datasets,
     latent_space,
+    augment,
     anomaly,
 )
 COMMANDS: dict[str, Command] = {name: c for family in FAMILIES for name, c in family.COMMANDS.items()}

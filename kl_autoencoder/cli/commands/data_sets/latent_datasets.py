@@ -6,12 +6,12 @@ import os
 import warnings
 from pathlib import Path
 
-from ...data.locating import locate
-from ...distributed import rank_of
-from ...files import replacing
-from ...models.folder import CONFIG, read_json
-from ..parser import IMAGES, MODEL, Command, Parser, add_computation, positive
-from ..paths import check_model, model_folder, model_path, refuse_existing
+from ....data.locating import locate
+from ....distributed import rank_of
+from ....files import replacing
+from ....models.folder import CONFIG, read_json
+from ...parser import IMAGES, MODEL, Command, Parser, add_computation, positive
+from ...paths import check_model, model_folder, model_path, refuse_existing
 
 PIPELINES = ["sd", "sdxl", "sd3", "flux"]
 NOTABLE_MEAN = 0.1  # of scaled latents, in deviations
@@ -65,12 +65,12 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
     """Encode a source of photographs as a data set of latents, on any number of ranks; continue what is there."""
     import torch
 
-    from ...data.image_dataset import DATA
-    from ...data.sources import open_source
-    from ...latents.encode_dataset import binding, encode
-    from ...latents.shard_encoder import EncodeSettings
-    from ...latents.shards import ShardFolder
-    from ..loading import load_model, move_model
+    from ....data.image_dataset import DATA
+    from ....data.sources import open_source
+    from ....latents.encode_dataset import binding, encode
+    from ....latents.shard_encoder import EncodeSettings
+    from ....latents.shards import ShardFolder
+    from ...loading import load_model, move_model
 
     rank, ranks, local_rank = rank_of(os.environ)
     names = ("size", "crop", "content", "stored_as", "dtype", "flip", "seed", "batch_size", "shard_rows")
@@ -94,7 +94,7 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
 
 
 def _print_summary(output: str, manifest: dict) -> None:
-    from ...models import scaling
+    from ....models import scaling
 
     skipped, found = manifest["skipped"], manifest["statistics"]
     photographs, rows = manifest["source"]["rows"], manifest["rows"]
@@ -143,10 +143,10 @@ def check_set_scaling(arguments: argparse.Namespace) -> None:
 
 def set_scaling(arguments: argparse.Namespace) -> None:
     """Write the statistics of a data set of latents as scaling into the config of the model that made it."""
-    from ...latents.encode_dataset import weights_hash
-    from ...latents.shards import read_manifest
-    from ...models import scaling
-    from ..loading import load_model
+    from ....latents.encode_dataset import weights_hash
+    from ....latents.shards import read_manifest
+    from ....models import scaling
+    from ...loading import load_model
 
     config = model_folder(Path(arguments.model)) / CONFIG
     manifest = read_manifest(arguments.latents)
@@ -170,7 +170,7 @@ def set_scaling(arguments: argparse.Namespace) -> None:
 
 def _warn_of_scaling(pipeline: str | None, set_to: dict, found: dict, channels: int) -> None:
     """Warn where pipelines of diffusers would decode such latents wrongly."""
-    from ...models import scaling
+    from ....models import scaling
 
     reads = scaling.pipelines_of(set_to)
     if pipeline is None:

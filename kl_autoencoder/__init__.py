@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of them
     from .codec.public import compress, decompress
     from .data.image_io import image_size, load_image, save_image
     from .latents.latent_dataset import LatentDataset, SameShape
+    from .models.autoencoder import Autoencoder
     from .models.autoencoder_kl import KLAutoencoder
     from .models.autoencoder_kl_flux2 import KLAutoencoderFlux2
     from .models.optimize import optimize, restore
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of them
 _HOME = {
     "KLAutoencoder": "models.autoencoder_kl",
     "KLAutoencoderFlux2": "models.autoencoder_kl_flux2",
+    "Autoencoder": "models.autoencoder",
     "DiagonalGaussian": "networks.distributions",
     "optimize": "models.optimize",
     "restore": "models.optimize",

@@ -15,7 +15,7 @@ from ..console import say
 from ..data.image_io import image_size, load_image, pad_to_multiple, save_image
 from ..files import clipped, one_line
 from ..models.autoencoder_kl import ExactAutoencoder
-from ..models.autoencoder_kl_flux2 import class_of, class_of_file, hub_config
+from ..models.classes import class_of, class_of_file, hub_config
 from ..models.folder import CONFIG, WEIGHTS, read_headers, read_json
 from ..models.large_images import prepare_for
 from ..models.publishing import hub

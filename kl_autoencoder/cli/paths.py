@@ -13,7 +13,11 @@ from ..models.compact import COMPACT
 from ..models.folder import CONFIG, HUB_ID, read_json
 from ..models.run_folder import newer_checkpoint
 
-MODELS = ("AutoencoderKL", "AutoencoderKLFlux2")  # diffusers' names of the models that commands read
+MODELS = (
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "Autoencoder",
+)  # diffusers' names of the models that commands read
 OTHERS = (  # and of those that `evaluate` compares with them: its other autoencoders of images in [-1, 1]
     *("AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
     *("AutoencoderTiny", "ConsistencyDecoderVAE", "VQModel"),

@@ -208,6 +208,14 @@ class ExactAutoencoder(_Diffusers, metaclass=EqualsDiffusersClass):
                     f"(load_image pads to such a size, images.pad_to_multiple pads a tensor)"
                 )
 
+    def moments(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) -> mean and logvar of the posterior, (B, 2C, H/f, W/f)."""
+        return self.encode(x).latent_dist.parameters
+
+    def features(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) -> the input of the decoder's last convolution, `decoder.conv_out`."""
+        return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
     # ---------------------------------------------------------------- the least memory
 
     def enable_tiling(self, use_tiling: bool = True, offload: bool = False, **tile_sizes: Any) -> None:

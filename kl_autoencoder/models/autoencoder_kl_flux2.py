@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,11 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from torch import Tensor, nn
 
-from ..files import clipped, read_header, read_tensors, save_tensors
+from ..files import read_tensors, save_tensors
 from . import single_file
-from .autoencoder_kl import ExactAutoencoder, KLAutoencoder
+from .autoencoder_kl import ExactAutoencoder
 from .config import FLUX2_RULES
-from .folder import CONFIG, read_json
 
 Method = TypeVar("Method")
 _registers_config = cast(Callable[[Method], Method], register_to_config)
@@ -140,36 +138,3 @@ def _config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The config that the shapes of the tensors tell."""
     config = single_file.config_from_tensors(tensors)
     return {**config, "sample_size": 1024}
-
-
-def class_of(source: str | os.PathLike, subfolder: str = "", **options: Any) -> type[ExactAutoencoder]:
-    """Our class for the model in a folder in diffusers' layout, or of a hub id, by the name in its config.json.
-
-    options: of diffusers' `load_config`. ValueError for other models; OSError if a hub id leads to none.
-    """
-    folder = Path(source, subfolder)
-    if folder.is_dir():
-        config = read_json(folder / CONFIG)
-    else:
-        config = hub_config(source, subfolder, **options)
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in CLASSES:
-        raise ValueError(f"{source}: holds a {clipped(str(name), 60)}; allowed: {', '.join(CLASSES)}")
-    return CLASSES[name]
-
-
-def hub_config(source: str | os.PathLike, subfolder: str = "", **options: Any) -> dict[str, Any]:
-    """The config.json of a hub id. OSError if there is none."""
-    return KLAutoencoder.load_config(source, subfolder=subfolder or None, **options)
-
-
-def class_of_file(path: str | os.PathLike) -> type[ExactAutoencoder]:
-    """Our class for a single file: FLUX.2's autoencoder has statistics in it."""
-    is_flux2 = Path(path).suffix == ".safetensors" and f"{STATISTICS}running_mean" in read_header(Path(path))
-    return KLAutoencoderFlux2 if is_flux2 else KLAutoencoder
-
-
-# Of each class name in a config.json, ours.
-CLASSES: dict[str, type[ExactAutoencoder]] = {
-    cls.stands_for.__name__: cls for cls in (KLAutoencoder, KLAutoencoderFlux2)
-}

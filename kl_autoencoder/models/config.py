@@ -91,6 +91,31 @@ FLUX2_RULES: dict[str, Rule] = {
 }
 
 
+# Of an `Autoencoder`, one of the relatives.
+FAMILY_RULES: dict[str, Rule] = {
+    "network": (lambda value: value in ("conv", "mlp"), "'conv' or 'mlp'"),
+    "bottleneck": (lambda value: isinstance(value, Mapping) and len(value) <= 16, "{'kind': ..., options}"),
+    "sample_size": (lambda value: _whole(value, LARGEST_IMAGE), f"a whole number from 1 to {LARGEST_IMAGE}"),
+    "hidden_sizes": (
+        lambda value: value in ((), []) or WIDTHS[0](value),
+        f"at most {MOST_LEVELS} whole numbers from 1 to {MOST_CHANNELS}",
+    ),
+    "classes": (lambda value: value == 0 or _whole(value, 10**6), "a whole number from 0 to 1000000"),
+    "scaling_factor": SCALING["scaling_factor"],
+    **{
+        key: RULES[key]
+        for key in (
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "block_out_channels",
+            "layers_per_block",
+        )
+    },
+    **{key: RULES[key] for key in ("norm_num_groups", "mid_block_add_attention")},
+}
+
+
 def decoder_block_out_channels(config: Mapping[str, Any]) -> Sequence[int]:
     """The widths of the decoder's levels: those of the encoder unless the config says others."""
     return config.get("decoder_block_out_channels") or config["block_out_channels"]

@@ -62,7 +62,7 @@ class Reference:
         torch.manual_seed(config.seed)
         levels = len(config.model.block_out_channels)
         self.vae = diffusers.AutoencoderKL(
-            **config.model.network()
+            **config.model.options()
             | {
                 "down_block_types": ("DownEncoderBlock2D",) * levels,
                 "up_block_types": ("UpDecoderBlock2D",) * levels,

@@ -9,7 +9,7 @@ from torch import nn
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
-from kl_autoencoder.models import float16, float16_check
+from kl_autoencoder.models.half_precision import float16, float16_check
 from kl_autoencoder.networks.convolutional import NORM_EPS
 from tests.published import PUBLISHED, reduced
 

@@ -10,9 +10,9 @@ from torch import nn
 from tests.conftest import backbone_missing
 from tests.processes import finish, start_ranks
 from tests.train.test_trainer import make, records, small_config, weights
-from train.autoencoder import adversarial_losses as losses
 from train.autoencoder import task
-from train.autoencoder.discriminator import PatchDiscriminator
+from train.autoencoder.adversarial import losses
+from train.autoencoder.adversarial.discriminator import PatchDiscriminator
 
 
 def logits(seed=0):
@@ -247,7 +247,7 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
     )  # R1 every 16th step, 16 times as strong
     gradients = torch.autograd.grad(expected, run.task.adversary.player.parameters)
     with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
-        _, reconstruction, _ = run.task.autoencoder_step(run.step, images, noise)
+        _, reconstruction, *_ = run.task.autoencoder_step(run.step, images, noise)
         terms = run.task.adversary.micro_batch(run.step, images, reconstruction)
     assert terms["discriminator/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     for p, wanted in zip(run.task.adversary.player.parameters, gradients, strict=True):
@@ -270,7 +270,7 @@ def test_no_gradient_crosses(small, tmp_path, options):
             p.grad = left and torch.full_like(p, left)
         before = [left and p.grad.clone() for p in run.task.adversary.player.parameters]
         with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
-            _, reconstruction, _ = run.task.autoencoder_step(run.step, images, noise)
+            _, reconstruction, *_ = run.task.autoencoder_step(run.step, images, noise)
         assert untouched(run.task.adversary.player.parameters, before)
         assert not reconstruction.requires_grad
         assert all(p.grad is not None and p.grad.isfinite().all() for p in run.task.autoencoder.parameters)

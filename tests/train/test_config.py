@@ -42,7 +42,7 @@ def test_overrides_are_typed_and_nested(small):
     ]
     config = load_config(small, [*overrides, "model.block_out_channels=[8, 16]", "ema.enabled=false"])
     assert config.train.steps == 7 and config.optimizer.learning_rate == 1e-4 and config.loss.kl.weight == 1.0
-    assert config.train.mixed_precision == "no" and config.model.network() == {"block_out_channels": (8, 16)}
+    assert config.train.mixed_precision == "no" and config.model.options() == {"block_out_channels": (8, 16)}
     assert not config.ema.enabled
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from train.autoencoder.discriminator import PatchDiscriminator
+from train.autoencoder.adversarial.discriminator import PatchDiscriminator
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ TOY = """
 from typing import Literal
 import torch
 from torch import nn
-from kl_autoencoder.networks.bottlenecks import Code
+from kl_autoencoder.networks.bottlenecks import Bottleneck, Code
 from train.parts import BOTTLENECKS, TERMS, VIEWS, Term
 from train.settings import choice, key, section
 
@@ -27,7 +27,7 @@ class PlainConfig:
     kind: Literal["plain"] = choice("plain", "the mean, and a gain that is learned")
     weight: float = key(0.5, "of the latents' square", low=0)
 
-class Plain(nn.Module):
+class Plain(Bottleneck):
     def __init__(self, weight):
         super().__init__()
         self.weight, self.gain = weight, nn.Parameter(torch.ones(()))

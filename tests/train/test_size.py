@@ -43,7 +43,7 @@ def test_the_least_that_a_step_keeps_is_what_a_step_keeps():
         model={"block_out_channels": [8, 16], "norm_num_groups": 4},
         data={"train": "photos", "batch_size": 2, "resolution": 32},
     )
-    vae, saved = KLAutoencoder(**given.model.network()), {}
+    vae, saved = KLAutoencoder(**given.model.options()), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         vae(torch.zeros(2, 3, 32, 32)).sample.sum()
     kept = sum(t.numel() * 4 for t in saved.values())

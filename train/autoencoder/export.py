@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from kl_autoencoder.latents.statistics import LatentStatistics
+from kl_autoencoder.models.autoencoder import Autoencoder
 from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder
 from kl_autoencoder.models.run_folder import TRAINED
 
 from ..config import AutoencoderConfig, to_yaml
-from .training_state import save_training_state
+from .adversarial.training_state import save_training_state
 
 CARD = """---
 library_name: diffusers
@@ -19,11 +20,11 @@ tags: [autoencoder, vae, latent-diffusion]
 
 # {name}
 
-A KL-regularised autoencoder: images of {size}x{size} (any multiple of {f}) to latents of
-{latent}x{latent}x{channels}; {parameters:.2f} M parameters. It loads in plain diffusers:
+{what}: images of {size}x{size} (any multiple of {f}) to latents of
+{latent}x{latent}x{channels}; {parameters:.2f} M parameters. It loads in {loads_in}:
 
 ```python
-from diffusers import {class_name}
+from {package} import {class_name}
 vae = {class_name}.from_pretrained("{folder}")
 ```
 
@@ -53,7 +54,11 @@ reconstruction must be exact (text, medical or legal evidence).
 
 
 def export(
-    folder: Path, vae: ExactAutoencoder, config: AutoencoderConfig, facts: dict, training_state=None
+    folder: Path,
+    vae: ExactAutoencoder | Autoencoder,
+    config: AutoencoderConfig,
+    facts: dict,
+    training_state=None,
 ) -> None:
     """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
 
@@ -76,7 +81,9 @@ def export(
     os.replace(beside, folder)
 
 
-def model_card(folder: Path, vae: ExactAutoencoder, config: AutoencoderConfig, facts: dict) -> str:
+def model_card(
+    folder: Path, vae: ExactAutoencoder | Autoencoder, config: AutoencoderConfig, facts: dict
+) -> str:
     size, f = config.data.resolution, vae.downsampling
     return CARD.format(
         name=config.output_dir.rstrip("/").rsplit("/", 1)[-1],
@@ -92,13 +99,26 @@ def model_card(folder: Path, vae: ExactAutoencoder, config: AutoencoderConfig, f
         weights="the EMA weights" if config.ema.enabled else "the last weights",
         lpips_net=config.validation.lpips_net,
         rows="\n".join(_row(name, facts[name]) for name in ("before", "after")),
-        class_name=vae.stands_for.__name__,
+        **_described(vae),
         latents=_latents(vae, facts["statistics"]),
         recipe=to_yaml(config),
     )
 
 
-def _latents(vae: ExactAutoencoder, statistics: LatentStatistics) -> str:
+def _described(vae: ExactAutoencoder | Autoencoder) -> dict[str, str]:
+    """What the model is, and what it loads with."""
+    if not isinstance(vae, Autoencoder):
+        name = vae.stands_for.__name__
+        what = "A KL-regularised autoencoder"
+        return {"what": what, "loads_in": "plain diffusers", "package": "diffusers", "class_name": name}
+    kind, network = vae.config.bottleneck["kind"], "fully connected" if vae.is_mlp else "convolutional"
+    given = f", conditional on {vae.config.classes} classes" if vae.config.classes else ""
+    what = f"An autoencoder with the bottleneck `{kind}`, {network}{given}"
+    name = type(vae).__name__
+    return {"what": what, "loads_in": "this package", "package": "kl_autoencoder", "class_name": name}
+
+
+def _latents(vae: ExactAutoencoder | Autoencoder, statistics: LatentStatistics) -> str:
     mean, std = _numbers(statistics.mean), _numbers(statistics.std)
     if "patch_size" in vae.scaling:
         p, q = vae.scaling["patch_size"]

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.inference.winograd_autograd import WinogradOps
+from kl_autoencoder.models.autoencoder import Autoencoder
 from kl_autoencoder.models.autoencoder_kl import COMPACT, ExactAutoencoder
-from kl_autoencoder.models.autoencoder_kl_flux2 import CLASSES, class_of, class_of_file
+from kl_autoencoder.models.classes import CLASSES, class_of, class_of_file
 from kl_autoencoder.models.folder import HUB_ID
-from kl_autoencoder.networks.bottlenecks import Code
+from kl_autoencoder.networks.bottlenecks import Bottleneck, Code
 from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
 
 from ..config import ModelConfig
 from ..parts import Draws
+from ..parts.draws import INPUT_NOISE, LABELS
 from ..parts.views import View
 from .start import damp_residual_branches, start_as_enlargement
 
 
-def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencoder:
+def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencoder | Autoencoder:
     """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
 
     Raises ValueError naming the key for what gives no network of images of `channels` channels.
@@ -29,7 +31,7 @@ def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencode
     source = config.pretrained
     try:
         if source is None:
-            vae = damp_residual_branches(CLASSES[config.kind](**config.network()))
+            vae = damp_residual_branches(CLASSES[config.class_name](**config.options()))
         elif Path(source).is_file():
             vae = class_of_file(source).from_single_file(source, torch_dtype=torch.float32)
         elif source == COMPACT.name and not Path(source).is_dir():
@@ -56,7 +58,7 @@ def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoe
     """The model with an untrained decoder of other widths; its encoder and the scaling of its latents are kept."""
     if "decoder_block_out_channels" not in vae.rules:
         raise ValueError(
-            f"model.decoder_block_out_channels beside an {vae.stands_for.__name__}; allowed: an AutoencoderKLFlux2"
+            f"model.decoder_block_out_channels beside an {type(vae).__name__}; allowed: an AutoencoderKLFlux2"
         )
     config = {key: value for key, value in vae.config.items() if key in vae.rules}
     new = damp_residual_branches(type(vae)(**{**config, "decoder_block_out_channels": tuple(widths)}))
@@ -66,7 +68,7 @@ def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoe
     return new
 
 
-def choose_backward(vae: KLAutoencoder, recompute: str) -> None:
+def choose_backward(vae: ExactAutoencoder | Autoencoder, recompute: str) -> None:
     """What the backward pass computes again: "no"thing, "norms" and SiLUs, or whole "blocks".
 
     With "norms" the convolutions take fewer products where that pays, in float32 on a CPU.
@@ -114,40 +116,54 @@ class TrainedModel(nn.Module):
 
     def __init__(
         self,
-        vae: KLAutoencoder,
-        bottleneck: nn.Module,
+        vae: ExactAutoencoder | Autoencoder,
+        bottleneck: Bottleneck,
         view: View,
         learn_scale: bool,
         decoder_only: bool,
         learned: dict[str, nn.Module] | None = None,
+        denoising: float = 0.0,
+        label_dropout: float = 0.0,
     ):
         super().__init__()
-        self.bottleneck, self.view = bottleneck, view
+        # one that is part of the model is a module of the model
+        self.outside = None if isinstance(vae, Autoencoder) else bottleneck
+        self.view, self.denoising, self.label_dropout = view, denoising, label_dropout
         self.vae = vae.train()  # from_pretrained's is not; gradients then cost a second forward pass
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
         self.learned = nn.ModuleDict(learned)
         self.decoder_only = decoder_only
         if decoder_only:
             vae.encoder.requires_grad_(False)
-            if vae.quant_conv is not None:
+            if getattr(vae, "quant_conv", None) is not None:
                 vae.quant_conv.requires_grad_(False)
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        return self.vae.bottleneck_module if self.outside is None else self.outside
 
     def compile_networks(self) -> None:
         """Compile encoder and decoder, except the last convolution: the adaptive weight reads its input."""
         self.vae.encoder.compile()
         self.vae.decoder.features = torch.compile(self.vae.decoder.features)
 
-    def forward(self, images: Tensor, noise: Tensor, draws: Draws | None = None) -> Reconstruction:
-        """Images (B, 3, H, W), noise for the bottleneck, random numbers for the view -> all that the loss needs."""
+    def forward(
+        self, images: Tensor, noise: Tensor, draws: Draws | None = None, labels: Tensor | None = None
+    ) -> Reconstruction:
+        """Images, noise for the bottleneck, other random numbers, labels or None -> all that the loss needs.
+
+        Shapes: images (B, C, H, W), noise (B, *noise_shape of the bottleneck), labels (B,).
+        """
         vae = self.vae
         if hasattr(self.view, "at_encoder"):
             images = self.view.at_encoder(images, vae.downsampling, draws)
             noise = self._cropped(noise, images)
+        condition = () if labels is None else (self._dropped(labels, draws),)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            moments = vae.encode(images).latent_dist.parameters
+            moments = vae.moments(self._corrupted(images, draws), *condition)
         code = self.bottleneck(moments, noise, images[0].numel())
         z, targets = self.view(code.z, images, draws)
-        features = vae.decoder.features(z if vae.post_quant_conv is None else vae.post_quant_conv(z))
+        features = vae.features(z, *condition)
         if torch.is_autocast_enabled(features.device.type):  # as the convolution would, and keep that alone
             features = features.to(torch.get_autocast_dtype(features.device.type))
         reconstruction = vae.decoder.conv_out(features)
@@ -155,6 +171,19 @@ class TrainedModel(nn.Module):
         return Reconstruction(
             reconstruction, targets, images, code, self.log_scale, features.detach(), learned
         )
+
+    def _corrupted(self, images: Tensor, draws: Draws | None) -> Tensor:
+        """What the encoder sees of the images: in a denoising autoencoder, with normal noise on them."""
+        if not self.denoising or draws is None:
+            return images
+        return images + self.denoising * draws.for_purpose(INPUT_NOISE).normal(*images.shape[1:])
+
+    def _dropped(self, labels: Tensor, draws: Draws | None) -> Tensor:
+        """The labels (B,), some of them replaced by "no label"."""
+        if not self.label_dropout or draws is None:
+            return labels
+        dropped = draws.for_purpose(LABELS).uniform(0, 1) < self.label_dropout
+        return torch.where(dropped, self.vae.config.classes, labels)
 
     def _cropped(self, noise: Tensor, images: Tensor) -> Tensor:
         """The part of the noise for whole crops that the latents of smaller images need."""

@@ -23,7 +23,7 @@ from kl_autoencoder.evaluation.metrics import LPIPS
 from ..config import KLConfig, LossConfig
 from ..loop.schedules import ramp
 from ..parts import Term
-from .adversary import Adversary
+from .adversarial.adversary import Adversary
 from .likelihoods import reconstruction_nll
 from .model import Reconstruction
 

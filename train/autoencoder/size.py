@@ -5,10 +5,10 @@ import os
 import torch
 
 from kl_autoencoder.inference.memory import total_host_memory
-from kl_autoencoder.models.autoencoder_kl_flux2 import CLASSES
+from kl_autoencoder.models.classes import CLASSES
 
 from ..config import AutoencoderConfig
-from .discriminator import PatchDiscriminator
+from .adversarial.discriminator import PatchDiscriminator
 
 FLOAT = 4  # bytes; weights, gradients and moments are float32 whatever the mixed precision
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
@@ -23,14 +23,16 @@ def check_weights(config: AutoencoderConfig, memory: int) -> None:
     if config.model.pretrained is None:
         try:
             with torch.device("meta"):
-                network = CLASSES[config.model.kind](**config.model.network())
+                network = CLASSES[config.model.class_name](**config.model.options())
         except ValueError as error:
             raise ValueError(f"model.{error}") from error
         # weight, gradient and Adam's two moments; and the moving average
         copies = 4 + config.ema.enabled
         shape = f"block_out_channels={list(network.config.block_out_channels)}"
-        layers = f"layers_per_block={network.config.layers_per_block}"
-        _refuse_above(memory, _parameters(network) * FLOAT * copies, f"model: {shape}, {layers}", "to train")
+        shape += f", layers_per_block={network.config.layers_per_block}"
+        if config.model.network == "mlp":
+            shape = f"hidden_sizes={list(config.model.hidden_sizes)}"
+        _refuse_above(memory, _parameters(network) * FLOAT * copies, f"model: {shape}", "to train")
     adversarial = config.loss.adversarial
     if adversarial.weight:
         with torch.device("meta"):
@@ -46,6 +48,8 @@ def check_step(config: AutoencoderConfig, network, memory: int) -> None:
     of the rest is computed again: (2 layers + 1) blocks a level in encoder and decoder. So a batch that passes may
     be too large all the same, and none is refused that would fit.
     """
+    if config.model.network == "mlp":
+        return
     data, blocks = config.data, 2 * network.layers_per_block + 1
     if config.train.decoder_only:
         blocks = network.layers_per_block + 1

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.latents.statistics import LatentStatistics
+from kl_autoencoder.models.autoencoder import Autoencoder
 from kl_autoencoder.models.scaling import patchify
+from kl_autoencoder.networks.bottlenecks import AdversarialBottleneck, Bottleneck
 
 from ..data.training_data import TrainingData
 from ..loop.context import RunContext
@@ -22,7 +24,8 @@ from ..loop.task import Grouped
 from ..parts import BOTTLENECKS, TERMS, VIEWS, Draws, Term
 from ..parts.draws import POSTERIOR_NOISE
 from . import size, validation
-from .adversary import Adversary
+from .adversarial.adversary import Adversary
+from .adversarial.latent_adversary import LatentAdversary
 from .export import export
 from .likelihoods import LEARNED_SCALE
 from .model import TrainedModel, build_autoencoder, choose_backward
@@ -54,7 +57,12 @@ class AutoencoderTask:
         self.adversary = None
         if self.config.loss.adversarial.weight:
             self.adversary = Adversary(run, self.vae.config.out_channels, self.vae.decoder.conv_out)
-        self.players = [self.autoencoder] + ([self.adversary.player] if self.adversary else [])
+        self.latent_adversary = None
+        if isinstance(model.bottleneck, AdversarialBottleneck):
+            self.latent_adversary = LatentAdversary(run, self.vae.config.latent_channels, model.bottleneck)
+            terms = [*terms, self.latent_adversary.term]
+        others = [adversary.player for adversary in (self.adversary, self.latent_adversary) if adversary]
+        self.players = [self.autoencoder, *others]
         self.objective = Objective(self.config.loss, perceptual, terms, self.adversary)
         self._check_resolutions()
         self.data = TrainingData(self.config.data, self.config.seed)
@@ -65,41 +73,55 @@ class AutoencoderTask:
         return self.vae if self.ema is None else self.ema.network
 
     def ready(self) -> None:
-        """Read this rank's share of the held-out images."""
+        """Read this rank's share of the held-out images, and start a bottleneck that learns from data."""
         self.held_out, self.held_out_images = self._read_held_out()
+        if wanted := self.model.bottleneck.wants_start():
+            self.model.bottleneck.start(self._first_moments(wanted), self.config.seed)
+            self._average_anew()
 
     # ---------------------------------------------------------------- one step
 
     def playing(self, step: int) -> Sequence[Player]:
-        return self.players if self._discriminates(step) else self.players[:1]
+        idle = self.adversary.player if self.adversary and not self._discriminates(step) else None
+        return [player for player in self.players if player is not idle]
 
     def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
         """Move the autoencoder and, from its start on, the discriminator by one micro-batch of `TrainingData`."""
         images = batch["images"].to(self.run.device, memory_format=torch.channels_last, non_blocking=True)
         draws = Draws(self.config.seed, batch["sample"], self.run.device, step=step)
-        terms, reconstruction, targets = self.autoencoder_step(
-            step, images, self.noise(batch["sample"]), draws
+        noise = self.noise(batch["sample"])
+        terms, reconstruction, targets, z = self.autoencoder_step(
+            step, images, noise, draws, self.labels(batch)
         )
         if self._discriminates(step):
             terms |= self.adversary.micro_batch(step, targets, reconstruction)
+        if self.latent_adversary is not None:
+            terms |= self.latent_adversary.micro_batch(z, noise)
         return terms
 
     def autoencoder_step(
-        self, step: int, images: Tensor, noise: Tensor, draws: Draws | None = None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Move the autoencoder by one micro-batch: the terms, the detached reconstruction and its targets."""
+        self,
+        step: int,
+        images: Tensor,
+        noise: Tensor,
+        draws: Draws | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """Move the autoencoder by one micro-batch: terms, the detached reconstruction, its targets, latents."""
+        self.model.bottleneck.begin_step(step)
         with record_function("autoencoder"):
-            output = self.autoencoder.network(images, noise, draws)
+            output = self.autoencoder.network(images, noise, draws, labels)
         loss, terms, reconstruction = self.objective(step, output)
         with record_function("autoencoder"):
             self.autoencoder.backward(loss, watched=terms["loss"])
         terms |= self.autoencoder.update()
         if (step + 1) % self.config.log.every == 0:
             terms |= output.code.facts()
-        return terms, reconstruction, output.targets
+        return terms, reconstruction, output.targets, output.code.z.detach()
 
     def end_step(self, step: int) -> None:
-        """Move the average; `step` counts the steps taken."""
+        """Move a code book and the average; `step` counts the steps taken."""
+        self.model.bottleneck.end_step(self.run.accelerator.gather)
         if self.ema is not None:
             with record_function("optimizer"):
                 self.ema.update(self.vae, step)
@@ -110,6 +132,17 @@ class AutoencoderTask:
         latent = (self.vae.config.latent_channels, side, side)
         draws = Draws(self.config.seed, samples, self.run.device, POSTERIOR_NOISE)
         return draws.normal(*self.model.bottleneck.noise_shape(latent))
+
+    def labels(self, batch: dict) -> Tensor | None:
+        """The labels (B,) of a batch on the device, where the model has classes."""
+        if not self.vae.config.get("classes"):
+            return None
+        if "labels" not in batch:
+            raise ValueError(
+                f"model.classes: {self.vae.config.classes}, but {self.config.data.train} has no labels; allowed: "
+                "with data.label_column or data.labels"
+            )
+        return batch["labels"].to(self.run.device, non_blocking=True)
 
     def _discriminates(self, step: int) -> bool:
         return self.adversary is not None and self.adversary.plays(step)
@@ -146,16 +179,43 @@ class AutoencoderTask:
         groups = -(-self.statistics_samples // (self.config.data.batch_size * self.run.ranks))
         loader = self.data.loader(0, self.run.rank, self.run.ranks, self.run.device)
         for [batch] in grouped(loader, groups, 1):
-            latents = self.latents(batch["images"], batch["sample"])
+            latents = self.latents(batch)
             statistics.update(patchify(latents, patch))
         return statistics.reduced(lambda total: self.run.accelerator.reduce(total.to(self.run.device), "sum"))
 
     @torch.no_grad()
-    def latents(self, images: Tensor, samples: Tensor) -> Tensor:
-        """Images (B, 3, H, W) and their samples' numbers -> latents (B, C, h, w) of the model that is exported."""
-        vae = self.exported
-        moments = vae.encode(images.to(self.run.device, vae.dtype)).latent_dist.parameters
-        return self.model.bottleneck(moments, self.noise(samples), images[0].numel()).z
+    def latents(self, batch: dict) -> Tensor:
+        """A batch of `TrainingData` -> latents (B, C, h, w) of the exported model, drawn as in training."""
+        images, noise = batch["images"], self.noise(batch["sample"])
+        return self._bottleneck(self.exported)(self._moments(batch), noise, images[0].numel()).z
+
+    def _moments(self, batch: dict) -> Tensor:
+        vae, labels = self.exported, self.labels(batch)
+        condition = () if labels is None else (labels,)
+        return vae.moments(batch["images"].to(self.run.device, vae.dtype), *condition)
+
+    def _bottleneck(self, vae: nn.Module) -> Bottleneck:
+        """That of the model, or the one that training has beside it."""
+        return vae.bottleneck_module if isinstance(vae, Autoencoder) else self.model.bottleneck
+
+    @torch.no_grad()
+    def _first_moments(self, wanted: int) -> Tensor:
+        """What the encoder makes of the first samples of the run: (wanted, channels), or fewer.
+
+        All ranks read the same samples.
+        """
+        vectors: list[Tensor] = []
+        for batch in self.data.loader(0, 0, 1, self.run.device):
+            h = self._moments(batch)
+            vectors.append(h.movedim(1, -1).flatten(0, 2).float())
+            if sum(map(len, vectors)) >= wanted:
+                break
+        return torch.cat(vectors)[:wanted]
+
+    def _average_anew(self) -> None:
+        """Begin the moving average with the weights as they are now."""
+        if self.ema is not None:
+            self.ema.network.load_state_dict(self.vae.state_dict())
 
     def export(self, folder: Path, facts: dict[str, Any]) -> None:
         kept = self.adversary.tensors() if self.config.export.training_state else None
@@ -168,7 +228,9 @@ class AutoencoderTask:
         tensors = self.autoencoder.tensors()
         if self.ema is not None:
             tensors["ema"] = self.ema.network.state_dict()
-        return tensors | (self.adversary.tensors() if self.adversary else {})
+        for adversary in (self.adversary, self.latent_adversary and self.latent_adversary.player):
+            tensors |= adversary.tensors() if adversary else {}
+        return tensors
 
     def load(self, tensors: Tensors) -> None:
         """The inverse of `tensors`. A moving average that is not among them starts from the weights."""
@@ -177,6 +239,8 @@ class AutoencoderTask:
             self.ema.network.load_state_dict(tensors["ema"] if "ema" in tensors else self.vae.state_dict())
         if self.adversary is not None and "discriminator" in tensors:
             self.adversary.load(tensors)
+        if self.latent_adversary is not None:
+            self.latent_adversary.player.load(tensors)
         if self.ema is not None and "ema" not in tensors:
             self.run.say(
                 "ema.enabled: the run had no moving average so far; it starts from the weights of this step"
@@ -210,7 +274,9 @@ class AutoencoderTask:
         view = VIEWS.build(config.loss.view, config)
         channels = self.vae.config.latent_channels
         learned = {term.name: term.learned(channels) for term in terms if term.learned}
-        model = TrainedModel(self.vae, bottleneck, view, learn_scale, config.train.decoder_only, learned)
+        switches = {"denoising": config.loss.denoising, "label_dropout": config.model.label_dropout}
+        decoder_only = config.train.decoder_only
+        model = TrainedModel(self.vae, bottleneck, view, learn_scale, decoder_only, learned, **switches)
         self.model = model.to(self.run.device)
         self.ema = MovingAverage(self.vae, config.ema.decay) if config.ema.enabled else None
         choose_backward(self.vae, config.train.gradient_checkpointing)
@@ -249,6 +315,8 @@ class AutoencoderTask:
                 raise ValueError(
                     f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}"
                 )
+            if side and getattr(self.vae, "is_mlp", False) and side != f:
+                raise ValueError(f"data.{key}: {side}; allowed for an mlp: {f}, as model.sample_size says")
         validation.check_perceptual(self.config)
         self.lpips = validation.fitting_lpips(self.config, self.lpips, self.run.say)
         self._check_smaller_images()

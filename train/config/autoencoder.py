@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..data.config import DataConfig
-from ..parts.bottlenecks import KLBottleneckConfig
+from ..parts.bottlenecks import KLBottleneckConfig, belongs_to_the_model, bottleneck_options
 from ..parts.views import IdentityConfig
 from ..settings import LPIPSNet, Number, Recomputed, Text, Whole, choice, key, section
 from .run import LARGE, STEPS, Config, TrainConfig, ValidationConfig
@@ -16,6 +16,19 @@ Count = int | None
 Widths = tuple[Annotated[Whole, Field(ge=1, le=WIDEST)], ...]
 Means = tuple[Annotated[Number, Field(ge=-LARGE, le=LARGE)], ...]
 Deviations = tuple[Annotated[Number, Field(gt=0, le=LARGE)], ...]
+HiddenSizes = tuple[Annotated[Whole, Field(ge=1, le=WIDEST)], ...]
+RELATIVE = "Autoencoder"  # the class of what diffusers has none for
+RELATIVE_KEYS = (
+    *("network", "hidden_sizes", "classes", "bottleneck", "in_channels", "out_channels"),
+    *("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size"),
+    *("scaling_factor", "mid_block_add_attention"),
+)
+BESIDE_PRETRAINED = ("decoder_block_out_channels", "network", "hidden_sizes", "classes", "bottleneck")
+# of the keys below those that are no argument of the model's class, or of an `Autoencoder` alone
+OWN_KEYS = (
+    *("pretrained", "subfolder", "kind", "start", "bottleneck", "network", "hidden_sizes", "classes"),
+    "label_dropout",
+)
 
 
 @section
@@ -33,6 +46,19 @@ class ModelConfig:
         "AutoencoderKL",
         "diffusers' class of a new network; the second normalises patches of latents by statistics of its own",
     )
+    network: Literal["conv", "mlp"] = choice(
+        "conv", "the network of that class, or fully connected layers, for images of one small size"
+    )
+    hidden_sizes: HiddenSizes = key(
+        (400,), "widths of an mlp's hidden layers; the decoder has them in reverse"
+    )
+    classes: int = key(
+        0,
+        "classes of the images, whose label modulates both networks (CVAE); 0: no labels",
+        low=0,
+        high=10**6,
+    )
+    label_dropout: float = key(0.0, "share of the training images whose label is left out", low=0, high=1)
     start: Literal["random", "enlargement"] = choice(
         "random",
         "what a new network computes: random numbers, or the shrunk image enlarged again, which saves much of a "
@@ -74,18 +100,29 @@ class ModelConfig:
     use_post_quant_conv: bool | None = key(None, "a 1x1 convolution before the decoder")
     mid_block_add_attention: bool | None = key(None, "attention in the middle of encoder and decoder")
 
-    def network(self) -> dict[str, Any]:
-        """The keys of diffusers' class that were given."""
-        own = ("pretrained", "subfolder", "kind", "start", "bottleneck")
-        given = dataclasses.asdict(self)
-        return {name: value for name, value in given.items() if value is not None and name not in own}
+    @property
+    def class_name(self) -> str:
+        """The class of a new model: `kind`, or `Autoencoder` for what diffusers has no class for."""
+        is_relative = self.network == "mlp" or self.classes or belongs_to_the_model(self.bottleneck)
+        return RELATIVE if is_relative else self.kind
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of that class that were given."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in given.items() if value is not None and name not in OWN_KEYS}
+        if self.class_name == RELATIVE:
+            given |= {name: getattr(self, name) for name in ("network", "hidden_sizes", "classes")}
+            given["bottleneck"] = bottleneck_options(self.bottleneck)
+        return given
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels or (1,))
         if not 1 <= levels <= LEVELS:
             raise ValueError(f"model.block_out_channels: {levels} levels; allowed: 1 to {LEVELS}")
-        given = [name for name in self.network() if name != "decoder_block_out_channels"]
+        given = [name for name in self.options() if name not in BESIDE_PRETRAINED]
         given += ["kind"] if self.kind != "AutoencoderKL" else []
+        given += ["bottleneck"] if belongs_to_the_model(self.bottleneck) else []
+        given += [name for name in ("classes", "network") if getattr(self, name) not in (0, "conv")]
         if self.pretrained is not None and given:
             raise ValueError(
                 f"model.{given[0]}: given beside model.pretrained; allowed: one of the two "
@@ -93,6 +130,10 @@ class ModelConfig:
             )
         if self.pretrained is None:
             self._check_kind()
+            if self.label_dropout and not self.classes:
+                raise ValueError(
+                    f"model.label_dropout: {self.label_dropout} without model.classes; allowed there: 0"
+                )
         if self.pretrained is not None and self.start != "random":
             raise ValueError(
                 f"model.start: {self.start} beside model.pretrained; allowed: one of the two "
@@ -100,6 +141,9 @@ class ModelConfig:
             )
 
     def _check_kind(self) -> None:
+        if self.class_name == RELATIVE:
+            self._check_relative()
+            return
         is_flux2 = self.kind == "AutoencoderKLFlux2"
         scaling = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
         others = scaling if is_flux2 else ("decoder_block_out_channels",)
@@ -107,6 +151,17 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 allowed = "AutoencoderKL" if is_flux2 else "AutoencoderKLFlux2"
                 raise ValueError(f"model.{name}: no key of {self.kind}; allowed: with model.kind={allowed}")
+
+    def _check_relative(self) -> None:
+        """Refuse keys that an `Autoencoder` does not have."""
+        odd = [name for name in self.options() if name not in RELATIVE_KEYS]
+        odd += ["kind"] if self.kind != "AutoencoderKL" else []
+        odd += ["start"] if self.start != "random" else []
+        if odd:
+            raise ValueError(
+                f"model.{odd[0]}: no key of a model with network=mlp, classes or a bottleneck other than kl; "
+                f"allowed there: {', '.join(RELATIVE_KEYS)}"
+            )
 
 
 @section
@@ -175,6 +230,19 @@ class AdversarialConfig:
 
 
 @section
+class LatentAdversarialConfig:
+    """The discriminator of latents, where model.bottleneck.kind is adversarial."""
+
+    weight: float = key(
+        1.0, "of the term that the encoder minimises, per pixel dimension", above=0, high=LARGE
+    )
+    hidden: int = key(256, "width of the discriminator's two hidden layers", low=1, high=WIDEST)
+    learning_rate: float | None = key(
+        None, "of the discriminator; null is the autoencoder's", above=0, high=100
+    )
+
+
+@section
 class LossConfig:
     """The terms of the objective."""
 
@@ -184,6 +252,13 @@ class LossConfig:
     perceptual: PerceptualConfig = PerceptualConfig()
     kl: KLConfig = KLConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
+    latent_adversarial: LatentAdversarialConfig = LatentAdversarialConfig()
+    denoising: float = key(
+        0.0,
+        "deviation of normal noise on the images for the encoder; the targets stay clean (Vincent et al. 2008)",
+        low=0,
+        high=100,
+    )
     view: Any = Field(
         IdentityConfig(), description="what happens to latents before they are decoded, by its kind"
     )

@@ -15,7 +15,10 @@ Tensors = dict[str, dict[str, Tensor]]  # by the name of their file in a checkpo
 
 
 class MovingAverage:
-    """Exponential moving average of a network's weights, in float32: `network` is the averaged one."""
+    """Exponential moving average of a network's weights, in float32: `network` is the averaged one.
+
+    Buffers, which hold averages of their own, are copied.
+    """
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
@@ -26,6 +29,8 @@ class MovingAverage:
         """`step` counts from 1; the decay rises with it, so that the first weights are soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
+        for own, other in zip(self.network.buffers(), network.buffers(), strict=True):
+            own.copy_(other)
 
 
 class Player:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # purposes; crops have a generator of their own, `augmentation` in train/data/samples.py
-POSTERIOR_NOISE, VIEW, STEP = 1, 2, 3
+POSTERIOR_NOISE, VIEW, STEP, INPUT_NOISE, LABELS = 1, 2, 3, 4, 5
 
 
 class Draws:
@@ -19,9 +19,13 @@ class Draws:
     """
 
     def __init__(self, seed: int, samples: Tensor, device: torch.device, purpose: int = VIEW, step: int = 0):
-        self.seed, self.device, self.step = seed, device, step
+        self.seed, self.samples, self.device, self.step = seed, samples, device, step
         keys = [np.random.SeedSequence((seed, n, purpose)) for n in samples.tolist()]
         self.generators = [np.random.Generator(np.random.Philox(key)) for key in keys]
+
+    def for_purpose(self, purpose: int) -> "Draws":
+        """The random numbers of the same batch for another purpose."""
+        return Draws(self.seed, self.samples, self.device, purpose, self.step)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, (B, *shape), float32."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...models.autoencoder_kl import KLAutoencoder
-    from ...models.float16 import Activations
+    from ...models.half_precision.float16 import Activations
 
 SAME_FUNCTION = 1e-4  # of the range of what a model gives
 
@@ -53,7 +53,7 @@ def check_fp16_check(arguments: argparse.Namespace) -> None:
 
 def fp16_check(arguments: argparse.Namespace) -> int:
     """Measure each layer's largest value; with --fix write the model rescaled. 1 if the model is unsafe."""
-    from ...models import float16, float16_check
+    from ...models.half_precision import float16, float16_check
     from ..loading import load_model
 
     photographs, folder, output = arguments.images, arguments.folder, arguments.output
@@ -84,7 +84,7 @@ def _fix(
     vae: "KLAutoencoder", before: "Activations", images: Iterator["Tensor"], noise: "Tensor"
 ) -> "KLAutoencoder":
     """The model rescaled for float16, and a report of what that changes; ValueError if it is not fit to be kept."""
-    from ...models import float16, float16_check
+    from ...models.half_precision import float16, float16_check
 
     fixed = float16.rescaled(vae, before)
     others = {
@@ -116,7 +116,7 @@ def _test_images(photographs: list[tuple[Path, str]], size: int) -> Iterator["Te
 
     A photograph that cannot be read is told, skipped and taken from the list.
     """
-    from ...models import float16_check
+    from ...models.half_precision import float16_check
     from ..loading import read_photographs
 
     built_in = [

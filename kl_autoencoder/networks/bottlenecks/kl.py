@@ -1,29 +1,15 @@
-"""Bottlenecks: from the encoder's moments to latents, with a penalty for the information in them."""
+"""The bottleneck of a variational autoencoder: latents drawn from a diagonal Gaussian."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .distributions import DiagonalGaussian
-
-
-@dataclass
-class Code:
-    """The output of a bottleneck.
-
-    z: (B, C, h, w), what the decoder reads. penalties: name -> (B,), in nats per pixel dimension. facts: a function
-    that returns scalars to log by name; it is called only in steps that are logged.
-    """
-
-    z: Tensor
-    penalties: dict[str, Tensor] = field(default_factory=dict)
-    facts: Callable[[], dict[str, Tensor]] = dict
+from ..distributions import DiagonalGaussian
+from .base import Bottleneck, Code
 
 
-class KLBottleneck(nn.Module):
+class KLBottleneck(Bottleneck):
     """Latents drawn from a diagonal Gaussian q(z|x) by reparameterisation (Kingma & Welling 2013, section 2.4).
 
     Its penalty is KL(q(z|x) || N(0, I)) per pixel dimension.

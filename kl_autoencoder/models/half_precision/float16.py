@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..networks.convolutional import NORM_EPS, AttentionBlock, Decoder, Encoder, ResnetBlock
-from .autoencoder_kl import KLAutoencoder
+from ...networks.convolutional import NORM_EPS, AttentionBlock, Decoder, Encoder, ResnetBlock
+from ..autoencoder_kl import KLAutoencoder
 
 LARGEST = 65504.0  # in float16; beyond is infinity
 MARGIN = 4.0  # other images reach further than those measured

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.image_io import load_image
-from ..extras import needs
-from .autoencoder_kl import KLAutoencoder
+from ...data.image_io import load_image
+from ...extras import needs
+from ..autoencoder_kl import KLAutoencoder
 from .float16 import LARGEST, LIMIT, MARGIN, WATCHED, Activations, copied, decoded, encoded
 
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")  # colour photographs that come with scikit-image

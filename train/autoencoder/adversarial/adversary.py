@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..loop.context import RunContext
-from ..loop.player import Player, Tensors
-from ..loop.schedules import ramp
-from . import adversarial_losses as losses
+from ...loop.context import RunContext
+from ...loop.player import Player, Tensors
+from ...loop.schedules import ramp
+from . import losses
 from .discriminator import PatchDiscriminator
 from .training_state import load_training_state
 

@@ -1,0 +1,263 @@
+"""Autoencoder: the relatives of the KL autoencoder: other bottlenecks, other networks, class conditions."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..files import shown, sync_files
+from ..networks.bottlenecks import BOTTLENECKS, Bottleneck, Discrete
+from ..networks.conditions import ConditionalDecoder, ConditionalEncoder
+from ..networks.convolutional import Decoder, Encoder
+from ..networks.mlp import MLPDecoder, MLPEncoder
+from . import scaling, single_file
+from .autoencoder_kl import KLAutoencoderOutput
+from .config import FAMILY_RULES, RULES, check_config, check_rules
+from .folder import CONFIG, read_headers, read_json
+
+
+class Autoencoder(ModelMixin, ConfigMixin):
+    """An autoencoder of images that plain diffusers has no class for.
+
+    `encode`, `decode` and calling are as those of `KLAutoencoder`, with class labels where there are classes. Loads
+    and saves as every model of diffusers does; its config.json says `Autoencoder`.
+
+    Args (all by name):
+        network: "conv", as KLAutoencoder's, or "mlp", fully connected, for images of one size.
+        bottleneck: {"kind": ..., and its options}, see `networks.bottlenecks`.
+        in_channels, out_channels: channels of the images read and written.
+        sample_size: side of the images; of an mlp the only one.
+        latent_channels: channels of the latents; of an mlp they are (B, latent_channels, 1, 1).
+        block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention: of a conv network.
+        hidden_sizes: widths of an mlp's hidden layers, of the encoder; the decoder has them in reverse.
+        classes: number of classes of a conditional autoencoder; 0: not conditional.
+        scaling_factor: what `scale` multiplies latents by.
+
+    Raises ValueError for a configuration that no network can have, naming the key.
+    """
+
+    rules = FAMILY_RULES
+
+    @register_to_config
+    def __init__(
+        self,
+        network: str = "conv",
+        bottleneck: Mapping[str, Any] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        sample_size: int = 32,
+        latent_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = True,
+        hidden_sizes: tuple[int, ...] = (400,),
+        classes: int = 0,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        bottleneck = dict(bottleneck or {"kind": "kl"})
+        self.register_to_config(bottleneck=bottleneck)
+        check_family(self.config)
+        self.bottleneck_module = build_bottleneck(bottleneck, latent_channels)
+        channels = self.bottleneck_module.encoder_channels(latent_channels)
+        self.is_mlp = network == "mlp"
+        if self.is_mlp:
+            self.encoder: nn.Module = MLPEncoder(
+                (in_channels, sample_size, sample_size), hidden_sizes, channels, classes
+            )
+            self.decoder: nn.Module = MLPDecoder(
+                latent_channels, hidden_sizes, (out_channels, sample_size, sample_size), classes
+            )
+            return
+        shape = [tuple(block_out_channels), layers_per_block, norm_num_groups, mid_block_add_attention]
+        if classes:
+            self.encoder = ConditionalEncoder(in_channels, latent_channels, *shape, classes=classes)
+            self.decoder = ConditionalDecoder(latent_channels, out_channels, *shape, classes=classes)
+        else:
+            self.encoder = Encoder(in_channels, latent_channels, *shape)
+            self.decoder = Decoder(latent_channels, out_channels, *shape)
+        self.encoder.conv_out = nn.Conv2d(block_out_channels[-1], channels, 3, padding=1)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels a latent pixel, per side."""
+        return self.config.sample_size if self.is_mlp else 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of an image must be multiples of."""
+        return self.downsampling
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether latents are codes, with `encode_indices` and `decode_indices`."""
+        return isinstance(self.bottleneck_module, Discrete)
+
+    @property
+    def codes(self) -> int:
+        """How many codes there are. ValueError where latents are not discrete."""
+        return self._discrete.codes
+
+    # ---------------------------------------------------------------- images <-> latents
+
+    def moments(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] -> what the bottleneck makes latents of, (B, channels, h, w)."""
+        self._check_images(x)
+        return self.encoder(x, labels) if self._takes(labels) else self.encoder(x)
+
+    def features(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) -> the input of the decoder's last layer, `decoder.conv_out`."""
+        return self.decoder.features(z, labels) if self._takes(labels) else self.decoder.features(z)
+
+    def encode(
+        self, x: Tensor, labels: Tensor | None = None, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple:
+        """Images (B, in_channels, H, W) in [-1, 1], labels (B,) -> `.latent_dist` over latents (B, C, h, w).
+
+        It is a `DiagonalGaussian` where the bottleneck is kl, and a `PointPosterior` elsewhere. Raises ValueError
+        for images of another size or number of channels, and for labels where the model has no classes.
+        """
+        posterior = self.bottleneck_module.posterior(self.moments(x, labels))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, z: Tensor, labels: Tensor | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, C, h, w), labels (B,) -> `.sample`, images (B, out_channels, H, W), not clamped."""
+        channels, most = self.config.latent_channels, 1 if self.is_mlp else None
+        if z.ndim != 4 or z.shape[1] != channels or (most and z.shape[2:] != (1, 1)):
+            sides = "1, 1" if most else "h, w"
+            raise ValueError(f"z: shape {tuple(z.shape)}; allowed: (B, {channels}, {sides})")
+        images = self.decoder.conv_out(self.features(z, labels))
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+    def forward(
+        self, sample: Tensor, labels: Tensor | None = None, return_dict: bool = True
+    ) -> BaseOutput | tuple[Tensor]:
+        """Images -> their reconstruction from the posterior's mode, and the posterior."""
+        posterior = self.encode(sample, labels).latent_dist
+        images = self.decode(posterior.mode(), labels).sample
+        return KLAutoencoderOutput(images, posterior) if return_dict else (images,)
+
+    def encode_indices(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (B, in_channels, H, W) -> codes (B, h, w), int64. ValueError where latents are not discrete."""
+        return self._discrete.indices(self.moments(x, labels))
+
+    def decode_indices(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Codes (B, h, w), int64 -> images (B, out_channels, H, W). ValueError where latents are not discrete."""
+        return self.decode(self._discrete.from_indices(indices).to(self.dtype), labels).sample
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """What `scale` and `unscale` apply, as files of latents keep it."""
+        return {"scaling_factor": self.config.scaling_factor}
+
+    def set_scaling(self, statistics: Any) -> None:
+        """Set what gives latents with these `LatentStatistics` unit variance."""
+        self.register_to_config(scaling_factor=statistics.scaling_factor)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Raw latents -> latents of unit variance."""
+        return scaling.scale(z, self.scaling)
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return scaling.unscale(z, self.scaling)
+
+    # ---------------------------------------------------------------- reading and writing
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """A folder or hub id -> the model, in evaluation mode. Takes the arguments of diffusers' method.
+
+        Raises ValueError where tensors are missing or left over, and for a config that its tensors do not have.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if os.path.isdir(folder):
+            cls._check_folder(folder)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, low_cpu_mem_usage=False, **kwargs
+        )
+        model, info = loaded
+        single_file.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
+        return model
+
+    @classmethod
+    def _check_folder(cls, folder: str) -> None:
+        """Compare the config of a local folder with its tensors before anything large is built."""
+        tensors, config = read_headers(Path(folder)), read_json(Path(folder, CONFIG))
+        try:
+            with torch.device("meta"):
+                model: Any = cls.from_config({k: v for k, v in config.items() if k in cls.rules})
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        if tensors:
+            single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, folder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> None:
+        """Write a folder that `from_pretrained` loads. Takes the arguments of diffusers' method."""
+        folder = Path(save_directory)
+        super().save_pretrained(save_directory, *arguments, **options)
+        sync_files([folder / CONFIG, *folder.glob("diffusion_pytorch_model*")])
+
+    # ---------------------------------------------------------------- errors
+
+    @property
+    def _discrete(self) -> Discrete:
+        if not isinstance(self.bottleneck_module, Discrete):
+            kind = self.config.bottleneck["kind"]
+            raise ValueError(f"bottleneck.kind: {kind}; allowed for codes: vq, fsq, gumbel")
+        return self.bottleneck_module
+
+    def _takes(self, labels: Tensor | None) -> bool:
+        if labels is not None and not self.config.classes:
+            raise ValueError("labels: given to a model without classes; allowed: none")
+        return self.config.classes > 0
+
+    def _check_images(self, x: Tensor) -> None:
+        channels, f, size = self.config.in_channels, self.downsampling, self.config.sample_size
+        sides = f"{size}, {size}" if self.is_mlp else f"H, W, multiples of {f}"
+        fits = x.ndim == 4 and x.shape[1] == channels and all(n and n % f == 0 for n in x.shape[2:])
+        if not fits or (self.is_mlp and x.shape[2:] != (size, size)):
+            raise ValueError(f"x: shape {tuple(x.shape)}; allowed: (B, {channels}, {sides})")
+
+
+def build_bottleneck(config: Mapping[str, Any], latent_channels: int) -> Bottleneck:
+    """The bottleneck of `config`, {"kind": ..., options}. ValueError for a kind or an option that there is not."""
+    options = {name: value for name, value in config.items() if name != "kind"}
+    kind = config.get("kind")
+    if kind not in BOTTLENECKS:
+        raise ValueError(f"bottleneck.kind: {shown(kind)}; allowed: {', '.join(BOTTLENECKS)}")
+    try:
+        return BOTTLENECKS[kind](latent_channels, **options)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"bottleneck: {shown(dict(config))}: {str(error)[:120]}") from None
+
+
+def check_family(config: Mapping[str, Any]) -> None:
+    """Hold the config of an `Autoencoder` to what it can have; ValueError naming the key."""
+    check_rules(config, FAMILY_RULES)
+    if config["network"] == "conv":
+        kinds = {key: (kind,) for key, kind in _BLOCKS.items()}
+        rest = {key: None for key in RULES if key not in config}
+        check_config({**rest, **_PLAIN, **config, **kinds}, {})
+
+
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_PLAIN: dict[str, Any] = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+
+def widths(config: Mapping[str, Any]) -> Sequence[int]:
+    """The widths of the network's levels or layers."""
+    return config["hidden_sizes"] if config["network"] == "mlp" else config["block_out_channels"]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..data.image_io import image_size
 from ..models.autoencoder_kl import COMPACT, ExactAutoencoder
-from ..models.autoencoder_kl_flux2 import class_of
+from ..models.classes import class_of
 from . import container
 from .codec import Codec, Photograph, bytes_of
 from .context_model import ContextModel

@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..files import shown, sync_files
+from ..files import read_tensors, shown, sync_files
 from ..networks.bottlenecks import BOTTLENECKS, Bottleneck, Discrete
 from ..networks.conditions import ConditionalDecoder, ConditionalEncoder
 from ..networks.convolutional import Decoder, Encoder
@@ -192,6 +192,20 @@ class Autoencoder(ModelMixin, ConfigMixin):
         model, info = loaded
         single_file.refuse(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
         return model
+
+    @classmethod
+    def from_single_file(cls, path: str | os.PathLike, **config: Any) -> Self:
+        """The tensors of a training run's checkpoint and the config beside it -> the model, in evaluation mode.
+
+        Raises ValueError naming the file and what is missing or left over.
+        """
+        tensors, _ = read_tensors(os.fspath(path))
+        if any(name.startswith("vae.") for name in tensors):  # beside what only training has
+            tensors = {n.removeprefix("vae."): t for n, t in tensors.items() if n.startswith("vae.")}
+        model: Any = cls.from_config({key: value for key, value in config.items() if key in cls.rules})
+        single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, path)
+        model.load_state_dict(tensors)
+        return model.eval()
 
     @classmethod
     def _check_folder(cls, folder: str) -> None:

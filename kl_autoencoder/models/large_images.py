@@ -21,6 +21,8 @@ def prepare_for(vae: KLAutoencoder, height: int, width: int) -> None:
 
     `height`, `width`: of the image, in pixels.
     """
+    if not hasattr(vae, "enable_tiling"):  # an `Autoencoder`: executed whole
+        return
     vae.enable_tiling(height * width >= TILED_FROM)
     activations, images = memory_needed(vae, height, width)
     left = available_host_memory()

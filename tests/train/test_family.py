@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from kl_autoencoder import Autoencoder, KLAutoencoder, load_image
-from tests.evaluated import NET
 from tests.processes import finish, start_ranks
 from tests.train.test_trainer import small_config
 from train.autoencoder.task import AutoencoderTask
@@ -192,7 +191,17 @@ def test_the_commands_read_it(photographs, tmp_path, capsys):
     assert main(["reconstruct", str(picture), "--model", str(tmp_path / "run"), "-o", str(target)]) == 0
     assert load_image(target).shape == load_image(picture).shape
     assert (
-        main(["evaluate", str(photographs), "--model", str(summary["export"]), "-o", str(tmp_path / "e")])
+        main(
+            [
+                "evaluate",
+                "--data",
+                str(photographs),
+                "--model",
+                str(summary["export"]),
+                "-o",
+                str(tmp_path / "e"),
+            ]
+        )
         == 0
     )
     assert "psnr" in capsys.readouterr().out.lower()

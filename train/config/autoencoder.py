@@ -311,6 +311,11 @@ class AutoencoderConfig(Config):
                 f"loss.adversarial.disc_start: {adversarial.disc_start} (felt from step {felt} on) in a run of "
                 f"{steps} steps; allowed: below train.steps, or loss.adversarial.weight=0"
             )
+        if adversarial.weight and self.model.network == "mlp":
+            raise ValueError(
+                f"loss.adversarial.weight: {adversarial.weight} with model.network=mlp; allowed there: 0 (patches "
+                "are judged, and the adaptive weight is that of a convolution)"
+            )
         if self.export.training_state and not adversarial.weight:
             raise ValueError(
                 "export.training_state: true in a run without a discriminator; allowed: with "

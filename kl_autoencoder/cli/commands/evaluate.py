@@ -153,7 +153,9 @@ def _load(name: str, given: str, device: str, dtype: str | None, seed: int) -> "
 
     if kind := other_kind(given):
         return OtherAutoencoder(name, load_other_model(given, kind, device, dtype), seed)
-    return Model(name, load_model(given, device, dtype), seed)
+    vae = load_model(given, device, dtype)
+    own = vae.config.get("bottleneck") is None
+    return Model(name, vae, seed) if own else OtherAutoencoder(name, vae, seed)
 
 
 def _metrics(

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .export import check_model_output, write_model_folder
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...models.autoencoder import Autoencoder
     from ...models.autoencoder_kl import KLAutoencoder
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")  # an identifier, as the hub has them
@@ -117,10 +118,12 @@ def info(arguments: argparse.Namespace) -> None:
         codec.print_header(arguments.model, arguments.json)
         return
     vae = load_model(arguments.model, "cpu", None)
+    relative = vae.config.get("bottleneck") is not None
     if arguments.json:
-        print(json.dumps(_facts(arguments.model, vae), indent=1))
+        facts = _facts_of_relative if relative else _facts
+        print(json.dumps(facts(arguments.model, vae), indent=1))
         return
-    for key, value in _described(arguments.model, vae).items():
+    for key, value in (_described_relative if relative else _described)(arguments.model, vae).items():
         print(f"{key:14}{value}")
 
 
@@ -168,6 +171,50 @@ def _facts(name: str, vae: "KLAutoencoder") -> dict:
         "pipelines": list(scaling.pipelines_of(vae.scaling)),
         "config": {key: vae.config.get(key) for key in keys},
     }
+
+
+def _described_relative(name: str, vae: "Autoencoder") -> dict[str, str]:
+    """The lines of `info` for an `Autoencoder` of this package."""
+    c, f = vae.config, vae.downsampling
+    options = {key: value for key, value in c.bottleneck.items() if key != "kind"}
+    said = ", ".join(f"{key}={value}" for key, value in options.items())
+    sides = f"{f}, {f}" if vae.is_mlp else "H, W"
+    where = "in [-1, 1]" if vae.is_mlp else f"in [-1, 1], H and W multiples of {f}"
+    latents = f"(B, {c.latent_channels}, {'1, 1' if vae.is_mlp else f'H/{f}, W/{f}'})"
+    lines = {
+        "model": name,
+        "family": "Autoencoder of this package",
+        "made for": f"{c.sample_size}x{c.sample_size} images",
+        "images": f"(B, {c.in_channels}, {sides}) {where}",
+        "latents": f"{latents}, {vae.codes} codes" if vae.is_discrete else latents,
+        "bottleneck": f"{c.bottleneck['kind']}" + (f" ({said})" if said else ""),
+        "classes": str(c.classes or "none"),
+        "network": f"fully connected, hidden layers {_listed(c.hidden_sizes)}"
+        if vae.is_mlp
+        else f"widths {_widths(c)}; {c.layers_per_block} layers a block; {c.norm_num_groups} groups",
+        "parameters": f"{_size(vae):,} (encoder {_size(vae.encoder):,}, decoder {_size(vae.decoder):,})",
+        "scaling": f"factor {c.scaling_factor:.6g}",
+    }
+    return lines
+
+
+def _facts_of_relative(name: str, vae: "Autoencoder") -> dict:
+    """What `info --json` prints of it."""
+    config = {key: vae.config[key] for key in vae.rules}
+    return {
+        "model": name,
+        "family": "Autoencoder of this package",
+        "downsampling": vae.downsampling,
+        "parameters": {"all": _size(vae), "encoder": _size(vae.encoder), "decoder": _size(vae.decoder)},
+        "dtypes": _dtypes(vae),
+        "codes": vae.codes if vae.is_discrete else None,
+        "scaling": vae.scaling,
+        "config": {**config, "bottleneck": dict(config["bottleneck"])},
+    }
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, widths)) or "none"
 
 
 def _widths(config: Mapping[str, Any]) -> str:

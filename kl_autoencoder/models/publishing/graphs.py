@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import float16, float16_check
 from ..autoencoder_kl import ExactAutoencoder
+from ..half_precision import float16, float16_check
 
 MEASURED = 32  # latents a side of the images that float16's range is measured on
 TRACED = (2, 8, 12)  # batch, height and width of latents: sides that differ, or torch takes them for one

@@ -60,6 +60,8 @@ REFUSED = {
     "evaluate --model compact --data no/such/folder -o report": "--data: 'no/such/folder' is no file or folder",
     "evaluate --model compact --data COMPACT -o report": "--data: no images in",
     "evaluate --model compact --data sample-photographs -o PHOTO": "is a file; a folder is written",
+    "study compact --data no/such/folder -o out": "--data: 'no/such/folder' is no file or folder",
+    "study compact --data sample-digits -o PHOTO": "is a file; a folder is written",
     "export compact -o vae.ckpt --single-file": "written to a .safetensors file",
     "export COMPACT -o COMPACT": "is the model itself",
     "export compact --onnx --single-file -o vae": "--onnx, --torch-export and --single-file: one of them",

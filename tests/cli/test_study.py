@@ -82,7 +82,7 @@ def test_json_alone_is_printed_on_request(run, classes, tmp_path, capsys):
     ("options", "told"),
     [
         (["--size", "15"], "--size: 15; allowed: multiples of 2"),
-        (["--label-column", "kind"], "--label-column: "),
+        (["--label-column", "kind"], "--label-column: 'kind', but "),
         (["--limit", "1"], "allowed: at least 2"),
     ],
 )

@@ -2,22 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from ...console import say
 from ...data.locating import locate
 from ...extras import require
 from ...files import replacing
 from ...models.run_folder import METRICS_FILE, read_metrics
-from ...progress import Progress, tracked, write
+from ...progress import Progress, write
 from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
 from ..paths import check_model, model_path, refuse_existing
 from .latent_space import add_size, size_of_squares
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MEASURES = "measures.json"
 LIKELIHOODS = ("gaussian", "laplace", "bernoulli")
@@ -38,9 +33,14 @@ def study_arguments(parser: Parser) -> None:
         metavar="COLUMN",
         help="with their classes (default: names of folders, if there are any)",
     )
-    parser.add_argument("--split", default="train", help="the split of a data set on the hub (train)")
+    parser.add_argument("--split", default="validation", help="the split of a data set (validation)")
     parser.add_argument(
         "--likelihood", choices=LIKELIHOODS, help="p(x|z) of the bounds (that of the run, else gaussian)"
+    )
+    parser.add_argument(
+        "--binarize",
+        choices=["fixed", "dynamic"],
+        help="make images black and white (as the run did, if any)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     add_device(parser)
@@ -56,94 +56,43 @@ def check_study(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.output}: is a file; a folder is written")
     refuse_existing([arguments.output / MEASURES], [], arguments.overwrite)
     check_model(arguments.model)
-    locate(arguments.data, "--data")
+    locate(arguments.data, "--data", "validation")
 
 
 def study(arguments: argparse.Namespace) -> None:
     """Measure a model, draw its pictures, and write the measures last."""
+    from ...evaluation.pictures.album import pictures
+    from ...evaluation.pictures.style import save
     from ...evaluation.variational import measures
+    from ..labelled_images import binarised, read_labelled
     from ..loading import load_model
 
     model = load_model(arguments.model, arguments.device, "float32")
-    labelled = _read(arguments, model)
-    given = labelled.classes if model.config.get("classes") else None
-    data = measures.Images(labelled.images, _as_tensor(given))
+    likelihood, binarize = _of_run(model_path(arguments.model))
+    labelled = read_labelled(
+        arguments.data, size_of_squares(arguments.size, model), model.config.in_channels, arguments.limit,
+        arguments.image_column, arguments.label_column, arguments.split,
+    )  # fmt: skip
+    images = labelled.images
+    if binarize := arguments.binarize or binarize:
+        images = binarised(images, binarize, arguments.seed)
+    data = measures.Images(images, labelled.classes if model.config.get("classes") else None)
     with Progress("encoding", len(data.images), "images") as progress:
         encoded = measures.encode(model, data, progress.update)
-    likelihood = arguments.likelihood or _likelihood_of_run(model_path(arguments.model))
     with Progress("measuring", len(data.images), "images") as progress:
-        found = measures.measure(model, data, encoded, likelihood, arguments.seed, progress.update)
+        found = measures.measure(
+            model, data, encoded, arguments.likelihood or likelihood, arguments.seed, progress.update
+        )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    _draw(arguments, model, data, encoded, labelled)
+    records = read_metrics(_run_of(model_path(arguments.model)) / METRICS_FILE)
+    for name, draw in pictures(model, data, encoded, labelled.classes, labelled.names, records):
+        with Progress(f"drawing {name}"):
+            save(draw(), arguments.output / name)
+        if not arguments.json:
+            write(str(arguments.output / name))
     with replacing(arguments.output / MEASURES) as path:
         path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _tell(found, arguments.json)
-
-
-class Labelled(NamedTuple):
-    """images: (N, C, H, W). classes: (N,), numbers, or None without labels. names: of the classes, by number."""
-
-    images: "Tensor"
-    classes: list[int] | None
-    names: list[str]
-
-
-def _read(arguments: argparse.Namespace, model: Any) -> Labelled:
-    """The images of --data, in the model's size and channels, with their classes."""
-    import numpy as np
-    import torch
-
-    from ...data.image_io import load_image, open_image
-    from ...data.sources import Keys, encoded_file, open_source, record_name
-
-    column, label_column = arguments.image_column, arguments.label_column
-    keep = (label_column,) if label_column else ()
-    rows = open_source(
-        arguments.data, Keys("--data", "--image-column"), column, arguments.split, keep=keep, in_order=True
-    )
-    size, channels = size_of_squares(arguments.size, model), model.config.in_channels
-    if label_column and len(rows) and label_column not in rows[0]:
-        raise ValueError(f"--label-column: {arguments.data} has files alone; allowed: a folder a class")
-    images, labels = [], []
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), arguments.limit)).round().astype(int))
-    for number in tracked(chosen.tolist(), "reading", "images"):
-        row = rows[number]
-        name = record_name(row[column], f"row {number}")
-        try:
-            opened = open_image(encoded_file(row[column], name), channels)
-            images.append(load_image(opened, size, multiple_of=1, channels=channels))
-        except (ValueError, OSError) as error:
-            say("skipped", error)
-            continue
-        labels.append(row[label_column] if label_column else _folder(row[column], arguments.data))
-    if len(images) < 2:
-        raise ValueError(
-            f"--data: {len(images)} images of {arguments.data} could be read; allowed: at least 2"
-        )
-    return Labelled(torch.cat(images), *_numbered(labels))
-
-
-def _folder(record: dict, source: str) -> str | None:
-    """The folder of an image within the source, which names its class; None for one that lies in no folder."""
-    path = Path((record or {}).get("path") or "")
-    folder = Path(source).expanduser()
-    parts = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
-    return parts[0] if len(parts) > 1 else None
-
-
-def _numbered(labels: Sequence[Any]) -> tuple[list[int] | None, list[str]]:
-    """Labels -> the number of each among the sorted ones, and their names; None if all are one or one missing."""
-    found = set(labels)
-    if None in found or len(found) < 2:
-        return None, []
-    order = {label: number for number, label in enumerate(sorted(found))}
-    return [order[label] for label in labels], [str(label) for label in order]
-
-
-def _as_tensor(classes: list[int] | None) -> "Tensor | None":
-    import torch
-
-    return None if classes is None else torch.tensor(classes)
 
 
 def _run_of(path: Path) -> Path:
@@ -151,28 +100,14 @@ def _run_of(path: Path) -> Path:
     return path if (path / "config.yaml").is_file() else path.parent
 
 
-def _likelihood_of_run(path: Path) -> str:
-    """That which the run was trained with, in its config.yaml; Gaussian where there is none."""
+def _of_run(path: Path) -> tuple[str, str | None]:
+    """The likelihood and the binarisation that a model was trained with; Gaussian and none where no run says it."""
     import yaml
 
-    config = _run_of(path) / "config.yaml"
-    loss = (
-        (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("loss") if config.is_file() else None
-    )
-    return TRAINED_AS.get((loss or {}).get("reconstruction"), "gaussian")
-
-
-def _draw(arguments: argparse.Namespace, model: Any, data: Any, encoded: Any, labelled: Labelled) -> None:
-    from ...evaluation.pictures.album import pictures
-    from ...evaluation.pictures.style import save
-
-    records = read_metrics(_run_of(model_path(arguments.model)) / METRICS_FILE)
-    for name, draw in pictures(model, data, encoded, labelled.classes, labelled.names, records):
-        path = arguments.output / name
-        with Progress(f"drawing {name}"):
-            save(draw(), path)
-        if not arguments.json:
-            write(str(path))
+    file = _run_of(path) / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    loss, data = (config.get(key) or {} for key in ("loss", "data"))
+    return TRAINED_AS.get(loss.get("reconstruction"), "gaussian"), data.get("binarize")
 
 
 def _tell(found: dict[str, Any], as_json: bool) -> None:

@@ -4,9 +4,9 @@
 
 Writes NAME.json, NAME.md and NAME.png. Every codec is measured over a ladder of settings, as means over the images
 of the folder; at the codec's own rates the others' values are interpolated linearly in log bytes. BD-rate
-(Bjøntegaard 2001, VCEG-M33) is the mean change of log bytes at equal quality over what both curves reach, by monotone
-cubic interpolation: -30 % are 30 % fewer bytes. Seconds are the processor's, of one thread. `--others` takes the
-other codecs' rows from a file that was written before.
+(Bjøntegaard 2001, VCEG-M33) is the mean change of log bytes at equal quality over what both curves reach, by cubic
+interpolation that stays monotone: -30 % are 30 % fewer bytes. Seconds are the processor's, of one thread.
+`--others` takes the other codecs' rows from a file that was written before.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,21 +56,33 @@ def measured(image: Image.Image, decoded: Image.Image, lpips: LPIPS) -> dict[str
     return {name: value.item() for name, value in values.items()}
 
 
-def ours(codec: Codec, image: Image.Image, quality: int, lpips: LPIPS) -> dict[str, float]:
+def ours(codec: Codec, encoded: "Encoded", quality: int, lpips: LPIPS) -> dict[str, float]:
     start = time.process_time()
-    data = codec.compress(image, quality)
+    data = codec.packed(encoded.latents, encoded.size, quality)
     middle = time.process_time()
     decoded = codec.decompress(data)
-    seconds = {"encode_s": middle - start, "decode_s": time.process_time() - middle}
-    latents, _ = codec.latents(image)
-    plain = Codec(codec.vae, codec.name)
-    facts = {"static_bytes": len(plain.compress(image, quality))}
+    seconds = {"encode_s": encoded.seconds + middle - start, "decode_s": time.process_time() - middle}
+    facts = {"static_bytes": len(Codec(codec.vae, codec.name).packed(encoded.latents, encoded.size, quality))}
     if codec.learned:
-        symbols = torch.from_numpy(rounded(latents, quality))[None].float()
-        facts["cross_entropy_bytes"] = (
-            codec.learned.network(symbols, torch.tensor([float(quality)])).sum().item() / 8
-        )
-    return {"bytes": len(data), **measured(image, decoded, lpips), **seconds, **facts}
+        symbols = torch.from_numpy(rounded(encoded.latents, quality))[None].float()
+        bits = codec.learned.network(symbols, torch.tensor([float(quality)])).sum()
+        facts["cross_entropy_bytes"] = bits.item() / 8
+    return {"bytes": len(data), **measured(encoded.image, decoded, lpips), **seconds, **facts}
+
+
+class Encoded(NamedTuple):
+    """An image, its scaled latents and size, and the seconds that the encoder took."""
+
+    image: Image.Image
+    latents: torch.Tensor
+    size: tuple[int, int]
+    seconds: float
+
+
+def encode(codec: Codec, image: Image.Image) -> Encoded:
+    start = time.process_time()
+    latents, size = codec.latents(image)
+    return Encoded(image, latents, size, time.process_time() - start)
 
 
 def another(kind: str, image: Image.Image, options: dict, lpips: LPIPS) -> dict[str, float]:
@@ -97,9 +110,10 @@ def ladder(kind: str, images: list[Image.Image], lpips: LPIPS) -> Iterator[dict]
 
 
 def own_ladder(codec: Codec, images: list[Image.Image], lpips: LPIPS) -> Iterator[dict]:
-    latents = [codec.latents(image)[0] for image in images]
+    encoded = [encode(codec, image) for image in images]
+    latents = [one.latents for one in encoded]
     for quality in QUALITIES:
-        row = mean([ours(codec, image, quality, lpips) for image in images])
+        row = mean([ours(codec, one, quality, lpips) for one in encoded])
         yield {"setting": quality, **row, "pooled_bytes": pooled_bytes(latents, quality)}
         print("ours", quality, file=sys.stderr, flush=True)
 

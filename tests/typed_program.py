@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import assert_type
@@ -12,6 +13,8 @@ from kl_autoencoder import (
     KLAutoencoder,
     LatentDataset,
     SameShape,
+    compress,
+    decompress,
     image_size,
     load_image,
     save_image,
@@ -39,6 +42,12 @@ def a_diffusers_component(vae: KLAutoencoder) -> AutoencoderKL:
     return vae
 
 
+def a_few_kilobytes(path: Path, vae: KLAutoencoder) -> Image:
+    data = compress(path, bits_per_pixel=0.1, model=vae)
+    assert_type(data, bytes)
+    return decompress(data, model=vae)
+
+
 def latents(vae: KLAutoencoder, folder: str) -> DataLoader[dict[str, Tensor]]:
     dataset = LatentDataset(folder, vae.config)
     dataset.set_epoch(1)
@@ -57,6 +66,7 @@ def a_section() -> EMAConfig:
 
 
 def what_is_refused(path: Path) -> None:
+    compress(path, quality="good")  # type: ignore[arg-type]
     load_image(path, sizes=64)  # type: ignore[call-arg]
     EMAConfig(decays=0.9)  # type: ignore[call-arg]
     a_section().decay = 0.9  # type: ignore[misc]

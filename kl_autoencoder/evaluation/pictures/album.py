@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..variational.codes import perplexity
-from ..variational.measures import Encoded, Images, prior_of
+from ..variational.measures import Encoded, Images
 from . import grids, plots
 
 
@@ -27,7 +27,7 @@ def pictures(
     """
     latents, decode = encoded.latents, decoder(model, data)
     single = latents[0, 0].numel() == 1
-    if single and latents.shape[1] == 2 and encoded.counts is None and prior_of(model) == "normal":
+    if single and latents.shape[1] == 2 and _is_normal(model, encoded):
         yield "manifold.png", lambda: grids.manifold(decode)
     if encoded.counts is None:
         yield "traversals.png", lambda: _traversals(decode, encoded)
@@ -37,6 +37,12 @@ def pictures(
         yield "latents.png", lambda: plots.latents_by_class(encoded.mean, classes, names)
     if any("train/kl" in record for record in records):
         yield "training.png", lambda: plots.elbo_over_training(records)
+
+
+def _is_normal(model: Any, encoded: Encoded) -> bool:
+    """Whether latents were held to the normal distribution, as those of a plain autoencoder are not."""
+    bottleneck = model.config.get("bottleneck") or {}
+    return encoded.moments is not None or bottleneck.get("prior") == "normal"
 
 
 def _traversals(decode: grids.Decode, encoded: Encoded) -> Figure:

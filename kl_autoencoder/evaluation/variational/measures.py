@@ -79,13 +79,12 @@ def encode(model: Any, data: Images, done: Callable[[int], None] = lambda count:
 
 
 def is_discrete(model: Any) -> bool:
-    return getattr(model, "codes", None) is not None
+    return getattr(model, "is_discrete", False)  # a KLAutoencoder never is
 
 
 def prior_of(model: Any) -> str:
     """The prior that a model's latents were held to: that of an adversarial bottleneck, else the normal one."""
-    prior = (model.config.get("bottleneck") or {}).get("prior")
-    return prior if prior in PRIORS else "normal"
+    return (model.config.get("bottleneck") or {}).get("prior", "normal")
 
 
 def measure(
@@ -108,7 +107,7 @@ def measure(
         counts = encoded.counts
         found |= {"codes": len(counts), "perplexity": perplexity(counts), "usage": usage(counts)}
     else:
-        found |= discrepancy(encoded.mean, prior_of(model), seed)
+        found |= discrepancy(encoded.latents, prior_of(model), seed)
     return found
 
 
@@ -163,6 +162,9 @@ def information(encoded: Encoded, seed: int = 0) -> dict[str, float | int]:
 
 
 def discrepancy(latents: Tensor, prior: str, seed: int = 0) -> dict[str, float | str]:
-    """The squared MMD of latents (N, D) from as many draws of a prior."""
-    draws = PRIORS[prior].sample(len(latents), latents.shape[1], torch.Generator().manual_seed(seed))
-    return {"prior": prior, "mmd": squared_mmd(latents, draws)}
+    """The squared MMD of latents (N, C, h, w), N positions spread over all of them, from N draws of a prior."""
+    generator, count = torch.Generator().manual_seed(seed), len(latents)
+    positions = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    chosen = positions[torch.randperm(len(positions), generator=generator)[:count]]
+    draws = PRIORS[prior].sample(count, latents.shape[1], generator)
+    return {"prior": prior, "mmd": squared_mmd(chosen, draws)}

@@ -41,7 +41,7 @@ def test_the_measures_of_the_best_linear_model(monkeypatch):
 class Codes:
     """A 'model' with the code book 0 .. 7 and one code an image, the rounded mean of its values times 8."""
 
-    codes, device, config = 8, torch.device("cpu"), {"bottleneck": {"kind": "vq"}}
+    codes, is_discrete, device, config = 8, True, torch.device("cpu"), {"bottleneck": {"kind": "vq"}}
 
     def encode_indices(self, images):
         return (images.mean((1, 2, 3)) * 8).round().long()[:, None, None]

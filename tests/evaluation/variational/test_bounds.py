@@ -53,6 +53,16 @@ def test_likelihoods_are_those_of_training(kind):
     torch.testing.assert_close(log_likelihood(kind, x, torch.stack((y, x)), log_scale)[0], found)
 
 
+def test_bernoulli_means_beyond_probabilities_are_the_nearest_allowed():
+    """In training these are pulled back, too, by the square of what they are beyond."""
+    x = torch.tensor([-1.0, 1.0, 1.0]).view(1, 1, 1, 3)
+    y = torch.tensor([-1.4, 1.2, -1.0]).view(1, 1, 1, 3)
+    found = float(log_likelihood("bernoulli", x, y))
+    assert math.isclose(found, 2 * math.log(0.999) + math.log(0.001), rel_tol=1e-9)
+    penalty = (0.2 + 0.001) ** 2 + (0.1 + 0.001) ** 2 + 0.001**2
+    assert math.isclose(found - penalty, -float(reconstruction_nll("bernoulli", y, x).sum()), rel_tol=1e-5)
+
+
 def test_likelihoods_refuse_what_is_no_density():
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="likelihood: 'l1'; allowed: gaussian, laplace, bernoulli"):

@@ -43,7 +43,8 @@ ROOMS = {
         "smoke": {"config", "data"},
         "one_network": {"config", "loop"},
         "prior": {"config", "data", "loop", "one_network"},
-        "tasks": {"config", "loop", "autoencoder", "codec", "prior", "smoke"},
+        "diffusion": {"config", "data", "loop", "one_network", "parts"},
+        "tasks": {"config", "loop", "autoencoder", "codec", "diffusion", "prior", "smoke"},
         "__main__": {"config", "data", "loop", "smoke", "tasks"},
     },
 }

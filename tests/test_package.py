@@ -99,10 +99,10 @@ def test_the_wheel_holds_every_file_of_both_packages(wheel):
         for path in sources
         if path.is_file() and "__pycache__" not in path.parts and not _a_page_of_a_room(path)
     }
-    configs = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    configs = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     recipes = {name for name in held if ".data/data/" in name}
     assert held - recipes == wanted
-    assert {name.rpartition("/")[2] for name in recipes} == configs
+    assert {name.partition("/configs/")[2] for name in recipes} == configs
 
 
 def _a_page_of_a_room(path):

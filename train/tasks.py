@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from .autoencoder.task import AutoencoderTask
 from .codec.task import EntropyTask
-from .config import AutoencoderConfig, CodePriorConfig, Config, EntropyModelConfig
+from .config import AutoencoderConfig, CodePriorConfig, Config, EntropyModelConfig, LatentDiffusionConfig
+from .diffusion.task import LatentDiffusionTask
 from .loop.context import RunContext
 from .loop.task import Task
 from .prior.task import CodePriorTask
@@ -26,6 +27,7 @@ TASKS: dict[type[Config], Maker] = {
     ),
     CodePriorConfig: Maker(CodePriorTask, CodePriorTask),
     EntropyModelConfig: Maker(EntropyTask, EntropyTask),
+    LatentDiffusionConfig: Maker(LatentDiffusionTask, LatentDiffusionTask),
 }
 
 

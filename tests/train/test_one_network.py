@@ -10,8 +10,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from tests.processes import finish, start_ranks
-from tests.train import test_code_prior
+from tests.train import test_code_prior, test_latent_diffusion
 from tests.train.discrete import Brightness
+from train.diffusion.task import LatentDiffusionTask
 from train.loop.trainer import TooManyBadSteps, Trainer
 from train.prior import task as prior_task
 
@@ -33,7 +34,27 @@ def make_code_prior(config):
     return Trainer(config, prior_task.CodePriorTask)
 
 
-TASKS = {"code_prior": (code_prior, make_code_prior)}
+def latent_diffusion(folder):
+    latents = folder / "latents"
+    if not latents.exists():
+        test_latent_diffusion.encoded(folder, 12, "moments")
+    return test_latent_diffusion.config(
+        latents,
+        folder / "run",
+        loss={"label_dropout": 0.5},
+        train={"steps": STEPS, "gradient_accumulation": 2},
+        checkpoint={"every": 3},
+    )
+
+
+def make_latent_diffusion(config):
+    return Trainer(config, LatentDiffusionTask)
+
+
+TASKS = {
+    "code_prior": (code_prior, make_code_prior),
+    "latent_diffusion": (latent_diffusion, make_latent_diffusion),
+}
 
 
 @pytest.fixture(params=TASKS)

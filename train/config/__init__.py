@@ -12,6 +12,7 @@ from .autoencoder import (
 )
 from .code_prior import CodePriorConfig
 from .codec import EntropyModelConfig
+from .latent_diffusion import LatentDiffusionConfig
 from .reading import build, dotted, load_config, to_yaml
 from .run import (
     CheckpointConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "EntropyModelConfig",
     "ExportConfig",
     "KLConfig",
+    "LatentDiffusionConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",

@@ -6,12 +6,14 @@ from typing import Any
 from .autoencoder import AutoencoderConfig
 from .code_prior import CodePriorConfig
 from .codec import EntropyModelConfig
+from .latent_diffusion import LatentDiffusionConfig
 from .run import Config
 
 TASKS: dict[str, type[Config]] = {
     "autoencoder": AutoencoderConfig,
     "code_prior": CodePriorConfig,
     "entropy_model": EntropyModelConfig,
+    "latent_diffusion": LatentDiffusionConfig,
 }
 
 

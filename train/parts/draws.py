@@ -10,6 +10,7 @@ from torch import Tensor
 
 # purposes; crops have a generator of their own, `augmentation` in train/data/samples.py
 POSTERIOR_NOISE, VIEW, STEP, INPUT_NOISE, LABELS = 1, 2, 3, 4, 5
+DIFFUSION = 11  # noise, time and dropped label of a diffusion model
 
 
 class Draws:

@@ -15,8 +15,14 @@ import torch
 from kl_autoencoder import distributed
 from kl_autoencoder.evaluation.frechet import download_timeout
 
-from ..config import AutoencoderConfig, CodePriorConfig, Config, EntropyModelConfig
-from . import autoencoder, code_prior, codec
+from ..config import (
+    AutoencoderConfig,
+    CodePriorConfig,
+    Config,
+    EntropyModelConfig,
+    LatentDiffusionConfig,
+)
+from . import autoencoder, code_prior, codec, latent_diffusion
 
 STEPS = 6  # 2 without the discriminator, 1 in which it trains unfelt, 1 of the ramp, 2 of everything
 # by the class of a task's configuration, the module with its `shrink` and `replaced`
@@ -24,6 +30,7 @@ OWN_SECTIONS = {
     AutoencoderConfig: autoencoder,
     CodePriorConfig: code_prior,
     EntropyModelConfig: codec,
+    LatentDiffusionConfig: latent_diffusion,
 }
 
 

@@ -36,9 +36,9 @@ from tests.benchmarks.inference import processor
 QUALITIES = (26, 34, 42, 50, 58, 68)
 OTHERS = {  # Pillow's options; the lowest settings are the smallest files there are
     "AVIF": [{"quality": q, "speed": 4} for q in (0, 5, 10, 15, 20, 25, 30, 40)],
-    "JPEG": [{"quality": q, "optimize": True} for q in (1, 4, 8, 12, 20, 35)],
-    "WEBP": [{"quality": q, "method": 6} for q in (0, 3, 8, 15, 30, 45)],
-    "JXL": [{"quality": q} for q in (1, 5, 10, 20, 35, 50)],
+    "JPEG": [{"quality": q, "optimize": True} for q in (1, 5, 12, 25)],
+    "WEBP": [{"quality": q, "method": 6} for q in (0, 5, 15, 40)],
+    "JXL": [{"quality": q} for q in (1, 10, 25, 45)],
 }
 METRICS = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (alex)"}
 LOWER_IS_BETTER = {"lpips"}

@@ -85,7 +85,9 @@ def test_a_run_leaves_what_it_promises(small, photographs, tmp_path):
     assert equal(dict(exported.state_dict()), ema)
     card = (summary["export"] / "README.md").read_text()
     assert (
-        str(photographs) in card
+        str(tmp_path) not in card
+        and str(photographs.parent) not in card
+        and f"Trained on `{photographs.name}`" in card
         and f"{summary['after']['psnr']:.2f}" in card
         and "block_out_channels" in card
     )

@@ -1,18 +1,24 @@
-"""The finished model as a folder for diffusion pipelines, with a model card."""
+"""The finished model as a folder for diffusion pipelines, with a model card; and published on the hub."""
 
 import json
 import os
 import shutil
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from kl_autoencoder.latents.statistics import LatentStatistics
 from kl_autoencoder.models.autoencoder import Autoencoder
 from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder
+from kl_autoencoder.models.publishing import hub
+from kl_autoencoder.models.publishing.hub_card import data_name, shareable
+from kl_autoencoder.models.publishing.repository import write_repository
 from kl_autoencoder.models.run_folder import TRAINED
 
-from ..config import AutoencoderConfig, to_yaml
+from ..config import AutoencoderConfig, ExportConfig, to_yaml
 from .adversarial.training_state import save_training_state
 
+DRY = "published"  # in the run's folder: what would be on the hub
 CARD = """---
 library_name: diffusers
 tags: [autoencoder, vae, latent-diffusion]
@@ -25,7 +31,7 @@ tags: [autoencoder, vae, latent-diffusion]
 
 ```python
 from {package} import {class_name}
-vae = {class_name}.from_pretrained("{folder}")
+vae = {class_name}.from_pretrained("{folder}")  # the folder that this page is in
 ```
 
 ## Data
@@ -81,19 +87,50 @@ def export(
     os.replace(beside, folder)
 
 
+def check_push(config: ExportConfig, vae: ExactAutoencoder | Autoencoder) -> None:
+    """ValueError, before the first step, for a run that could not publish what it will have trained."""
+    if config.push_to and isinstance(vae, Autoencoder):
+        raise ValueError(
+            f"export.push_to: {config.push_to!r}; allowed: for models that diffusers has a class for"
+        )
+    if config.push_to and not config.dry_run:
+        try:
+            hub.check_token(config.push_to)
+        except ValueError as error:
+            raise ValueError(f"export.push_to: {error}") from error
+
+
+def push(vae: ExactAutoencoder, run: Path, config: ExportConfig) -> str:
+    """Publish `vae` with the records of the run's folder; the address of its page, or in a dry run the folder.
+
+    OSError, which says what remains to do, for what the hub refuses.
+    """
+    if config.dry_run:
+        write_repository(vae, run / DRY, config.push_to, config.license, run)
+        return str(run / DRY)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        write_repository(vae, folder, config.push_to, config.license, run)
+        try:
+            return hub.publish(folder, config.push_to, config.private)
+        except ValueError as error:
+            again = f"kl-autoencoder push {run} --to {config.push_to}"
+            raise OSError(f"export.push_to: {error}; the export is whole, and `{again}` pushes it") from error
+
+
 def model_card(
     folder: Path, vae: ExactAutoencoder | Autoencoder, config: AutoencoderConfig, facts: dict
 ) -> str:
     size, f = config.data.resolution, vae.downsampling
     return CARD.format(
         name=config.output_dir.rstrip("/").rsplit("/", 1)[-1],
-        folder=folder,
+        folder=folder.name,
         size=size,
         f=f,
         latent=size // f,
         channels=vae.config.latent_channels,
         parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
-        data=config.data.train,
+        data=data_name(asdict(config)),
         samples=facts["samples"],
         held_out=facts["held_out"],
         weights="the EMA weights" if config.ema.enabled else "the last weights",
@@ -101,7 +138,7 @@ def model_card(
         rows="\n".join(_row(name, facts[name]) for name in ("before", "after")),
         **_described(vae),
         latents=_latents(vae, facts["statistics"]),
-        recipe=to_yaml(config),
+        recipe=shareable(to_yaml(config)),
     )
 
 

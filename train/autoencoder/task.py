@@ -26,7 +26,7 @@ from ..parts.draws import POSTERIOR_NOISE
 from . import size, validation
 from .adversarial.adversary import Adversary
 from .adversarial.latent_adversary import LatentAdversary
-from .export import export
+from .export import check_push, export, push
 from .likelihoods import LEARNED_SCALE
 from .model import TrainedModel, build_autoencoder, choose_backward
 from .objective import Objective
@@ -54,6 +54,7 @@ class AutoencoderTask:
         torch.manual_seed(self.config.seed)
         model = self._build_model(perceptual, terms)
         self.autoencoder = Player(model, run, run.learning_rate)
+        check_push(self.config.export, self.vae)
         self.adversary = None
         if self.config.loss.adversarial.weight:
             self.adversary = Adversary(run, self.vae.config.out_channels, self.vae.decoder.conv_out)
@@ -220,6 +221,8 @@ class AutoencoderTask:
     def export(self, folder: Path, facts: dict[str, Any]) -> None:
         kept = self.adversary.tensors() if self.config.export.training_state else None
         export(folder, self.exported, self.config, facts, kept)
+        if self.config.export.push_to:
+            self.run.say(f"published {push(self.exported, folder.parent, self.config.export)}")
 
     # ---------------------------------------------------------------- checkpoints
 

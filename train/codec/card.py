@@ -1,6 +1,9 @@
 """The page beside an exported entropy model."""
 
+from dataclasses import asdict
+
 from kl_autoencoder.codec.context_model import FILE
+from kl_autoencoder.models.publishing.hub_card import data_name, shareable, without_path
 
 from ..config import EntropyModelConfig, to_yaml
 
@@ -31,9 +34,9 @@ def card(config: EntropyModelConfig, facts: dict) -> str:
         if facts[when]
     ]
     return CARD.format(
-        autoencoder=config.model.pretrained,
+        autoencoder=without_path(config.model.pretrained),
         file=FILE,
-        data=config.data.train,
+        data=data_name(asdict(config)),
         samples=facts["samples"],
         size=config.data.resolution,
         held_out=facts["held_out"],
@@ -41,5 +44,5 @@ def card(config: EntropyModelConfig, facts: dict) -> str:
         names=" | ".join(names),
         rules="|".join("---" for _ in names),
         rows="\n".join(rows),
-        recipe=to_yaml(config),
+        recipe=shareable(to_yaml(config)),
     )

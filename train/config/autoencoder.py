@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from kl_autoencoder.models.folder import HUB_ID
+from kl_autoencoder.models.publishing.hub_card import LICENSE
+
 from ..data.config import DataConfig
 from ..parts.bottlenecks import KLBottleneckConfig, belongs_to_the_model, bottleneck_options
 from ..parts.views import IdentityConfig
@@ -289,6 +292,20 @@ class ExportConfig:
     training_state: bool = key(
         False, "keep the discriminator and its optimizer beside it, for another run to go on with"
     )
+    push_to: str | None = key(
+        None, "owner/name: publish it there on the hub, with its card, when the run ends"
+    )
+    license: str | None = key(None, "of what is published, in the hub's words: mit, apache-2.0, openrail ...")
+    private: bool = key(False, "a repository that is made is private")
+    dry_run: bool = key(False, "write what would be published to output_dir/published instead")
+
+    def __post_init__(self) -> None:
+        if self.push_to is not None and not HUB_ID.fullmatch(self.push_to):
+            raise ValueError(f"export.push_to: {self.push_to!r}; allowed: owner/name")
+        if self.license is not None and not LICENSE.fullmatch(self.license):
+            raise ValueError(f"export.license: {self.license!r}; allowed: an identifier, such as apache-2.0")
+        if self.push_to is None and (self.license or self.private or self.dry_run):
+            raise ValueError("export.license, private, dry_run: allowed with export.push_to: owner/name")
 
 
 @section

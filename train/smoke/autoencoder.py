@@ -30,6 +30,7 @@ def shrink(config: AutoencoderConfig) -> AutoencoderConfig:
             kl=replace(loss.kl, warmup_steps=min(loss.kl.warmup_steps, 2)),
             adversarial=_early(loss.adversarial),
         ),
+        export=replace(config.export, push_to=None, license=None, private=False, dry_run=False),
         validation=replace(validation, lpips_net=_net_with_local_backbone(validation.lpips_net)),
     )
 

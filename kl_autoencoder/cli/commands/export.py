@@ -3,9 +3,7 @@
 import argparse
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...console import say
 from ...extras import require
@@ -13,9 +11,6 @@ from ...files import temporary_beside
 from ...progress import Progress
 from ..parser import MODEL, Command, Parser, add_dtype, add_output
 from ..paths import check_model, model_path, readable_folder, refuse_existing
-
-if TYPE_CHECKING:
-    from ...models.autoencoder_kl import KLAutoencoder
 
 
 def export_arguments(parser: Parser) -> None:
@@ -86,6 +81,7 @@ def check_model_output(output: Path, model: Path | None, overwrite: bool) -> Non
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a training run's or any other model as a diffusers folder, or as a single file in LDM layout."""
+    from ...models.publishing.repository import write_model_folder
     from ..loading import load_model
 
     output, folder = arguments.output, arguments.folder
@@ -147,25 +143,6 @@ def card_of(folder: Path | None) -> dict[str, Path]:
     """The model card in a model's folder, if there is one, as a file to write beside a copy of the model."""
     card = folder / "README.md" if folder else None
     return {"README.md": card} if card and card.is_file() else {}
-
-
-def write_model_folder(vae: "KLAutoencoder", output: Path, others: Mapping[str, Path]) -> None:
-    """Save a model beside `output` and rename it then; what else an existing folder holds stays.
-
-    others: files that are copied into it, by the names that they get there.
-    """
-    temporary = temporary_beside(output)
-    try:
-        vae.save_pretrained(temporary)
-        for name, file in others.items():
-            shutil.copyfile(file, temporary / name)
-        if output.is_dir():
-            for file in temporary.iterdir():
-                os.replace(file, output / file.name)
-        else:
-            os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 COMMANDS = {

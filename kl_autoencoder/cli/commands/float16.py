@@ -11,7 +11,7 @@ from ...extras import require
 from ...progress import tracked
 from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
 from ..paths import check_model, find_photographs, model_path, readable_folder
-from .export import card_of, check_model_output, write_model_folder
+from .export import card_of, check_model_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,7 @@ def check_fp16_check(arguments: argparse.Namespace) -> None:
 def fp16_check(arguments: argparse.Namespace) -> int:
     """Measure each layer's largest value; with --fix write the model rescaled. 1 if the model is unsafe."""
     from ...models.half_precision import float16, float16_check
+    from ...models.publishing.repository import write_model_folder
     from ..loading import load_model
 
     photographs, folder, output = arguments.images, arguments.folder, arguments.output

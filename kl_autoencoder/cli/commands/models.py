@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ...progress import Progress
 from ..parser import MODEL, Command, Parser, add_dtype, add_json
 from ..paths import check_model, model_path, readable_folder
 from . import codec
-from .export import check_model_output, write_model_folder
+from .export import check_model_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from ...models.autoencoder import Autoencoder
     from ...models.autoencoder_kl import KLAutoencoder
 
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")  # an identifier, as the hub has them
 # Keys of the model's config that `info --json` prints.
 CONFIG_KEYS = (
     "sample_size", "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
@@ -50,6 +48,8 @@ def push_arguments(parser: Parser) -> None:
 
 def check_push(arguments: argparse.Namespace) -> None:
     """`output` becomes a Path or None; adds `run`, the folder of a training run, or None."""
+    from ...models.publishing.hub_card import LICENSE
+
     if not HUB_ID.fullmatch(arguments.to):
         raise ValueError(f"--to: {arguments.to!r}; allowed: owner/name")
     if arguments.license is not None and not LICENSE.fullmatch(arguments.license):
@@ -68,6 +68,7 @@ def check_push(arguments: argparse.Namespace) -> None:
 def push(arguments: argparse.Namespace) -> None:
     """Write weights, config, card and picture to a folder, and commit it to the hub unless it is a dry run."""
     from ...models.publishing.hub import publish
+    from ...models.publishing.repository import write_repository
     from ..loading import load_model
 
     vae = load_model(arguments.model, "cpu", arguments.dtype)
@@ -81,21 +82,6 @@ def push(arguments: argparse.Namespace) -> None:
         write_repository(vae, folder, arguments.to, arguments.license, arguments.run)
         with Progress(f"pushing to {arguments.to}"):
             print(publish(folder, arguments.to, arguments.private))
-
-
-def write_repository(
-    vae: "KLAutoencoder", output: Path, repo: str, license: str | None, run: Path | None
-) -> None:
-    """What the repository is to hold: config, .safetensors files, README.md and, of a run, its last picture."""
-    from ...models.publishing.hub_card import PICTURE, model_card, newest_picture
-
-    with tempfile.TemporaryDirectory() as temporary:
-        card = Path(temporary) / "README.md"
-        card.write_text(model_card(vae, repo, license, run), encoding="utf-8")
-        others = {"README.md": card}
-        if picture := run and newest_picture(run):
-            others[PICTURE] = picture
-        write_model_folder(vae, output, others)
 
 
 def info_arguments(parser: Parser) -> None:

@@ -48,13 +48,18 @@ def refusal_in(error: BaseException | None) -> HfHubHTTPError | None:
     return error
 
 
+def check_token(repo: str) -> None:
+    """ValueError without a token, before anything is computed that is to be pushed to `repo`."""
+    if not get_token():
+        raise ValueError(f"{repo}: pushing needs a token that may write; {LOG_IN}")
+
+
 def publish(folder: Path, repo: str, private: bool) -> str:
     """Make the repository if there is none and commit all of `folder`; returns the address of its page.
 
     ValueError, naming the repository, without a token and for what the hub refuses.
     """
-    if not get_token():
-        raise ValueError(f"{repo}: pushing needs a token that may write; {LOG_IN}")
+    check_token(repo)
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)

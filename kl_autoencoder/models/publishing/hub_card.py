@@ -17,6 +17,7 @@ from ..run_folder import METRICS_FILE, read_metrics
 if TYPE_CHECKING:
     from ..autoencoder_kl import ExactAutoencoder
 
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")  # an identifier, as the hub has them
 PICTURE = "reconstructions.png"
 SECTIONS = ("model", "loss", "optimizer", "ema", "train")  # of a run's config.yaml that tell its recipe
 METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -86,7 +87,7 @@ def _metadata(repo: str, license: str | None, config: dict, measured: Mapping[st
             task_type="image-to-image",
             task_name="reconstruction",
             dataset_type=data or "image-folder",
-            dataset_name=f"held-out images of {_data_name(config)}",
+            dataset_name=f"held-out images of {data_name(config)}",
             metric_type=name,
             metric_name=METRICS[name],
             metric_value=round(value, 4),
@@ -118,7 +119,8 @@ def is_hub_id(name: object) -> bool:
     return isinstance(name, str) and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def _data_name(config: Mapping[str, Any]) -> str:
+def data_name(config: Mapping[str, Any]) -> str:
+    """What a run was trained on: owner/name on the hub, or the last part of a path."""
     return dataset_id(config) or without_path(str((config.get("data") or {}).get("train") or "its data"))
 
 
@@ -131,6 +133,11 @@ def without_path(value: Any) -> Any:
     if isinstance(value, str) and not is_hub_id(value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
+
+
+def shareable(recipe: str) -> str:
+    """The YAML of a configuration with no more than the last part of each path."""
+    return yaml.safe_dump(without_path(yaml.safe_load(recipe)), sort_keys=False)
 
 
 def _quality(config: Mapping[str, Any], measured: Mapping[str, float], picture: bool) -> str:
@@ -146,7 +153,7 @@ def _quality(config: Mapping[str, Any], measured: Mapping[str, float], picture: 
         titles = [f"LPIPS ({net})" if name == "lpips" and net else METRICS[name] for name in shown]
         lines += ["", "## Measured quality", ""]
         lines += [
-            f"Posterior mode, 8 bits, held-out images of {_data_name(config)}, {resolution}x{resolution}.",
+            f"Posterior mode, 8 bits, held-out images of {data_name(config)}, {resolution}x{resolution}.",
             "",
         ]
         lines += [_row(titles), "|---" * len(shown) + "|", _row(shown.values())]
@@ -162,4 +169,4 @@ def _recipe(config: Mapping[str, Any]) -> str:
     if not kept:
         return ""
     text = yaml.safe_dump(kept, sort_keys=False)
-    return f"\n## Recipe\n\nTrained on {_data_name(config)}.\n\n```yaml\n{text}```\n"
+    return f"\n## Recipe\n\nTrained on {data_name(config)}.\n\n```yaml\n{text}```\n"

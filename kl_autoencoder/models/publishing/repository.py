@@ -1,0 +1,43 @@
+"""Write a model's folder, and what its repository on the hub holds, completely or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...files import temporary_beside
+from ..autoencoder_kl import ExactAutoencoder
+from .hub_card import PICTURE, model_card, newest_picture
+
+
+def write_model_folder(vae: ExactAutoencoder, output: Path, others: Mapping[str, Path]) -> None:
+    """Save a model beside `output` and rename it then; what else an existing folder holds stays.
+
+    others: files that are copied into it, by the names that they get there.
+    """
+    temporary = temporary_beside(output)
+    try:
+        vae.save_pretrained(temporary)
+        for name, file in others.items():
+            shutil.copyfile(file, temporary / name)
+        if output.is_dir():
+            for file in temporary.iterdir():
+                os.replace(file, output / file.name)
+        else:
+            os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_repository(
+    vae: ExactAutoencoder, output: Path, repo: str, license: str | None, run: Path | None
+) -> None:
+    """What the repository is to hold: config, .safetensors files, README.md and, of a run, its last picture."""
+    with tempfile.TemporaryDirectory() as temporary:
+        card = Path(temporary) / "README.md"
+        card.write_text(model_card(vae, repo, license, run), encoding="utf-8")
+        others = {"README.md": card}
+        if picture := run and newest_picture(run):
+            others[PICTURE] = picture
+        write_model_folder(vae, output, others)

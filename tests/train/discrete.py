@@ -9,8 +9,8 @@ import torch.nn.functional as F
 class Brightness:
     """Patches of 8x8 pixels -> one of 16 levels of brightness, and back."""
 
-    codes, downsampling, device, dtype = 16, 8, torch.device("cpu"), torch.float32
-    config = SimpleNamespace(sample_size=32, in_channels=3)
+    codes, downsampling, device, dtype, is_discrete = 16, 8, torch.device("cpu"), torch.float32, True
+    config = SimpleNamespace(sample_size=32, in_channels=3, classes=0)
 
     def encode_indices(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, H/8, W/8) int64."""
@@ -21,4 +21,4 @@ class Brightness:
         """The middle of each level, over the whole patch."""
         brightness = (indices.float() + 0.5) * 2 / self.codes - 1
         images = F.interpolate(brightness[:, None], scale_factor=self.downsampling)
-        return SimpleNamespace(sample=images.expand(-1, 3, -1, -1))
+        return images.expand(-1, 3, -1, -1)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from kl_autoencoder.cli import loading
 from kl_autoencoder.cli.main import main
-from kl_autoencoder.data.image_io import tensor_to_images
+from kl_autoencoder.data.image_io import load_image, tensor_to_images
+from kl_autoencoder.models.autoencoder import Autoencoder
 from kl_autoencoder.models.priors import CodePrior
 from tests.train.discrete import Brightness
 from train.config import CodePriorConfig, build
@@ -104,7 +105,14 @@ def test_labels_choose_what_is_drawn(tmp_path):
     drawn = prior.sample(32, torch.arange(32) % 2, generator=torch.Generator().manual_seed(0)).float()
     means = drawn.mean(dim=(1, 2))
     assert means[::2].max() < 5 and means[1::2].min() > 10
-    with pytest.raises(ValueError, match="data.label_column: 1 in label; allowed: whole numbers below"):
+    by_folder = tmp_path / "by_folder"
+    for i, path in enumerate(sorted(folder.iterdir())):
+        (by_folder / "bd"[i // 12]).mkdir(parents=True, exist_ok=True)
+        path.rename(by_folder / "bd"[i // 12] / path.name)
+    again = make(config(by_folder, tmp_path / "c", data={"labels": "folders"}, model={"classes": 2}))
+    data = again.task.codes.train.read(again.task.codes.train.rows)
+    assert torch.equal(data["labels"], (data["codes"].float().mean(dim=(1, 2)) > 8).long())
+    with pytest.raises(ValueError, match="data.label_column: 1; allowed: whole numbers from 0 to 0"):
         make(config(tmp_path / "labelled.parquet", tmp_path / "b", data=labelled, model={"classes": 1}))
 
 
@@ -119,7 +127,9 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     source = write(tmp_path / "images", grids(8))
     with pytest.raises(ValueError, match="model.hidden_size: 33; allowed: a multiple of model.heads, 4"):
         config(source, tmp_path / "run", model={"hidden_size": 33})
-    with pytest.raises(ValueError, match="model.classes: 3 with data.label_column=None; allowed: both"):
+    with pytest.raises(
+        ValueError, match="model.classes: 3 with data.label_column=None and data.labels=None; allowed"
+    ):
         config(source, tmp_path / "run", model={"classes": 3})
     monkeypatch.undo()
     with pytest.raises(
@@ -144,7 +154,7 @@ def test_the_command_draws_from_it(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "grid.png"
     command = ["sample", "compact", "--grid", "1", "-o", str(picture), "--prior"]
     assert main([*command, str(tmp_path / "prior")]) == 0
-    expected = np.asarray(tensor_to_images(Brightness().decode_indices(only[None]).sample)[0])
+    expected = np.asarray(tensor_to_images(Brightness().decode_indices(only[None]))[0])
     assert np.array_equal(np.asarray(Image.open(picture)), expected)
     capsys.readouterr()
     for words, message in (
@@ -155,3 +165,25 @@ def test_the_command_draws_from_it(tmp_path, monkeypatch, capsys):
     ):
         assert main([*command[:-1], "--overwrite", "--prior", str(tmp_path / words[0]), *words[1:]]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_prior_of_a_vqvae_is_trained_and_drawn_from(tmp_path, monkeypatch):
+    """The autoencoder by its own class, from its folder, through both programs."""
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    vqvae = Autoencoder(bottleneck={"kind": "vq", "codes": 16}, sample_size=32, block_out_channels=(8, 8, 8),
+                        norm_num_groups=4)  # fmt: skip
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    source = write(tmp_path / "images", grids(12))
+    run = config(source, tmp_path / "run", model={"autoencoder": str(tmp_path / "vqvae")}, train={"steps": 3})
+    trainer = make(run)
+    with torch.no_grad():
+        wanted = [vqvae.eval().encode_indices(load_image(path)) for path in sorted(source.iterdir())]
+    data = trainer.task.codes
+    found = torch.cat([data.train.read(data.train.rows)["codes"], data.held_out.grids])
+    assert sorted(found.tolist()) == sorted(torch.cat(wanted).tolist())
+    trainer.fit()
+    picture = tmp_path / "grid.png"
+    options = ["--prior", str(tmp_path / "run"), "--grid", "2", "-o", str(picture)]
+    assert main(["sample", str(tmp_path / "vqvae"), *options]) == 0
+    assert Image.open(picture).size == (68, 68)

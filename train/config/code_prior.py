@@ -31,7 +31,14 @@ class CodesConfig(BatchesConfig):
         low=1,
         high=10**6,
     )
-    label_column: str | None = key(None, "of data.train with whole numbers, the labels; null: no labels")
+    label_column: str | None = key(
+        None,
+        "the column of the classes, whole numbers from 0 on or names, which are numbered in sorted order",
+    )
+    labels: Literal["folders"] | None = choice(
+        None,
+        "the class of an image of a folder is the name of the folder that it lies in, numbered in sorted order",
+    )
 
 
 @section
@@ -39,7 +46,9 @@ class PriorConfig:
     """The transformer and the autoencoder whose codes it learns."""
 
     autoencoder: str = key(..., "the discrete autoencoder: a run's folder, its export, or a hub id")
-    classes: int | None = key(None, "how many labels data.label_column has", low=1, high=10**6)
+    classes: int | None = key(
+        None, "how many classes the images have; null: they are drawn without", low=1, high=10**6
+    )
     hidden_size: int = key(128, "width of the transformer", low=1, high=65536)
     layers: int = key(4, "blocks of the transformer", low=1, high=256)
     heads: int = key(4, "of each attention", low=1, high=256)
@@ -68,8 +77,9 @@ class CodePriorConfig(Config):
     model: PriorConfig = Field()
 
     def __post_init__(self) -> None:
-        if (self.model.classes is None) != (self.data.label_column is None):
+        sources = [self.data.label_column, self.data.labels]
+        if (self.model.classes is None) != (sources == [None, None]) or None not in sources:
             raise ValueError(
-                f"model.classes: {self.model.classes} with data.label_column={self.data.label_column}; allowed: "
-                "both or neither"
+                f"model.classes: {self.model.classes} with data.label_column={sources[0]} and data.labels="
+                f"{sources[1]}; allowed: null without, a number with one of the two"
             )

@@ -12,6 +12,7 @@ from kl_autoencoder.data.image_dataset import Photographs
 from kl_autoencoder.data.sources import Keys, image_keys, open_source
 
 from ..config import CodePriorConfig
+from ..data.labels import ClassOutOfRange, Source, labels_of_rows
 from ..data.rows import RowBatches, digest_of
 from ..data.training_data import split_rows
 from ..loop.context import RunContext
@@ -46,63 +47,65 @@ class CodeData:
 
     def __init__(self, config: CodePriorConfig, autoencoder: Any, run: RunContext):
         self.config, self.autoencoder, self.run = config.data, autoencoder, run
-        self.classes = config.model.classes
         data, kept = config.data, [config.data.label_column] if config.data.label_column else []
         images = open_source(data.train, TRAIN, data.image_column, data.split, keep=kept)
+        source = Source(data.train, data.image_column, data.label_column, data.labels == "folders")
+        self.labels = labels_of_rows(source, images, config.model.classes)
         rows, held_out = split_rows(data, images)
-        trained = self._encode(images, rows, data.train)
-        if not len(trained.grids):
-            raise ValueError(f"data.train: no readable images in {data.train}")
-        if data.validation is not None:
-            source, split = data.validation, data.validation_split
-            others = open_source(
-                source, VALIDATION, data.image_column, split, samples="validation", keep=kept
-            )
-            self.held_out = self._encode(others, np.arange(len(others))[: data.validation_images], source)
+        trained = self._encode(images, rows, data.train, "data.train")
+        if data.validation is None:
+            self.held_out = self._encode(images, held_out, data.train, "data.validation_images")
         else:
-            self.held_out = self._encode(images, held_out, data.train)
-        if not len(self.held_out.grids):
-            raise ValueError(f"data.validation: no readable images in {data.validation or data.train}")
+            split = data.validation_split
+            others = open_source(
+                data.validation, VALIDATION, data.image_column, split, samples="validation", keep=kept
+            )
+            rows = np.arange(len(others))[: data.validation_images]
+            self.held_out = self._encode(others, rows, data.validation, "data.validation")
         names = image_keys(images, data.image_column, data.train, most_read=64)
         found = {"images": len(images), "sha256": digest_of(names)}
         order = np.arange(len(trained.grids))
         self.train = RowBatches(trained.rows, order, data.batch_size, config.seed, found)
 
-    def _encode(self, images: Any, rows: np.ndarray, source: str) -> Codes:
-        """The codes of all images that can be read, each batch by one of the ranks."""
+    def _encode(self, images: Any, rows: np.ndarray, source: str, key: str) -> Codes:
+        """The codes of all images that can be read and have a class, where there are any; in the order of rows.
+
+        Each batch is encoded by one of the ranks. Raises ValueError naming `key` if nothing is left.
+        """
         side = self.config.resolution or self.autoencoder.config.sample_size
         channels, column = self.autoencoder.config.in_channels, self.config.image_column
         squares = Photographs(images, source, side, column, rows, smallest=1, channels=channels)
-        here = {}
+        here: dict[int, list[Tensor]] = {}
         for batch in squares.batches(AT_ONCE, self.run.rank, self.run.ranks):
-            numbers = [one.number for one in batch]
-            grids = [self._codes(torch.cat([one.image for one in batch]))]
-            if self.config.horizontal_flip:
-                grids.append(self._codes(torch.cat([one.image for one in batch]).flip(-1)))
-            here |= {number: found for number, *found in zip(numbers, *grids, strict=True)}
+            pixels = torch.cat([one.image for one in batch])
+            views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
+            for view in map(self._codes, views):
+                for one, grid in zip(batch, view, strict=True):
+                    here.setdefault(one.number, []).append(grid)
         everywhere: dict[int, list[Tensor]] = {}
         for share in gather_object([here]):
             everywhere |= share
-        order = sorted(everywhere)
-        grids = [grid for number in order for grid in everywhere[number]]
-        labels = None
-        if self.config.label_column:
-            of_rows = [images[int(rows[number])][self.config.label_column] for number in order]
-            labels = self._checked_labels(
-                [label for label in of_rows for _ in range(len(grids) // len(order))]
-            )
-        return Codes(torch.stack(grids) if grids else torch.zeros(0, 1, 1, dtype=torch.int64), labels)
+        labels = {number: self._label(images[int(rows[number])]) for number in sorted(everywhere)}
+        used = [number for number, label in labels.items() if label is not None]
+        if not used:
+            raise ValueError(f"{key}: no readable images in {source}; allowed: a source with some")
+        views = len(everywhere[used[0]])
+        grids = torch.stack([grid for number in used for grid in everywhere[number]])
+        repeated = torch.tensor([labels[number] for number in used for _ in range(views)])
+        return Codes(grids, None if self.labels is None else repeated)
 
     @torch.no_grad()
     def _codes(self, images: Tensor) -> Tensor:
         model = self.autoencoder
         return model.encode_indices(images.to(model.device, model.dtype)).cpu()
 
-    def _checked_labels(self, labels: list[Any]) -> Tensor:
-        for label in labels:
-            if not isinstance(label, int) or not 0 <= label < self.classes:
-                raise ValueError(
-                    f"data.label_column: {label!r} in {self.config.label_column}; allowed: whole numbers below "
-                    f"model.classes, {self.classes}"
-                )
-        return torch.tensor(labels)
+    def _label(self, row: dict) -> int | None:
+        """The class of an image, 0 in a run without classes; None of one that has none of the known ones."""
+        if self.labels is None:
+            return 0
+        try:
+            return self.labels({"path": row[self.config.image_column].get("path"), "columns": row})
+        except ClassOutOfRange:
+            raise
+        except ValueError:
+            return None

@@ -83,13 +83,17 @@ def load_discrete(name: str, device: str) -> Any:
         model = load_model(name, device, "float32")
     except (ValueError, OSError) as error:
         raise ValueError(f"model.autoencoder: {name!r} cannot be loaded: {error}") from error
-    if not hasattr(model, "encode_indices") or getattr(model, "codes", None) is None:
+    if not getattr(model, "is_discrete", False):
         raise ValueError(
             f"model.autoencoder: {name!r} has no codes; allowed: one with a discrete bottleneck (vq, fsq, gumbel)"
+        )
+    if model.config.classes:
+        raise ValueError(
+            f"model.autoencoder: {name!r} is conditional; allowed: one without classes, whose prior has them"
         )
     return model
 
 
 def decoded(autoencoder: Any, codes: Tensor) -> Tensor:
     """Codes (B, h, w) -> images (B, C, H, W) in [-1, 1], on the CPU, one at a time, float32."""
-    return torch.cat([autoencoder.decode_indices(one).sample.float().cpu() for one in codes.split(1)])
+    return torch.cat([autoencoder.decode_indices(one).float().cpu() for one in codes.split(1)])

@@ -125,11 +125,11 @@ def _draws_of_prior(vae: Any, arguments: argparse.Namespace) -> "Tensor":
     from ...models.priors import CodePrior
 
     prior = CodePrior.from_pretrained(model_folder(Path(arguments.prior), ("CodePrior",))).eval()
-    if getattr(vae, "codes", None) != prior.config.codes:
+    codes = vae.codes if getattr(vae, "is_discrete", False) else None
+    if codes != prior.config.codes:
         raise ValueError(
             f"--prior: {arguments.prior} is of {prior.config.codes} codes, {arguments.model} has "
-            f"{getattr(vae, 'codes', None) or 'none'}; allowed: the prior of this model, "
-            f"{prior.config.autoencoder}'s"
+            f"{codes or 'none'}; allowed: the prior of this model, {prior.config.autoencoder}'s"
         )
     labels, count = None, arguments.grid**2
     if prior.config.classes is not None:
@@ -142,7 +142,7 @@ def _draws_of_prior(vae: Any, arguments: argparse.Namespace) -> "Tensor":
     generator = torch.Generator().manual_seed(arguments.seed)
     drawn = prior.sample(count, labels, generator=generator)
     with torch.inference_mode():
-        return torch.cat([vae.decode_indices(one.to(vae.device)).sample.cpu() for one in drawn.split(1)])
+        return torch.cat([vae.decode_indices(one.to(vae.device)).cpu() for one in drawn.split(1)])
 
 
 def attribute_arguments(parser: Parser) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kl_autoencoder import KLAutoencoder
+from kl_autoencoder import Autoencoder, KLAutoencoder
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.evaluation.variational.measures import Images, encode, measure
 
@@ -91,3 +91,52 @@ def test_what_is_refused(run, classes, tmp_path, capsys, options, told):
     assert main(command) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
+
+
+KINDS = {
+    "vq": ({"kind": "vq", "codes": 5}, {"codes.png", "latents.png"}),
+    "fsq": ({"kind": "fsq", "levels": [3, 2]}, {"codes.png", "latents.png"}),
+    "adversarial": ({"kind": "adversarial", "prior": "swiss_roll"}, {"traversals.png", "latents.png"}),
+    "none": ({"kind": "none"}, {"traversals.png", "latents.png"}),
+    "kl": ({"kind": "kl"}, {"manifold.png", "traversals.png", "latents.png"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_bottleneck(kind, classes, tmp_path, capsys):
+    """Conditional on the two classes, fully connected, with two latents."""
+    bottleneck, pictures = KINDS[kind]
+    torch.manual_seed(0)
+    shape = {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "sample_size": 16}
+    model = Autoencoder(network="mlp", hidden_sizes=(8,), classes=2, bottleneck=bottleneck, **shape).eval()
+    with torch.no_grad():  # so that the class counts, as it does after training
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "model")
+    command = [
+        "study",
+        str(tmp_path / "model"),
+        "--data",
+        str(classes),
+        "-o",
+        str(tmp_path / "study"),
+        "--json",
+    ]
+    assert main([*command, "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {path.name for path in (tmp_path / "study").iterdir()} == pictures | {"measures.json"}
+
+    images, labels = pixels(classes), torch.tensor([0] * 6 + [1] * 6)
+    with torch.no_grad():
+        reconstruction = model(images, labels).sample
+        assert math.isclose(found["mse"], float((reconstruction - images).square().mean()), rel_tol=1e-5)
+        if model.is_discrete:
+            counts = model.encode_indices(images, labels).flatten().bincount(minlength=model.codes)
+            wanted = torch.distributions.Categorical(counts / 12).entropy().exp()
+            assert math.isclose(found["perplexity"], float(wanted), rel_tol=1e-5)
+            assert found["codes"] == model.codes and found["usage"] == int((counts > 0).sum()) / model.codes
+        elif kind == "kl":
+            rate = model.encode(images, labels).latent_dist.kl().mean()
+            assert math.isclose(found["rate"], float(rate), rel_tol=1e-5)
+        else:
+            assert found["prior"] == bottleneck.get("prior", "normal") and math.isfinite(found["mmd"])

@@ -71,9 +71,7 @@ def main() -> None:
     recipe = output / "recipe.yaml"
     recipe.write_text(arguments.config.read_text() if arguments.config else RECIPE)
     found: dict[float, list[dict[str, float]]] = {}
-    for (
-        seed
-    ) in arguments.seeds:  # all betas of a seed first, so that an early end leaves something to compare
+    for seed in arguments.seeds:  # all betas first, so that an early end leaves something to compare
         for beta in arguments.betas:
             folder = output / f"beta{beta:g}-seed{seed}"
             found.setdefault(beta, []).append(_measured(folder, recipe, beta, seed, arguments.set))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..files import read_metadata, read_tensors, save_tensors
+from ..models.folder import ENTROPY_MODEL
 from . import context_network as fixed
 from .container import ENTROPY_BYTES
 from .context_network import ContextNetwork, checkerboard
@@ -17,7 +18,6 @@ from .prediction import Pass, Prediction
 from .steps import deviations_to_steps, steps_to_deviations
 from .tables import PLACE_BITS, SCALES
 
-FILE = "entropy_model.safetensors"  # beside the weights of the autoencoder that it was trained for
 KEY = "kl_autoencoder.entropy_model"  # in its metadata: the version of what the numbers mean
 VERSION = "1"
 
@@ -52,7 +52,7 @@ class ContextModel:
     @classmethod
     def beside(cls, folder: str | os.PathLike) -> "ContextModel | None":
         """The one in the folder of an autoencoder, None if there is none. Raises as `load`."""
-        path = Path(folder, FILE)
+        path = Path(folder, ENTROPY_MODEL)
         return cls.load(path) if path.is_file() else None
 
     def save(self, path: str | os.PathLike) -> None:

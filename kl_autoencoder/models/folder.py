@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the commands look at a config before they import torch
 CONFIG = "config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for them
+ENTROPY_MODEL = "entropy_model.safetensors"  # of the codec, beside them
 LARGEST_JSON = 1 << 20  # bytes; published configs have less than 1000
 
 

@@ -334,11 +334,13 @@ class TestExport:
         run_folder = tmp_path / "run"
         vae.save_pretrained(run_folder / "export")
         (run_folder / "export" / "README.md").write_text("the card")
+        (run_folder / "export" / "entropy_model.safetensors").write_bytes(b"of the codec")
         assert run("export", run_folder, "-o", tmp_path / "new" / "vae") == 0
         exported = tmp_path / "new" / "vae"
         assert {p.name for p in exported.iterdir()} == {
             "config.json",
             "diffusion_pytorch_model.safetensors",
+            "entropy_model.safetensors",
             "README.md",
         }
         assert {p.name for p in (tmp_path / "new").iterdir()} == {"vae"}

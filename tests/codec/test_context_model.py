@@ -16,6 +16,7 @@ from kl_autoencoder.codec.context_network import ContextNetwork, checkerboard, l
 from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols
 from kl_autoencoder.codec.steps import step_of, steps_to_deviations
 from kl_autoencoder.codec.tables import REACH
+from kl_autoencoder.models.folder import ENTROPY_MODEL
 from tests.conftest import ROOT
 
 
@@ -142,7 +143,7 @@ def test_sums_that_would_not_be_exact_are_refused():
 
 
 def test_a_file_is_read_as_it_was_written(model, tmp_path):
-    path = tmp_path / context_model.FILE
+    path = tmp_path / ENTROPY_MODEL
     model.save(path)
     found = ContextModel.load(path)
     assert found.hash == model.hash and found.channels == 3

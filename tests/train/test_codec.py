@@ -9,10 +9,11 @@ import torch
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.codec import container
 from kl_autoencoder.codec.codec import Codec, rounded
-from kl_autoencoder.codec.context_model import FILE, ContextModel
+from kl_autoencoder.codec.context_model import ContextModel
 from kl_autoencoder.codec.prediction import encode_symbols
 from kl_autoencoder.codec.steps import step_of
 from kl_autoencoder.data.image_io import load_image
+from kl_autoencoder.models.folder import ENTROPY_MODEL
 from tests.conftest import ROOT
 from train.codec.task import in_steps
 from train.config import load_config
@@ -127,7 +128,9 @@ def test_training_lowers_the_bits_and_what_it_exports_codes_images(tmp_path, pho
         assert summary["after"][quality] < 0.9 * before, quality
     export = tmp_path / "export"
     assert "| after training |" in (export / "README.md").read_text()
-    codec = Codec(KLAutoencoder.from_pretrained("compact"), "compact", ContextModel.load(export / FILE))
+    codec = Codec(
+        KLAutoencoder.from_pretrained("compact"), "compact", ContextModel.load(export / ENTROPY_MODEL)
+    )
     photograph = load_image(sorted(photographs.iterdir())[0])
     scaled, size = codec.latents(photograph)
     header, [chunk] = container.unpack(codec.packed(scaled, size, 56))

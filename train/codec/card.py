@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from kl_autoencoder.codec.context_model import FILE
+from kl_autoencoder.models.folder import ENTROPY_MODEL
 from kl_autoencoder.models.publishing.hub_card import data_name, shareable, without_path
 
 from ..config import EntropyModelConfig, to_yaml
@@ -35,7 +35,7 @@ def card(config: EntropyModelConfig, facts: dict) -> str:
     ]
     return CARD.format(
         autoencoder=without_path(config.model.pretrained),
-        file=FILE,
+        file=ENTROPY_MODEL,
         data=data_name(asdict(config)),
         samples=facts["samples"],
         size=config.data.resolution,

@@ -9,9 +9,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.profiler import record_function
 
-from kl_autoencoder.codec.context_model import FILE, ContextModel
+from kl_autoencoder.codec.context_model import ContextModel
 from kl_autoencoder.codec.context_network import ContextNetwork
 from kl_autoencoder.codec.steps import step_of
+from kl_autoencoder.models.folder import ENTROPY_MODEL
 
 from ..autoencoder.model import build_autoencoder
 from ..autoencoder.validation import HeldOut
@@ -111,7 +112,7 @@ class EntropyTask(OneNetwork):
 
         def write(beside: Path) -> None:
             beside.mkdir()
-            ContextModel(copy.deepcopy(self.exported)).save(beside / FILE)
+            ContextModel(copy.deepcopy(self.exported)).save(beside / ENTROPY_MODEL)
             (beside / "README.md").write_text(card(self.config, facts), encoding="utf-8")
 
         write_folder(folder, write, facts["step"], facts["samples"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...console import say
 from ...extras import require
 from ...files import temporary_beside
+from ...models.folder import ENTROPY_MODEL
 from ...progress import Progress
 from ..parser import MODEL, Command, Parser, add_dtype, add_output
 from ..paths import check_model, model_path, readable_folder, refuse_existing
@@ -93,7 +94,7 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.single_file:
         vae.save_single_file(output)
     else:
-        write_model_folder(vae, output, card_of(folder))
+        write_model_folder(vae, output, companions_of(folder))
     print(output)
 
 
@@ -139,10 +140,10 @@ def _replace_folders(new: Path, output: Path) -> None:
         os.replace(folder, output / folder.name)
 
 
-def card_of(folder: Path | None) -> dict[str, Path]:
-    """The model card in a model's folder, if there is one, as a file to write beside a copy of the model."""
-    card = folder / "README.md" if folder else None
-    return {"README.md": card} if card and card.is_file() else {}
+def companions_of(folder: Path | None) -> dict[str, Path]:
+    """The model card and the codec's entropy model in a model's folder, to write beside a copy of it."""
+    files = [folder / name for name in ("README.md", ENTROPY_MODEL)] if folder else []
+    return {file.name: file for file in files if file.is_file()}
 
 
 COMMANDS = {

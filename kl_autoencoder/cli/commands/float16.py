@@ -11,7 +11,7 @@ from ...extras import require
 from ...progress import tracked
 from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
 from ..paths import check_model, find_photographs, model_path, readable_folder
-from .export import card_of, check_model_output
+from .export import check_model_output, companions_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def fp16_check(arguments: argparse.Namespace) -> int:
     if arguments.fix:
         fixed = _fix(vae, before, _test_images(photographs, arguments.size), noise)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_model_folder(fixed, output, card_of(folder))
+        write_model_folder(fixed, output, companions_of(folder))
         print(output)
         return 0
     unsafe = before.unsafe()

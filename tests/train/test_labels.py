@@ -11,6 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from kl_autoencoder.cli.main import main as command
+from kl_autoencoder.data.image_io import load_image, tensor_to_images
+from kl_autoencoder.latents.augmentation import Augmenter, Variant
+from kl_autoencoder.models.autoencoder import Autoencoder
 from tests.file_server import write_tar
 from train.autoencoder.task import AutoencoderTask
 from train.autoencoder.validation import HeldOut
@@ -241,3 +245,52 @@ def test_mnist_by_parquet_is_trained_on(tmp_path):
     assert batch["images"].shape == (8, 1, 28, 28) and set(batch["images"].unique().tolist()) == {-1.0, 1.0}
     assert batch["labels"].shape == (8,) and batch["labels"].max() < 10
     assert trainer.task.held_out.labels[0].tolist() == sorted(trainer.task.held_out.labels[0].tolist())
+
+
+DIGITS = """
+output_dir: {folder}/run
+model: {{network: mlp, hidden_sizes: [8], in_channels: 1, out_channels: 1, sample_size: 8, classes: {classes}}}
+data: {{train: sample-digits, validation: sample-digits, label_column: label, channels: 1, resolution: 8,
+       batch_size: 8, crop_scale: [1, 1], horizontal_flip: false, num_workers: 0, validation_images: 4}}
+loss: {{perceptual: {{weight: 0}}}}
+train: {{steps: 1}}
+validation: {{every: 0}}
+log: {{every: 1, tensorboard: false}}
+"""
+
+
+def test_labels_beyond_the_networks_classes_are_refused_before_any_work(tmp_path):
+    (tmp_path / "a.yaml").write_text(DIGITS.format(folder=tmp_path, classes=5))
+    message = r"data.label_column: [5-9]; allowed: whole numbers from 0 to 4 \(model.classes=5\)$"
+    with pytest.raises(ValueError, match=message):
+        Trainer(load_config(tmp_path / "a.yaml"), AutoencoderTask)
+
+
+def test_a_trained_conditional_autoencoder_draws_by_class_for_augment(tmp_path, capsys):
+    """The command on what the trainer exported: each class's draws are decoded with its number."""
+    (tmp_path / "a.yaml").write_text(DIGITS.format(folder=tmp_path, classes=10))
+    Trainer(load_config(tmp_path / "a.yaml"), partial(AutoencoderTask, statistics_samples=8)).fit()
+    for digit in range(10):
+        (tmp_path / "few" / str(digit)).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 20 * digit, np.uint8)).save(tmp_path / "few" / str(digit) / "a.png")
+    arguments = [
+        "augment",
+        str(tmp_path / "few"),
+        "--model",
+        str(tmp_path / "run"),
+        "-o",
+        str(tmp_path / "more"),
+    ]
+    assert command([*arguments, "--kinds", "drawn", "noise"]) == 0
+    assert capsys.readouterr().out.endswith("more: 10 drawn, 10 noise, of 10 images\n")
+    augmenter = Augmenter(
+        Autoencoder.from_pretrained(tmp_path / "run" / "export").eval(),
+        lambda name, size: load_image(tmp_path / "few" / name, size, 1, channels=1),
+        [f"{digit}/a.png" for digit in range(10)],
+    )
+    generator = torch.Generator().manual_seed(augmenter._number(Variant("drawn", "7/a.png", 0)))
+    z = torch.randn(1, augmenter.vae.config.latent_channels, 1, 1, generator=generator)
+    with torch.no_grad():
+        wanted = augmenter.vae.decode(z, labels=torch.tensor([7])).sample
+    with Image.open(tmp_path / "more" / "7" / "a-drawn-0.png") as made:
+        assert (np.asarray(made) == np.asarray(tensor_to_images(wanted)[0])).all()

@@ -66,7 +66,8 @@ class AutoencoderTask:
         self.players = [self.autoencoder, *others]
         self.objective = Objective(self.config.loss, perceptual, terms, self.adversary)
         self._check_resolutions()
-        self.data = TrainingData(self.config.data, self.config.seed)
+        classes = self.vae.config.get("classes") or None
+        self.data = TrainingData(self.config.data, self.config.seed, classes)
         size.check_step(self.config, self.vae.config, self.memory)
 
     @property

@@ -110,7 +110,16 @@ class Server(uvicorn.Server):
 
 
 def serve(models: Mapping[str, ExactAutoencoder], listening: socket.socket) -> None:
-    """Serve the page on a bound socket until Ctrl-C or SIGTERM; what visitors brought is deleted then."""
+    """Serve the page on a bound socket until Ctrl-C or SIGTERM; what visitors brought is deleted then.
+
+    ValueError for a model that is not one of RGB images, or not a KL autoencoder.
+    """
+    for name, vae in models.items():
+        if not isinstance(vae, ExactAutoencoder) or (vae.config.in_channels, vae.config.out_channels) != (
+            3,
+            3,
+        ):
+            raise ValueError(f"{name}: allowed on the page: KL autoencoders of 3 channels (RGB)")
     folder = Path(tempfile.mkdtemp(prefix="kl-autoencoder-demo-"))
     try:
         app = application(models, folder, is_local(listening))

@@ -1,6 +1,9 @@
 """What the demo page computes, in numbers; nothing here is shown."""
 
 import gc
+import html
+import json
+import re
 import socket
 
 import numpy as np
@@ -16,6 +19,7 @@ from kl_autoencoder.data.image_io import load_image, tensor_to_images
 from kl_autoencoder.demo import address, latent_edits, latent_pictures, photographs, reconstruction
 from kl_autoencoder.demo.measuring import Meter
 from kl_autoencoder.demo.picture_files import PictureFiles
+from kl_autoencoder.demo.studio import Studio
 from kl_autoencoder.networks.distributions import DiagonalGaussian
 
 
@@ -196,3 +200,41 @@ def test_a_compressed_photograph_beside_codecs_of_equal_bytes(models):
     assert tensor_to_images(first.images)[0].tobytes() == codec.decompress(file).tobytes()
     assert (jpeg.name, webp.name) == ("JPEG", "WebP") and jpeg.costs is None
     assert webp.bytes <= first.bytes or webp.detail == "its smallest file"
+
+
+@pytest.fixture
+def studio(models, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    return Studio(models, None, PictureFiles(tmp_path / "pictures"))
+
+
+def picture_of(studio, source):
+    return load_image(studio.files.path(source.removeprefix("pictures/")), multiple_of=1)
+
+
+def test_an_attribute_is_added_to_a_photograph(studio, five_photos):
+    photo, plus, minus = (str(five_photos / f"{name}.png") for name in ("coffee", "astronaut", "chelsea"))
+    page = studio.attribute(photo, [plus], [minus], "first", 0.5)
+    (choice,) = json.loads(html.unescape(re.search(r'data-choices="([^"]*)"', page)[1]))
+    assert choice["label"] == "strength +0.5"
+    vae = studio.models["first"]
+    z, with_it, without = (vae.encode(load_image(p, 256)).latent_dist.mode() for p in (photo, plus, minus))
+    with torch.no_grad():
+        wanted = vae.decode(z + 0.5 * (with_it - without)).sample.clamp(-1, 1)
+    assert (picture_of(studio, choice["source"]) - wanted).abs().max() <= 1 / 255 + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((None, ["a"], ["b"]), "choose a photograph first"), (("a.png", [], ["b"]), "one of each at least")],
+)
+def test_what_an_attribute_needs_is_said(studio, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        studio.attribute(*arguments, "first", 1.0)
+
+
+def test_names_of_files_are_text_on_the_page(studio, tmp_path):
+    Image.fromarray(data.chelsea()[:64, :64]).save(tmp_path / "<img src=x>.png")
+    _, figures = studio.reconstruct(str(tmp_path / "<img src=x>.png"), None)
+    assert "<img src=x>" not in figures and "&lt;img src=x&gt;.png, 64x64 pixels." in figures
+    assert studio.reconstruct(None, None) == ("", "")

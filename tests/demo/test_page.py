@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.models.compact import COMPACT
 from tests.chromium import chromium, drag, look
@@ -51,6 +52,14 @@ def _is_here(host):
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in (None, "localhost")
+
+
+def test_models_that_the_page_cannot_show_are_refused():
+    from kl_autoencoder.demo import server
+
+    gray = KLAutoencoder(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    with pytest.raises(ValueError, match="gray: allowed on the page: KL autoencoders of 3 channels"):
+        server.serve({"gray": gray}, None)
 
 
 @pytest.fixture(scope="module")

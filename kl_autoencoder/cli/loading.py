@@ -137,16 +137,18 @@ def read_photographs(
     what: str,
     vae: ExactAutoencoder | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, images (1, 3, H, W)); of several photographs, one that cannot be read is told and skipped.
+    """Yield (index, images (1, C, H, W)), RGB or in the channels of `vae`, of photographs.
 
-    One that does not fit into memory with `vae`, which is tiled where that helps, counts as one of these. The paths
-    of skipped ones are appended to `unread`. `what` is the heading of the progress bar.
+    Of several, one that cannot be read is told and skipped; one that does not fit into memory with `vae`, which is
+    tiled where that helps, counts as one of these. The paths of skipped ones are appended to `unread`. `what` is the
+    heading of the progress bar.
     """
     for i, (path, _) in enumerate(tracked(photographs, what, "images")):
         try:
             if vae is not None:
                 prepare_memory(vae, path, (size, size) if size else image_size(path))
-            images = load_image(path, size, multiple_of=1)
+            channels = 3 if vae is None else vae.config.in_channels
+            images = load_image(path, size, multiple_of=1, channels=channels)
         except (ValueError, OSError) as error:
             if len(photographs) == 1:
                 raise

@@ -84,3 +84,16 @@ def test_what_is_refused_leaves_everything_as_it_was(digits, more, message, caps
     assert run(digits, *[word.replace("DIGITS", str(digits / "digits")) for word in more]) == 2
     assert message in capsys.readouterr().err
     assert contents(digits) == before
+
+
+def test_a_gray_model_reads_gray_in_the_other_commands_too(digits, capsys):
+    """reconstruct, interpolate and anomaly of images of one channel, and of a data set in the package."""
+    model, one = str(digits / "model"), str(digits / "digits/0/0.png")
+    assert main(["reconstruct", one, "--model", model, "-o", str(digits / "r.png")]) == 0
+    with Image.open(digits / "r.png") as image:
+        assert image.mode == "L" and image.size == (9, 10)
+    assert main(["interpolate", one, one, "--steps", "2", "--model", model, "-o", str(digits / "i.png")]) == 0
+    command = ["anomaly", model, "--reference", "sample-faces", "--data", "sample-strangers", "--size", "24"]
+    assert main([*command, "-o", str(digits / "s.csv")]) == 0
+    assert len((digits / "s.csv").read_text().splitlines()) == 1 + 80
+    assert "80 photographs against 80 of the reference, 24x24" in capsys.readouterr().out

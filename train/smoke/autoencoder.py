@@ -62,7 +62,11 @@ def small_data(config: DataConfig) -> DataConfig:
     sources = [source for source in (config.train, config.validation) if source is not None]
     if all(is_here(source) or source in (SAMPLE_PHOTOGRAPHS, *SAMPLES) for source in sources):
         return small
-    return replace(small, train=SAMPLE_PHOTOGRAPHS, validation=SAMPLE_PHOTOGRAPHS, streaming=False)
+    small = replace(small, streaming=False)
+    if config.label_column is None and config.labels is None:
+        return replace(small, train=SAMPLE_PHOTOGRAPHS, validation=SAMPLE_PHOTOGRAPHS)
+    digits = replace(small, train=SAMPLES[0], validation=SAMPLES[0], too_small="enlarge")
+    return replace(digits, label_column="label", labels=None)
 
 
 def _small_network(config: ModelConfig) -> ModelConfig:

@@ -70,7 +70,7 @@ def anomaly(arguments: argparse.Namespace) -> None:
     data = open_photographs(arguments.data, "--data")
     detector = _calibrated(vae, reference, size)
     rows = []
-    for name, images in read_squares(data, range(len(data)), size, "scoring"):
+    for name, images in read_squares(data, range(len(data)), size, "scoring", vae.config.in_channels):
         name = os.path.relpath(name, arguments.data) if os.path.isdir(arguments.data) else name
         scores = detector.scores(images)
         p_values = {f"p_{score}": detector.p_value(score, scores[score]) for score in SCORES}
@@ -93,7 +93,12 @@ def _calibrated(vae: "KLAutoencoder", reference: "datasets.Dataset", size: int) 
     from ...evaluation.anomaly import Detector
 
     halves = [
-        [images for _, images in read_squares(reference, rows, size, "reading the reference")]
+        [
+            images
+            for _, images in read_squares(
+                reference, rows, size, "reading the reference", vae.config.in_channels
+            )
+        ]
         for rows in (range(0, len(reference), 2), range(1, len(reference), 2))
     ]
     return Detector(vae, *halves)

@@ -51,7 +51,9 @@ def interpolate(arguments: argparse.Namespace) -> None:
     a, b = arguments.a, arguments.b
     size = (arguments.size,) * 2 if arguments.size else image_size(a)
     vae = load_model(arguments.model, arguments.device, "float32")
-    ends = [_posterior(vae, load_image(path, size, multiple_of=1)).mode()[0] for path in (a, b)]
+    channels = vae.config.in_channels
+    images = [load_image(path, size, multiple_of=1, channels=channels) for path in (a, b)]
+    ends = [_posterior(vae, image).mode()[0] for image in images]
     latents = interpolation.interpolate(*ends, arguments.steps, arguments.spherical)
     labels = [f"{i / (len(latents) - 1):.2f}" for i in range(len(latents))]
     _save_strip(_decoded(vae, latents, size), labels, arguments.output)
@@ -178,7 +180,8 @@ def attribute(arguments: argparse.Namespace) -> None:
     size = size_of_squares(arguments.size, vae)
     sets = {"--plus": arguments.plus, "--minus": arguments.minus}
     plus, minus = (interpolation.mean_latent(_posteriors(vae, name, key, size)) for key, name in sets.items())
-    latent = _posterior(vae, load_image(photo, size, multiple_of=1)).mode()
+    image = load_image(photo, size, multiple_of=1, channels=vae.config.in_channels)
+    latent = _posterior(vae, image).mode()
     latents = torch.cat([latent + strength * (plus - minus).to(latent) for strength in arguments.strength])
     _save_strip(_decoded(vae, latents, (size, size)), [f"{s:+g}" for s in arguments.strength], output)
 
@@ -213,9 +216,9 @@ def open_photographs(source: str, key: str) -> "datasets.Dataset":
 
 
 def read_squares(
-    photographs: "datasets.Dataset", rows: Sequence[int], size: int, what: str
+    photographs: "datasets.Dataset", rows: Sequence[int], size: int, what: str, channels: int
 ) -> Iterator[tuple[str, "Tensor"]]:
-    """Yield (name, images (1, 3, size, size)) of the centre squares; unreadable ones are told and left out."""
+    """Yield (name, images (1, channels, size, size)) of the centre squares; tells and leaves out unreadable ones."""
     from ...data.image_io import load_image, open_image
     from ...data.sources import encoded_file
 
@@ -223,7 +226,8 @@ def read_squares(
         record = photographs[row]["image"]
         name = (record or {}).get("path") or f"row {row}"
         try:
-            yield name, load_image(open_image(encoded_file(record, name)), size)
+            opened = open_image(encoded_file(record, name), channels)
+            yield name, load_image(opened, size, multiple_of=1, channels=channels)
         except (ValueError, OSError) as error:
             say("skipped", error)
 
@@ -242,7 +246,9 @@ def _posteriors(vae: "KLAutoencoder", source: str, key: str, size: int) -> Itera
     rows = range(len(photographs))
     return (
         _posterior(vae, images)
-        for _, images in read_squares(photographs, rows, size, f"encoding {key.strip('-')}")
+        for _, images in read_squares(
+            photographs, rows, size, f"encoding {key.strip('-')}", vae.config.in_channels
+        )
     )
 
 

@@ -218,7 +218,7 @@ def open_photographs(source: str, key: str) -> "datasets.Dataset":
 def read_squares(
     photographs: "datasets.Dataset", rows: Sequence[int], size: int, what: str, channels: int
 ) -> Iterator[tuple[str, "Tensor"]]:
-    """Yield (name, images (1, channels, size, size)) of the centre squares; tells and leaves out unreadable ones."""
+    """Yield (name, images (1, channels, size, size)) of centre squares; unreadable ones are left out, and told."""
     from ...data.image_io import load_image, open_image
     from ...data.sources import encoded_file
 

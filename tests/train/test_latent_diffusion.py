@@ -247,6 +247,7 @@ def test_a_dit_overfits_four_latents_and_the_pipeline_returns_the_four_pictures(
     assert errors.diagonal().max() < 0.05 * others
     card = (summary["export"] / "README.md").read_text()
     assert f"{summary['after']['loss']:.4f}" in card and "DiTPipeline" in card
+    assert str(latents.parent) not in card and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("prediction", PATHS)

@@ -1,7 +1,10 @@
 """The README.md of a trained pipeline."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kl_autoencoder.models.publishing.hub_card import data_name, shareable
 
 from ..config import to_yaml
 
@@ -20,7 +23,7 @@ with the autoencoder that they are of. It loads in plain diffusers:
 
 ```python
 from diffusers import DiTPipeline
-pipe = DiTPipeline.from_pretrained("{folder}")
+pipe = DiTPipeline.from_pretrained("{folder}")  # the folder that this page is in
 images = pipe(class_labels={labels}, guidance_scale={guidance}, num_inference_steps={steps}).images
 ```
 
@@ -49,16 +52,16 @@ def card(folder: Path, task: "LatentDiffusionTask", facts: dict) -> str:
         parameters=sum(p.numel() for p in task.exported.parameters()) / 1e6,
         side=side,
         channels=channels,
-        folder=folder,
+        folder=folder.name,
         labels=[0, 0] if classes is None else [0, len(classes) - 1],
         guidance=1.0 if classes is None else 2.0,
         steps=config.validation.inference_steps,
         classes=known,
         samples=facts["samples"],
-        data=config.data.train,
+        data=data_name(asdict(config)),
         weights="the EMA weights" if config.ema.enabled else "the last weights",
         prediction=config.loss.prediction,
         before="not recorded" if before is None else f"{before:.4f}",
         after=f"{facts['after']['loss']:.4f}",
-        recipe=to_yaml(config),
+        recipe=shareable(to_yaml(config)),
     )

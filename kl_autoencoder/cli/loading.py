@@ -140,8 +140,8 @@ def read_photographs(
     """Yield (index, images (1, C, H, W)), RGB or in the channels of `vae`, of photographs.
 
     Of several, one that cannot be read is told and skipped; one that does not fit into memory with `vae`, which is
-    tiled where that helps, counts as one of these. Their paths are appended to `unread`. `what` is the heading of the
-    progress bar.
+    tiled where that helps, counts as one of these. Their paths are appended to `unread`. `what` is the heading of
+    the progress bar.
     """
     for i, (path, _) in enumerate(tracked(photographs, what, "images")):
         try:

@@ -1,5 +1,6 @@
 """What a computation costs: seconds, and the most memory that it held at once."""
 
+import ctypes
 import threading
 import time
 from types import TracebackType
@@ -28,6 +29,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
+            _give_back_what_is_free()
             self._process, self._done = psutil.Process(), threading.Event()
             self._before = self._most = self._process.memory_info().rss
             self._watch = threading.Thread(target=self._look, name="memory", daemon=True)
@@ -53,3 +55,10 @@ class Meter:
             self._most = max(self._most, self._process.memory_info().rss)
             if self._done.wait(INTERVAL):
                 return
+
+
+def _give_back_what_is_free() -> None:
+    """Return what the C library keeps of freed memory, which would be used again unseen; glibc alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -66,6 +66,17 @@ def test_memory_and_time_of_a_block():
     assert 60e6 < meter.peak_bytes < 100e6 and meter.seconds > 0
 
 
+def test_memory_that_was_used_before_counts_again():
+    """Blocks of a size that glibc keeps when they are freed."""
+    found = []
+    for _ in range(4):
+        with Meter(torch.device("cpu")) as meter:
+            blocks = [torch.ones(3 << 20, dtype=torch.uint8) for _ in range(10)]
+            del blocks
+        found.append(meter.peak_bytes)
+    assert min(found) > 25e6
+
+
 def test_every_model_and_codec_with_its_figures(models):
     images = photographs.image_to_tensor(Image.fromarray(data.coffee()[:101, :77]))[None]
     outcomes = list(reconstruction.compare(models, images, lpips=None))

@@ -9,12 +9,14 @@ function compare(root) {
   const viewers = figures.map((figure, i) => viewer(figure, (place) =>
     viewers.forEach((other, j) => j !== i && other.follow(place))));
   const gain = form.elements.gain, made = new Map();
+  let turn = 0;
 
   function shown(i) {
     const box = form.querySelector(`input[name=method][value="${i}"]`);
     return !box || box.checked;
   }
   function show() {
+    const mine = ++turn;
     const isDifference = form.elements.view.value === "difference";
     gain.parentElement.hidden = !isDifference;
     gain.nextElementSibling.textContent = "×" + gain.value;
@@ -23,10 +25,11 @@ function compare(root) {
       if (figure.hidden) return;
       if (!isDifference) return viewers[i].show(choices[i]);
       const source = figure.querySelector(".pane img").src;
-      difference(source, choices[i].source, Number(gain.value)).then((made_) => {
+      difference(source, choices[i].source, Number(gain.value)).then((picture) => {
+        if (mine !== turn) return URL.revokeObjectURL(picture);  // something else was chosen meanwhile
         if (made.has(i)) URL.revokeObjectURL(made.get(i));
-        made.set(i, made_);
-        viewers[i].show({ ...choices[i], source: made_, label: "difference ×" + gain.value });
+        made.set(i, picture);
+        viewers[i].show({ ...choices[i], source: picture, label: "difference ×" + gain.value });
       });
     });
   }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.autoencoder_kl import KLAutoencoder
+from ..networks.distributions import DiagonalGaussian
 
 SCORES = ("error", "kl", "bound", "local")
 PATCH, STRIDE, WINDOW = 8, 4, 16  # pixels
@@ -32,7 +33,7 @@ class Detector:
     The scores, in float64:
         error: the mean squared error of the reconstruction from the posterior's mode.
         kl: |KL(q(z|x) || N(0, I)) - its median|, nats per pixel dimension: a model that knows nothing of an image
-            may well spend fewer nats on it than on a photograph.
+            may well spend fewer nats on it than on a photograph. 0 for models without a Gaussian posterior.
         bound: the negative evidence lower bound, -log N(x; reconstruction, s^2) + KL in nats per pixel dimension,
             with s^2 the mean squared error of the reference, its maximum-likelihood value (Kingma & Welling 2013,
             C.2), and the posterior's mode for a sample.
@@ -64,7 +65,8 @@ class Detector:
         images = images.to(self.vae.device)
         posterior = self.vae.encode(images).latent_dist
         residual = images - self.vae.decode(posterior.mode()).sample
-        return residual.double().cpu(), float(posterior.kl()) / images.numel()
+        kl = float(posterior.kl()) if isinstance(posterior, DiagonalGaussian) else 0.0
+        return residual.double().cpu(), kl / images.numel()
 
     def scores(self, images: Tensor) -> dict[str, float]:
         """(1, 3, H, W) -> the score under each name."""

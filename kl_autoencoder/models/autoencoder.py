@@ -104,9 +104,9 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return isinstance(self.bottleneck_module, Discrete)
 
     @property
-    def codes(self) -> int:
-        """How many codes there are. ValueError where latents are not discrete."""
-        return self._discrete.codes
+    def codes(self) -> int | None:
+        """How many codes there are; None where latents are not discrete."""
+        return self.bottleneck_module.codes if isinstance(self.bottleneck_module, Discrete) else None
 
     # ---------------------------------------------------------------- images <-> latents
 

@@ -49,8 +49,9 @@ def interpolate(arguments: argparse.Namespace) -> None:
     from ..loading import load_model
 
     a, b = arguments.a, arguments.b
-    size = (arguments.size,) * 2 if arguments.size else image_size(a)
     vae = load_model(arguments.model, arguments.device, "float32")
+    side = arguments.size or (vae.config.sample_size if getattr(vae, "is_mlp", False) else None)
+    size = (side, side) if side else image_size(a)
     channels = vae.config.in_channels
     images = [load_image(path, size, multiple_of=1, channels=channels) for path in (a, b)]
     ends = [_posterior(vae, image).mode()[0] for image in images]
@@ -71,7 +72,10 @@ def sample_arguments(parser: Parser) -> None:
         help="of a MODEL with codes: draw them from this prior, of task: code_prior",
     )
     parser.add_argument(
-        "--label", type=int, metavar="N", help="for --prior, if it knows labels (all in turn)"
+        "--label",
+        type=int,
+        metavar="N",
+        help="draw this class, of a conditional model or prior (all in turn)",
     )
     add_size(parser, "of the pictures (what the model is made for)")
     parser.add_argument("--grid", type=positive, default=4, metavar="N", help="N x N draws (4)")
@@ -86,8 +90,6 @@ def check_sample(arguments: argparse.Namespace) -> None:
         raise ValueError("--fit and --data SOURCE belong together")
     if arguments.data:
         locate(arguments.data, "--data")
-    if arguments.prior is None and arguments.label is not None:
-        raise ValueError("--label: given without --prior; allowed: both")
     if arguments.prior is not None:
         if arguments.fit or arguments.size:
             raise ValueError("--prior: beside --fit or --size; allowed: alone, its codes are of one size")
@@ -110,14 +112,43 @@ def _draws_of_gaussian(vae: "KLAutoencoder", arguments: argparse.Namespace) -> "
 
     from ...latents import interpolation
 
-    size = size_of_squares(arguments.size, vae)
+    size, count = size_of_squares(arguments.size, vae), arguments.grid**2
     side = size // vae.downsampling
-    gaussian = interpolation.standard_normal(vae.config.latent_channels, side, side)
-    if arguments.fit:
-        gaussian = interpolation.fitted(_posteriors(vae, arguments.data, "--data", size), arguments.fit)
     generator = torch.Generator().manual_seed(arguments.seed)
-    latents = torch.cat([gaussian.sample(generator) for _ in range(arguments.grid**2)])
-    return _decoded(vae, latents, (size, size))
+    labels = _labels(arguments, vae.config.get("classes") or None, arguments.model)
+    if prior := _prior_of(vae):
+        draws = prior.sample(count * side**2, vae.config.latent_channels, generator)
+        latents = draws.view(count, side, side, -1).movedim(-1, 1)
+    else:
+        gaussian = interpolation.standard_normal(vae.config.latent_channels, side, side)
+        if arguments.fit:
+            gaussian = interpolation.fitted(_posteriors(vae, arguments.data, "--data", size), arguments.fit)
+        latents = torch.cat([gaussian.sample(generator) for _ in range(count)])
+    return _decoded(vae, latents, (size, size), labels)
+
+
+def _prior_of(vae: Any) -> Any:
+    """The prior of an adversarial autoencoder, None for a Gaussian. ValueError for one without any."""
+    bottleneck = vae.config.get("bottleneck") or {"kind": "kl"}
+    if getattr(vae, "is_discrete", False):
+        raise ValueError(
+            "a model of codes draws nothing without a prior over them; allowed: with --prior FOLDER"
+        )
+    return vae.bottleneck_module.prior if bottleneck["kind"] == "adversarial" else None
+
+
+def _labels(arguments: argparse.Namespace, classes: int | None, source: str) -> "Tensor | None":
+    """A label for each picture: --label, or all in turn; None where `source` knows none."""
+    import torch
+
+    one, count = arguments.label, arguments.grid**2
+    if classes is None:
+        if one is not None:
+            raise ValueError(f"--label: {one}; allowed: none, {source} knows no labels")
+        return None
+    if one is not None and not 0 <= one < classes:
+        raise ValueError(f"--label: {one}; allowed: whole numbers below {classes}")
+    return torch.arange(count) % classes if one is None else torch.full((count,), one)
 
 
 def _draws_of_prior(vae: Any, arguments: argparse.Namespace) -> "Tensor":
@@ -133,16 +164,9 @@ def _draws_of_prior(vae: Any, arguments: argparse.Namespace) -> "Tensor":
             f"--prior: {arguments.prior} is of {prior.config.codes} codes, {arguments.model} has "
             f"{codes or 'none'}; allowed: the prior of this model, {prior.config.autoencoder}'s"
         )
-    labels, count = None, arguments.grid**2
-    if prior.config.classes is not None:
-        one = arguments.label
-        if one is not None and not 0 <= one < prior.config.classes:
-            raise ValueError(f"--label: {one}; allowed: whole numbers below {prior.config.classes}")
-        labels = torch.arange(count) % prior.config.classes if one is None else torch.full((count,), one)
-    elif arguments.label is not None:
-        raise ValueError(f"--label: {arguments.label}; allowed: none, {arguments.prior} knows no labels")
+    labels = _labels(arguments, prior.config.classes, arguments.prior)
     generator = torch.Generator().manual_seed(arguments.seed)
-    drawn = prior.sample(count, labels, generator=generator)
+    drawn = prior.sample(arguments.grid**2, labels, generator=generator)
     with torch.inference_mode():
         return torch.cat([vae.decode_indices(one.to(vae.device)).cpu() for one in drawn.split(1)])
 
@@ -252,13 +276,18 @@ def _posteriors(vae: "KLAutoencoder", source: str, key: str, size: int) -> Itera
     )
 
 
-def _decoded(vae: "KLAutoencoder", latents: "Tensor", size: tuple[int, int]) -> "Tensor":
+def _decoded(
+    vae: "KLAutoencoder", latents: "Tensor", size: tuple[int, int], labels: "Tensor | None" = None
+) -> "Tensor":
     """Decode one at a time, so that what is beside it changes nothing of an image; crop to `size` (H, W)."""
     import torch
 
     with torch.inference_mode():
-        singly = tracked(latents.split(1), "decoding", "images")
-        images = [vae.decode(z.to(vae.device)).sample.cpu() for z in singly]
+        conditions = (
+            [{}] * len(latents) if labels is None else [{"labels": label} for label in labels.split(1)]
+        )
+        singly = tracked(list(zip(latents.split(1), conditions, strict=True)), "decoding", "images")
+        images = [vae.decode(z.to(vae.device), **given).sample.cpu() for z, given in singly]
     return torch.cat(images)[:, :, : size[0], : size[1]]
 
 

@@ -47,7 +47,9 @@ def _projections(latents: np.ndarray) -> dict[str, np.ndarray]:
     dimensions = min(PCA_BEFORE_TSNE, *latents.shape)
     components = PCA(dimensions, random_state=SEED).fit_transform(latents)
     perplexity = min(30.0, max(1.0, (len(latents) - 1) / 3))
-    embedded = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(components)
+    # "exact": the tree of the other method overflows the stack where many latents are equal, as codes are
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=SEED, method="exact")
+    embedded = tsne.fit_transform(components)
     return {"Latents by PCA": components[:, :2], "Latents by t-SNE": embedded}
 
 

@@ -141,3 +141,10 @@ def test_pictures_are_written_whole(tmp_path):
     assert (tmp_path / "codes.png").read_bytes() == first
     with pytest.raises(FileNotFoundError, match="the folder .* is missing"):
         style.save(figure, tmp_path / "absent" / "codes.png")
+
+
+def test_equal_latents_are_drawn():
+    """scikit-learn's tree of points ends the process where many are equal."""
+    latents = np.repeat(np.random.default_rng(0).normal(size=(4, 8)), 80, axis=0)
+    figure = plots.latents_by_class(latents, [0] * len(latents))
+    assert len(figure.axes) == 2

@@ -47,8 +47,10 @@ def _projections(latents: np.ndarray) -> dict[str, np.ndarray]:
     dimensions = min(PCA_BEFORE_TSNE, *latents.shape)
     components = PCA(dimensions, random_state=SEED).fit_transform(latents)
     perplexity = min(30.0, max(1.0, (len(latents) - 1) / 3))
-    # "exact": the tree of the other method overflows the stack where many latents are equal, as codes are
-    tsne = TSNE(perplexity=perplexity, init="pca", random_state=SEED, method="exact")
+    # the tree of the fast method overflows the stack where latents are equal, as codes are
+    different = len(np.unique(components.round(6), axis=0)) == len(components)
+    method = "barnes_hut" if different else "exact"
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=SEED, method=method)
     embedded = tsne.fit_transform(components)
     return {"Latents by PCA": components[:, :2], "Latents by t-SNE": embedded}
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .colours import to_channels, to_rgb
+from .colours import to_channels
 from .image_io import cover_box, image_size, resize_box
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 as long as the crop keeps this many times its final side, the rest being
@@ -44,13 +44,13 @@ class Crop(NamedTuple):
 class Part:
     """The result of `read_part`: the part `box` (left, top, right, bottom) of an upright image of `size` (H, W)."""
 
-    pixels: np.ndarray  # the part, scaled: (h, w, 3) uint8; cheaper than a tensor to send to another process
+    pixels: np.ndarray  # the part, scaled: (h, w, C) uint8; cheaper than a tensor to send to another process
     size: tuple[int, int]
     box: tuple[float, float, float, float]
 
     @property
     def images(self) -> Tensor:
-        """(3, h, w), float32 in [-1, 1]."""
+        """(C, h, w), float32 in [-1, 1]."""
         return torch.from_numpy(self.pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -70,12 +70,17 @@ def nearest_bucket(size: tuple[int, int], choices: Sequence[tuple[int, int]]) ->
     return min(choices, key=lambda hw: (abs(math.log(hw[0] / hw[1]) - ratio), -hw[0] * hw[1]))
 
 
-def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Random | None = None) -> Part:
+def read_part(
+    file: BinaryIO,
+    targets: Sequence[tuple[int, int]],
+    rng: random.Random | None = None,
+    channels: int = 3,
+) -> Part:
     """Read the largest part of an image that has a target's aspect ratio, scaled to that target (H, W).
 
     The target is the one of nearest aspect ratio; the part is the centre, or with `rng` at a random place. Colours
-    and orientation as in `image_io.open_image`; a large JPEG is decoded at a fraction of its size. Raises TooSmall
-    if it would be enlarged, ValueError if it cannot be read.
+    and orientation as in `image_io.open_image`, `channels` as there; a large JPEG is decoded at a fraction of its
+    size. Raises TooSmall if it would be enlarged, ValueError if it cannot be read.
     """
     height, width = image_size(file)  # refuses bombs and formats that no photograph has
     target = nearest_bucket((height, width), targets)
@@ -85,11 +90,11 @@ def read_part(file: BinaryIO, targets: Sequence[tuple[int, int]], rng: random.Ra
     place = (rng.random(), rng.random()) if rng else (0.5, 0.5)
     box = cover_box((height, width), target, *place)
     with _opened_reduced(file, JPEG_MARGIN * scale * min(height, width)) as image:
-        upright = to_rgb(image)
+        upright = to_channels(image, channels)
     shrunk = upright.width / width, upright.height / height
     scaled = box if upright.size == (width, height) else tuple(b * shrunk[i % 2] for i, b in enumerate(box))
     pixels = np.array(resize_box(upright, scaled, *target))
-    return Part(pixels, (height, width), box)
+    return Part(pixels.reshape(*target, channels), (height, width), box)
 
 
 def read_square(

@@ -23,7 +23,9 @@ row = load_dataset("path/to/this/folder", split="train")[0]
 {content} = torch.frombuffer(bytearray(row["{content}"]), dtype=getattr(torch, row["dtype"])).view(row["shape"])
 ```
 
-They are raw: not scaled. Scaled{drawn} they come of
+{found}
+"""
+LATENTS = """They are raw: not scaled. Scaled{drawn} they come of
 
     kl_autoencoder.LatentDataset("path/to/this/folder", vae.scaling)
 
@@ -32,14 +34,15 @@ They are raw: not scaled. Scaled{drawn} they come of
 | mean | {mean} |
 | standard deviation | {std} |
 
-Over all channels together: {scaling}. The model's own config said: {before}.
-"""
+Over all channels together: {scaling}. The model's own config said: {before}."""
+CODES = """They are numbers of a code book of {codes:,} codes, of which {used:,} are used; exp of the entropy
+of their use, the perplexity, is {perplexity:.1f}. `vae.decode_indices` decodes them."""
 
 
 def dataset_card(manifest: dict) -> str:
     """The card of a finished data set, a function of its manifest alone."""
-    settings, found, made_from = (manifest[key] for key in ("settings", "statistics", "made_from"))
-    channels, moments = len(found["mean"]), settings["content"] == "moments"
+    settings, made_from = manifest["settings"], manifest["made_from"]
+    moments = settings["content"] == "moments"
     return CARD.format(
         rows=manifest["rows"],
         content=settings["content"],
@@ -52,11 +55,23 @@ def dataset_card(manifest: dict) -> str:
         crop=settings["crop"],
         size=settings["size"],
         halves=" (the mean, then the logarithm of the variance)" if moments else "",
+        found=_codes(manifest) if settings["content"] == "codes" else _latents(manifest, moments),
+    )
+
+
+def _codes(manifest: dict) -> str:
+    return CODES.format(**manifest["statistics"])
+
+
+def _latents(manifest: dict, moments: bool) -> str:
+    found = manifest["statistics"]
+    channels = len(found["mean"])
+    return LATENTS.format(
         drawn=", and drawn from the moments anew in each epoch," if moments else "",
         channels=" | ".join(f"channel {i}" for i in range(channels)),
         lines="---|" * channels,
         mean=" | ".join(map(rounded, found["mean"])),
         std=" | ".join(map(rounded, found["std"])),
         scaling=described(found),
-        before=described(made_from["scaling"]),
+        before=described(manifest["made_from"]["scaling"]),
     )

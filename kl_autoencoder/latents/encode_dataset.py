@@ -23,9 +23,9 @@ from ..distributed import end_with_the_parent
 from ..inference.workers import Workers
 from ..models.autoencoder_kl import KLAutoencoder
 from ..progress import Progress
-from .shard_encoder import EncodeSettings, ShardEncoder, little_endian, rng_for
+from .shard_encoder import EncodeSettings, ShardEncoder, empty_statistics, little_endian, rng_for
 from .shards import ShardFolder
-from .statistics import LatentStatistics
+from .statistics import Statistics
 
 COMPARED = 16  # photographs whose bytes say whether a source is the same
 
@@ -53,7 +53,7 @@ def encode(
     targets = buckets(settings.size, f) if settings.crop == "buckets" else [(settings.size, settings.size)]
     claimed = ((k, row) for k in shards.claims(rank, ranks) for row in shards.rows(k))
     loader = DataLoader(
-        CroppedPhotographs(photographs, column, targets, settings),
+        CroppedPhotographs(photographs, column, targets, settings, vae.config.in_channels),
         sampler=IteratorSampler(claimed),
         batch_size=None,
         num_workers=num_workers,
@@ -75,7 +75,7 @@ def encode(
             bar.up_to(sum(len(shards.rows(k)) for k in shards.complete()))  # the other ranks' too
     if len(shards.complete()) < shards.count:
         return None
-    return finish(shards, vae.config.latent_channels)
+    return finish(shards, empty_statistics(settings.content, vae))
 
 
 def binding(vae: KLAutoencoder, photographs: datasets.Dataset, column: str, settings: EncodeSettings) -> dict:
@@ -112,8 +112,16 @@ class CroppedPhotographs(Dataset):
     Of one that is too small or unreadable, "reason" stands in the place of "part" and "kept".
     """
 
-    def __init__(self, photographs: datasets.Dataset, column: str, targets: list, settings: EncodeSettings):
+    def __init__(
+        self,
+        photographs: datasets.Dataset,
+        column: str,
+        targets: list,
+        settings: EncodeSettings,
+        channels: int = 3,
+    ):
         self.photographs, self.column, self.targets, self.settings = photographs, column, targets, settings
+        self.channels = channels
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         shard, row = place
@@ -122,7 +130,7 @@ class CroppedPhotographs(Dataset):
         loaded = {"shard": shard, "row": row, "source_id": name}
         rng = rng_for(self.settings.seed, row, "crop") if self.settings.crop == "random" else None
         try:
-            part = read_part(encoded_file(record[self.column], name), self.targets, rng)
+            part = read_part(encoded_file(record[self.column], name), self.targets, rng, self.channels)
         except TooSmall as error:
             return {**loaded, "reason": f"too small: {error}"}
         except Exception as error:  # decoders fed with damaged bytes raise nearly everything
@@ -131,12 +139,15 @@ class CroppedPhotographs(Dataset):
         return {**loaded, "part": part, "kept": {key: record[key] for key in self.settings.keep}}
 
 
-def finish(shards: ShardFolder, channels: int) -> dict:
-    """Write the manifest: the statistics of all shards, merged in their order, so that all processes agree."""
-    total, skipped, rows = LatentStatistics(channels), [], 0
+def finish(shards: ShardFolder, total: Statistics) -> dict:
+    """Write the manifest: the statistics of all shards, merged in their order, so that all processes agree.
+
+    total: statistics of nothing yet.
+    """
+    skipped, rows = [], 0
     for k in range(shards.count):
         about = shards.about(k)
-        total.merge(LatentStatistics.from_state(about["statistics"]))
+        total.merge(type(total).from_state(about["statistics"]))
         skipped += about["skipped"]
         rows += about["rows"]
     if not rows:
@@ -146,12 +157,7 @@ def finish(shards: ShardFolder, channels: int) -> dict:
     result = {
         "rows": rows,
         "skipped": {"too small": small, "unreadable": len(skipped) - small},
-        "statistics": {
-            "scaling_factor": total.scaling_factor,
-            "shift_factor": total.shift_factor,
-            "mean": total.mean.tolist(),
-            "std": total.std.tolist(),
-        },
+        "statistics": total.summary(),
     }
     return shards.finish(result, skipped)
 

@@ -25,6 +25,7 @@ class LatentDataset(Dataset):
     the epoch and i. `set_epoch` reaches the workers of a loader that are running already. "crop_box" is (left, top,
     right, bottom) in pixels of the photograph; "row", "source_id", "flipped" and the columns kept are as they are
     in the files. Latents of buckets differ in shape: `DataLoader(dataset, batch_sampler=SameShape(dataset, 16))`.
+    Of a data set of codes it is {"codes": (h, w) int64, ...}, and the scaling is not used.
 
     Args:
         folder: the output of `encode-dataset`.
@@ -57,16 +58,19 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.rows[int(i)]
-        stored = stored_latents(row, self.content).float()[None]
-        if self.content == "moments":
-            seed = np.random.SeedSequence((self.seed, self.epoch, int(i))).generate_state(1, np.uint64)
-            stored = DiagonalGaussian(stored).sample(torch.Generator().manual_seed(int(seed[0])))
-        return {
-            "latents": scale(stored, self.config)[0],
+        stored = stored_latents(row, self.content)[None]
+        about = {
             "original_size": torch.tensor(row["original_size"]),
             "crop_box": torch.tensor(row["crop_box"]),
             **{key: row[key] for key in (*PLAIN, *self.kept)},
         }
+        if self.content == "codes":
+            return {"codes": stored[0, 0].long(), **about}
+        stored = stored.float()
+        if self.content == "moments":
+            seed = np.random.SeedSequence((self.seed, self.epoch, int(i))).generate_state(1, np.uint64)
+            stored = DiagonalGaussian(stored).sample(torch.Generator().manual_seed(int(seed[0])))
+        return {"latents": scale(stored, self.config)[0], **about}
 
 
 def stored_latents(row: Mapping[str, Any], content: str) -> Tensor:

@@ -17,10 +17,10 @@ from ..data.crops import CROPS, Part
 from ..inference.workers import Workers
 from ..models.autoencoder_kl import KLAutoencoder
 from ..networks.distributions import DiagonalGaussian
-from .statistics import LatentStatistics
+from .statistics import CodeUsage, LatentStatistics, Statistics
 
-CONTENTS = ("moments", "sample", "mode")
-STORED = ("float16", "bfloat16", "float32")
+CONTENTS = ("moments", "sample", "mode", "codes")
+STORED = ("float16", "bfloat16", "float32", "int32")  # the last for codes
 AHEAD = 2  # batches begun for each worker before the first is waited for
 
 
@@ -30,8 +30,9 @@ class EncodeSettings:
 
     `size`: of the crops, N x N pixels, or their mean side with `crop` "buckets" (else "centre" or "random").
     `content`: "moments" (mean and logvar, 2C channels), "sample" (one draw) or "mode" of the posterior, kept as
-    `stored_as`. `dtype`: the type that the encoder computes in. `flip`: the mirrored photograph's latents too, as
-    a row of their own. `keep`: columns of the source to take along. `batch_size` matters for rounding on a GPU.
+    `stored_as`; or "codes" of a discrete model, (1, h, w), kept as int32. `dtype`: the type the encoder computes
+    in. `flip`: the mirrored photograph's latents too, as a row of their own. `keep`: columns of the source to take
+    along. `batch_size` matters for rounding on a GPU.
     """
 
     size: int
@@ -49,6 +50,10 @@ class EncodeSettings:
         for key, allowed in (("crop", CROPS), ("content", CONTENTS), ("stored_as", STORED)):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
+        if (self.content == "codes") != (self.stored_as == "int32"):
+            raise ValueError(
+                f"stored_as: {self.stored_as} for {self.content}; allowed: int32 for codes, and for them alone"
+            )
         for key in ("size", "batch_size", "shard_rows"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; allowed: at least 1")
@@ -86,7 +91,7 @@ class ShardEncoder:
 
     def shard(self, photographs: Iterable[dict]) -> tuple[list[dict], dict]:
         """The rows of a shard in order, and what is told about it: statistics and what was skipped."""
-        total, rows, skipped = LatentStatistics(self.vae.config.latent_channels), [], []
+        total, rows, skipped = empty_statistics(self.settings.content, self.vae), [], []
         for some, statistics in self.encoded(self.batches(photographs, skipped)):
             rows += some
             total.merge(statistics)
@@ -107,7 +112,7 @@ class ShardEncoder:
         for shape in sorted(waiting):
             yield waiting[shape]
 
-    def encoded(self, batches: Iterable[list[dict]]) -> Iterator[tuple[list[dict], LatentStatistics]]:
+    def encoded(self, batches: Iterable[list[dict]]) -> Iterator[tuple[list[dict], Statistics]]:
         begun = deque()
         for batch in batches:
             for flipped in (False, True) if self.settings.flip else (False,):
@@ -117,7 +122,7 @@ class ShardEncoder:
         while begun:
             yield begun.popleft().result()
 
-    def rows(self, batch: list[dict], flipped: bool) -> tuple[list[dict], LatentStatistics]:
+    def rows(self, batch: list[dict], flipped: bool) -> tuple[list[dict], Statistics]:
         """The rows of a batch, and the statistics of the latents in them."""
         images = torch.stack([loaded["part"].images for loaded in batch])
         if flipped:
@@ -125,13 +130,16 @@ class ShardEncoder:
         if self.vae.device.type == "cuda":
             images = images.pin_memory()
         images = images.to(self.vae.device, self.vae.dtype, non_blocking=True)
-        posterior = DiagonalGaussian(self.vae.encode(images).latent_dist.parameters.cpu())
-        kept = self.kept(posterior, [loaded["row"] for loaded in batch], flipped)
-        stored = kept.to(getattr(torch, self.settings.stored_as))
+        numbers = [loaded["row"] for loaded in batch]
+        stored = self.kept(images, numbers, flipped).to(getattr(torch, self.settings.stored_as))
         rows = [self.row(loaded, z, flipped) for loaded, z in zip(batch, stored, strict=True)]
         return rows, self.statistics(stored)
 
-    def kept(self, posterior: DiagonalGaussian, rows: list[int], flipped: bool) -> Tensor:
+    def kept(self, images: Tensor, rows: list[int], flipped: bool) -> Tensor:
+        """What is kept of each image, (B, ...), on the CPU."""
+        if self.settings.content == "codes":
+            return self.vae.encode_indices(images)[:, None].cpu()
+        posterior = DiagonalGaussian(self.vae.encode(images).latent_dist.parameters.cpu())
         if self.settings.content == "mode":
             return posterior.mode()
         if self.settings.content == "moments":
@@ -139,9 +147,9 @@ class ShardEncoder:
         keys = [rng_for(self.settings.seed, row, f"noise {flipped}") for row in rows]
         return posterior.sample([torch.Generator().manual_seed(int(rng.random() * 2**53)) for rng in keys])
 
-    def statistics(self, stored: Tensor) -> LatentStatistics:
+    def statistics(self, stored: Tensor) -> Statistics:
         """Of the values as they are stored; of moments, of what is sampled from them."""
-        statistics = LatentStatistics(self.vae.config.latent_channels)
+        statistics = empty_statistics(self.settings.content, self.vae)
         if self.settings.content == "moments":
             posterior = DiagonalGaussian(stored.double())
             statistics.update(posterior.mean, posterior.var)
@@ -167,6 +175,11 @@ class ShardEncoder:
             self.settings.content: little_endian(z),
             **loaded["kept"],
         }
+
+
+def empty_statistics(content: str, vae: KLAutoencoder) -> Statistics:
+    """Statistics of no images yet: of latents, or how often each code is used."""
+    return CodeUsage(vae.codes) if content == "codes" else LatentStatistics(vae.config.latent_channels)
 
 
 def rng_for(seed: int, row: int, purpose: str) -> random.Random:

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of latents over a data set, in float64 and mergeable over ranks."""
+"""Mean and standard deviation of latents, and use of codes, over a data set: exact, and mergeable over ranks."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -78,6 +78,15 @@ class LatentStatistics:
         statistics.m2 = torch.tensor(state["m2"], dtype=torch.float64)
         return statistics
 
+    def summary(self) -> dict[str, Any]:
+        """What a manifest says of them."""
+        return {
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
+
     @property
     def mean(self) -> Tensor:
         """(C,), float64: the mean of each channel."""
@@ -110,3 +119,35 @@ class LatentStatistics:
     def _check(self) -> None:
         if not self.count:
             raise ValueError("no latents have been added to these statistics")
+
+
+class CodeUsage:
+    """How often each of `codes` codes was used, over any number of batches."""
+
+    def __init__(self, codes: int):
+        self.counts = torch.zeros(codes, dtype=torch.int64)
+
+    def update(self, codes: Tensor) -> None:
+        """Add codes of any shape."""
+        self.counts += torch.bincount(codes.flatten().long().cpu(), minlength=len(self.counts))
+
+    def merge(self, other: "CodeUsage") -> None:
+        self.counts = self.counts + other.counts
+
+    def state(self) -> dict:
+        return {"counts": self.counts.tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "CodeUsage":
+        usage = cls(len(state["counts"]))
+        usage.counts = torch.tensor(state["counts"])
+        return usage
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest says of them: how many codes there are and are used; exp of the entropy of their use."""
+        share = self.counts.double() / self.counts.sum()
+        perplexity = float(torch.special.entr(share).sum().exp())
+        return {"codes": len(share), "used": int((share > 0).sum()), "perplexity": perplexity}
+
+
+Statistics = LatentStatistics | CodeUsage

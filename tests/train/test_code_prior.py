@@ -13,6 +13,7 @@ from PIL import Image
 from kl_autoencoder.cli import loading
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.data.image_io import load_image, tensor_to_images
+from kl_autoencoder.latents.latent_dataset import LatentDataset
 from kl_autoencoder.models.autoencoder import Autoencoder
 from kl_autoencoder.models.priors import CodePrior
 from tests.train.discrete import Brightness
@@ -110,8 +111,8 @@ def test_labels_choose_what_is_drawn(tmp_path):
         (by_folder / "bd"[i // 12]).mkdir(parents=True, exist_ok=True)
         path.rename(by_folder / "bd"[i // 12] / path.name)
     again = make(config(by_folder, tmp_path / "c", data={"labels": "folders"}, model={"classes": 2}))
-    data = again.task.codes.train.read(again.task.codes.train.rows)
-    assert torch.equal(data["labels"], (data["codes"].float().mean(dim=(1, 2)) > 8).long())
+    data = again.task.codes.trained
+    assert torch.equal(data.labels, (data.grids.float().mean(dim=(1, 2)) > 8).long())
     with pytest.raises(ValueError, match="data.label_column: 1; allowed: whole numbers from 0 to 0"):
         make(config(tmp_path / "labelled.parquet", tmp_path / "b", data=labelled, model={"classes": 1}))
 
@@ -179,11 +180,48 @@ def test_the_prior_of_a_vqvae_is_trained_and_drawn_from(tmp_path, monkeypatch):
     trainer = make(run)
     with torch.no_grad():
         wanted = [vqvae.eval().encode_indices(load_image(path)) for path in sorted(source.iterdir())]
-    data = trainer.task.codes
-    found = torch.cat([data.train.read(data.train.rows)["codes"], data.held_out.grids])
+    codes = trainer.task.codes
+    found = torch.cat([codes.trained.grids, codes.held_out.grids])
     assert sorted(found.tolist()) == sorted(torch.cat(wanted).tolist())
     trainer.fit()
     picture = tmp_path / "grid.png"
     options = ["--prior", str(tmp_path / "run"), "--grid", "2", "-o", str(picture)]
     assert main(["sample", str(tmp_path / "vqvae"), *options]) == 0
     assert Image.open(picture).size == (68, 68)
+
+
+def test_codes_of_a_data_set_are_those_of_the_images(tmp_path, monkeypatch, capsys):
+    """encode-dataset --content codes, then the prior: the same grids as encoding the images, with their classes."""
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    vqvae = Autoencoder(bottleneck={"kind": "vq", "codes": 16}, sample_size=32, block_out_channels=(8, 8, 8),
+                        norm_num_groups=4)  # fmt: skip
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    files = [str(path) for path in sorted(write(tmp_path / "images", grids(12)).iterdir())]
+    table = datasets.Dataset.from_dict({"image": files, "label": [i % 3 for i in range(12)]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "labelled.parquet")
+    command = ["encode-dataset", "--model", tmp_path / "vqvae", "--data", tmp_path / "labelled.parquet",
+               "--size", 32, "--content", "codes", "--keep", "label", "--workers", 0,
+               "-o", tmp_path / "codes"]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    wanted = torch.cat([vqvae.eval().encode_indices(load_image(path)) for path in files])
+    share = torch.bincount(wanted.flatten()) / wanted.numel()
+    usage = json.loads((tmp_path / "codes" / "manifest.json").read_text())["statistics"]
+    assert usage["codes"] == 16 and usage["used"] == int((share > 0).sum())
+    assert usage["perplexity"] == pytest.approx(math.exp(torch.special.entr(share).sum()), rel=1e-5)
+    assert f"perplexity, is {usage['perplexity']:.1f}" in (tmp_path / "codes" / "README.md").read_text()
+    model = {"autoencoder": str(tmp_path / "vqvae"), "classes": 3}
+    run = config(tmp_path / "codes", tmp_path / "run", data={"label_column": "label"}, model=model,
+                 train={"steps": 2})  # fmt: skip
+    trainer = make(run)
+    codes = trainer.task.codes
+    labels = torch.cat([codes.trained.labels, codes.held_out.labels])
+    assert len(codes.held_out.grids) == 4 and sorted(labels.tolist()) == sorted(i % 3 for i in range(12))
+    found = torch.cat([codes.trained.grids, codes.held_out.grids])
+    assert all((found == one).all(dim=(1, 2)).any() for one in wanted) and len(found) == 12
+    trainer.fit()
+    one = LatentDataset(tmp_path / "codes", {"scaling_factor": 1.0})[5]
+    assert torch.equal(one["codes"], wanted[5]) and one["label"] == 2
+    refused = ["encode-dataset", "--model", "compact", "--data", str(tmp_path / "labelled.parquet"), "--size", "32",
+               "--content", "codes", "-o", str(tmp_path / "none")]  # fmt: skip
+    assert main(refused) == 2 and "compact has none; allowed: moments" in capsys.readouterr().err

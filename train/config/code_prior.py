@@ -13,7 +13,9 @@ from .run import Config, ValidationConfig
 class CodesConfig(BatchesConfig):
     """The images whose codes are learned: centre squares, encoded once as the run starts."""
 
-    train: str = key(..., "the source of the images: a folder, parquet or webdataset files, a hub id ...")
+    train: str = key(
+        ..., "the source of the images, or the folder that `encode-dataset --content codes` wrote"
+    )
     validation: str | None = key(
         None,
         "a source of held-out images; null holds some of data.train out, chosen by a hash of their names",

@@ -13,7 +13,7 @@ from kl_autoencoder.data.sources import Keys, image_keys, open_source
 
 from ..config import CodePriorConfig
 from ..data.labels import ClassOutOfRange, Source, labels_of_rows
-from ..data.rows import RowBatches, digest_of
+from ..data.rows import digest_of
 from ..data.training_data import split_rows
 from ..loop.context import RunContext
 
@@ -39,8 +39,8 @@ class Codes:
         ]
 
 
-class CodeData:
-    """The codes of a run: `train`, batches of the training images; `held_out`, those of the held-out ones.
+class EncodedImages:
+    """The images of a run as codes: `trained`, `held_out`, and the fingerprint `found` of the source.
 
     Raises ValueError or FileNotFoundError naming the key for a source that cannot be used.
     """
@@ -52,20 +52,18 @@ class CodeData:
         source = Source(data.train, data.image_column, data.label_column, data.labels == "folders")
         self.labels = labels_of_rows(source, images, config.model.classes)
         rows, held_out = split_rows(data, images)
-        trained = self._encode(images, rows, data.train, "data.train")
+        self.trained = self._encode(images, rows, data.train, "data.train")
+        names = image_keys(images, data.image_column, data.train, most_read=64)
+        self.found = {"images": len(images), "sha256": digest_of(names)}
         if data.validation is None:
             self.held_out = self._encode(images, held_out, data.train, "data.validation_images")
-        else:
-            split = data.validation_split
-            others = open_source(
-                data.validation, VALIDATION, data.image_column, split, samples="validation", keep=kept
-            )
-            rows = np.arange(len(others))[: data.validation_images]
-            self.held_out = self._encode(others, rows, data.validation, "data.validation")
-        names = image_keys(images, data.image_column, data.train, most_read=64)
-        found = {"images": len(images), "sha256": digest_of(names)}
-        order = np.arange(len(trained.grids))
-        self.train = RowBatches(trained.rows, order, data.batch_size, config.seed, found)
+            return
+        split = data.validation_split
+        others = open_source(
+            data.validation, VALIDATION, data.image_column, split, samples="validation", keep=kept
+        )
+        rows = np.arange(len(others))[: data.validation_images]
+        self.held_out = self._encode(others, rows, data.validation, "data.validation")
 
     def _encode(self, images: Any, rows: np.ndarray, source: str, key: str) -> Codes:
         """The codes of all images that can be read and have a class, where there are any; in the order of rows.

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,16 +12,18 @@ from torch import Tensor
 from kl_autoencoder.cli.loading import load_model
 from kl_autoencoder.models.priors import CodePrior
 
+from ..data.rows import RowBatches
 from ..loop.context import RunContext
 from ..one_network.exporting import write_folder
 from ..one_network.task import OneNetwork, save_grid
-from .codes import CodeData
+from .code_dataset import StoredCodes, is_code_dataset
+from .codes import EncodedImages
 
 
 class CodePriorTask(OneNetwork):
     """A transformer that learns the codes of images, in the order of a page.
 
-    Making one encodes all images. Raises ValueError or FileNotFoundError naming the key.
+    Making one encodes all images, or reads their codes. Raises ValueError or FileNotFoundError naming the key.
     """
 
     shown = ("loss",)
@@ -28,8 +31,13 @@ class CodePriorTask(OneNetwork):
     def __init__(self, run: RunContext):
         config = run.config
         self.autoencoder = load_discrete(config.model.autoencoder, str(run.device))
-        self.codes = CodeData(config, self.autoencoder, run)
-        self.data = self.codes.train
+        if is_code_dataset(config.data.train):
+            self.codes = StoredCodes(config, self.autoencoder)
+        else:
+            self.codes = EncodedImages(config, self.autoencoder, run)
+        trained = self.codes.trained
+        rows = np.arange(len(trained.grids))
+        self.data = RowBatches(trained.rows, rows, config.data.batch_size, config.seed, self.codes.found)
         height, width = self.codes.held_out.grids.shape[1:]
         torch.manual_seed(config.seed)
         prior = CodePrior(

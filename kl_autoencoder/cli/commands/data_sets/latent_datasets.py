@@ -31,12 +31,12 @@ def encode_dataset_arguments(parser: Parser) -> None:
         help="which part; buckets: sizes of about N x N pixels by aspect ratio, as SDXL's (centre)",
     )  # fmt: skip
     parser.add_argument(
-        "--content", choices=["moments", "sample", "mode"], default="moments",
-        help="mean and logvar of the posterior, a draw from it, or its mode (moments)",
+        "--content", choices=["moments", "sample", "mode", "codes"], default="moments",
+        help="mean and logvar of the posterior, a draw from it, its mode, or a discrete model's codes (moments)",
     )  # fmt: skip
     parser.add_argument(
-        "--store", dest="stored_as", choices=["float16", "bfloat16", "float32"], default="float16",
-        help="store in this type (float16)",
+        "--store", dest="stored_as", choices=["float16", "bfloat16", "float32"],
+        help="store in this type (float16; codes are int32)",
     )  # fmt: skip
     parser.add_argument("--flip", action="store_true", help="the mirrored photographs' latents too")
     parser.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to take along")
@@ -73,6 +73,7 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
     from ...loading import load_model, move_model
 
     rank, ranks, local_rank = rank_of(os.environ)
+    arguments.stored_as = arguments.stored_as or ("int32" if arguments.content == "codes" else "float16")
     names = ("size", "crop", "content", "stored_as", "dtype", "flip", "seed", "batch_size", "shard_rows")
     settings = EncodeSettings(**{key: getattr(arguments, key) for key in names}, keep=tuple(arguments.keep))
     column = arguments.image_column
@@ -80,6 +81,11 @@ def encode_dataset(arguments: argparse.Namespace) -> None:
         arguments.data, DATA, column, arguments.split, keep=settings.keep, in_order=True
     )
     vae = load_model(arguments.model, "cpu", None)
+    if settings.content == "codes" and not getattr(vae, "is_discrete", False):
+        raise ValueError(
+            f"--content: codes, but {arguments.model} has none; allowed: moments, sample, mode, or a model with a "
+            "discrete bottleneck (vq, fsq, gumbel)"
+        )
     bound = binding(vae, photographs, column, settings)
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     move_model(vae, arguments.device or devices[local_rank % len(devices)], settings.dtype)

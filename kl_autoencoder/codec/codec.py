@@ -28,8 +28,9 @@ class Codec:
     """Compresses images to bytes and back with one autoencoder.
 
     The latents are the posterior's mode, scaled to about unit deviation and rounded to multiples of the step; they
-    are coded with the tables that an entropy model chooses. The decoder gets the same whole numbers; what the
-    network makes of them differs between machines by rounding errors of floats, as for any decoding.
+    are coded with the tables that an entropy model chooses. The decoder gets the same whole numbers on any machine,
+    and puts each latent where the entropy model expects it within its step. What the network makes of that differs
+    between machines by rounding errors of floats, as for any decoding.
 
     vae: the autoencoder, in evaluation mode. name: what people call it, kept in the files. learned: the entropy
     model trained for it; None for static tables, which are fitted to each image.
@@ -60,8 +61,8 @@ class Codec:
         """A file -> the image, RGB. Raises ValueError for a damaged file and one made with another model."""
         header, chunks = container.unpack(data)
         self.check_models(header)
-        symbols = self.symbols(header, chunks)
-        return self.image(symbols, header.quality, (header.height, header.width))
+        _, latents = self.decoded(header, chunks)
+        return self.image(latents, header.quality, (header.height, header.width))
 
     # ---------------------------------------------------------------- images <-> latents
 
@@ -81,9 +82,9 @@ class Codec:
         return latents, (height, width)
 
     @torch.inference_mode()
-    def image(self, symbols: np.ndarray, quality: int, size: tuple[int, int]) -> Image.Image:
-        """Latents in whole steps (C, h, w) -> the image of `size` (height, width)."""
-        scaled = torch.from_numpy(symbols).float().mul_(step_of(quality))
+    def image(self, latents: np.ndarray, quality: int, size: tuple[int, int]) -> Image.Image:
+        """Latents in steps (C, h, w) -> the image of `size` (height, width)."""
+        scaled = torch.from_numpy(latents).float() * step_of(quality)
         latents = self.vae.unscale(scaled[None].to(self.vae.device, self.vae.dtype))
         prepare_for(self.vae, *size)
         decoded = self.vae.decode(latents).sample[:, :, : size[0], : size[1]]
@@ -103,20 +104,23 @@ class Codec:
         header = Header(quality, self.name, self.model_hash, self._entropy_hash, *size, side=model.side)
         return container.pack(header, chunks)
 
-    def symbols(self, header: Header, chunks: list[bytes]) -> np.ndarray:
-        """The latents of a file in whole steps, (C, h, w), int32. ValueError if they are damaged."""
+    def decoded(self, header: Header, chunks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The latents of a file (C, h, w): in whole steps, int32, and as they are expected within these, float32.
+
+        Raises ValueError if they are damaged.
+        """
         shape = self.latent_shape(header.height, header.width)
         if len(chunks) != tiles.count(*shape[1:]):
             raise ValueError(f"damaged: {len(chunks)} chunks for {header.width}x{header.height} pixels")
         prepare_for(self.vae, header.height, header.width)
         model = self._model_of(header, shape[0])
-        symbols = np.zeros(shape, np.int32)
+        symbols, latents = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         for data, (rows, columns) in zip(chunks, tiles.tiles(*shape[1:]), strict=True):
-            part = symbols[:, rows, columns]
-            part[...] = decode_symbols(data, part.shape, model, header.quality)
+            part = (slice(None), rows, columns)
+            symbols[part], latents[part] = decode_symbols(data, symbols[part].shape, model, header.quality)
         if np.abs(symbols).max() > 2 * LARGEST_SYMBOL:
             raise ValueError("damaged: a latent that no image has")
-        return symbols
+        return symbols, latents
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Of scaled latents: channels, rows and columns."""

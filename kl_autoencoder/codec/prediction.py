@@ -6,7 +6,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .range_coding import SymbolDecoder, SymbolEncoder
-from .tables import PLACE_BITS, PLACES
+from .tables import PLACE_BITS, PLACES, SMALLEST
+
+POINTS = 16  # of a step, at which a density is taken
 
 
 class Pass(NamedTuple):
@@ -49,14 +51,34 @@ def encode_symbols(symbols: np.ndarray, model: EntropyModel, quality: int) -> by
     return coder.finish()
 
 
-def decode_symbols(data: bytes, shape: tuple[int, int, int], model: EntropyModel, quality: int) -> np.ndarray:
-    """The inverse. Raises ValueError for bytes that cannot be those of such symbols."""
-    coder, symbols = SymbolDecoder(data), np.zeros(shape, np.int32)
+def decode_symbols(
+    data: bytes, shape: tuple[int, int, int], model: EntropyModel, quality: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse: symbols (C, h, w), int32, and the latents that they most likely stand for, in steps, float32.
+
+    Raises ValueError for bytes that cannot be those of such symbols.
+    """
+    coder, symbols, latents = SymbolDecoder(data), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     for at in model.passes(shape):
-        whole, places, scales = _tables_of(at, model.predict(at, symbols, quality))
-        symbols[at.channel][at.mask] = coder.decode(scales, places) + whole
+        prediction = model.predict(at, symbols, quality)
+        whole, places, scales = _tables_of(at, prediction)
+        found = coder.decode(scales, places) + whole
+        symbols[at.channel][at.mask] = found
+        latents[at.channel][at.mask] = expected(found, prediction.means[at.mask], scales)
     coder.finish()
-    return symbols
+    return symbols, latents
+
+
+def expected(symbols: np.ndarray, means: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The expected values of latents that were rounded to `symbols` (N,), in steps, float64.
+
+    By the logistic distributions that the symbols were coded with, over the step around each: nearer to the mean
+    than its middle, the more so the smaller the scale. means: in sixteenths of a step; scales: numbers of tables.
+    """
+    places = symbols[:, None] + (np.arange(POINTS) + 0.5) / POINTS - 0.5
+    away = np.abs(places - means[:, None] / PLACES) / 2.0 ** (scales[:, None] / 4 + SMALLEST)
+    density = np.exp(away.min(axis=1, keepdims=True) - away) / np.square(1 + np.exp(-away))
+    return (density * places).sum(axis=1) / density.sum(axis=1)
 
 
 def _tables_of(at: Pass, prediction: Prediction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

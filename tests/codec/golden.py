@@ -58,7 +58,7 @@ def decoded(data: bytes) -> list[np.ndarray]:
     learned = model()
     header, chunks = container.unpack(data)
     assert header.entropy_hash == learned.hash
-    return [decode_symbols(chunk, SHAPE, learned, q) for chunk, q in zip(chunks, QUALITIES, strict=True)]
+    return [decode_symbols(chunk, SHAPE, learned, q)[0] for chunk, q in zip(chunks, QUALITIES, strict=True)]
 
 
 def main() -> None:

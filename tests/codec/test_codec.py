@@ -40,13 +40,17 @@ def other():
 
 
 @pytest.mark.parametrize("quality", [10, 60, 100])
-def test_the_image_is_what_the_decoder_makes_of_the_rounded_latents(codec, astronaut, quality):
+def test_the_image_is_what_the_decoder_makes_of_the_expected_latents(codec, astronaut, quality):
     images = pad_to_multiple(load_image(astronaut, multiple_of=1), 8)
-    vae, step = codec.vae, step_of(quality)
+    vae, step, data = codec.vae, step_of(quality), compress(astronaut, quality)
+    symbols, latents = codec.decoded(*container.unpack(data))
     with torch.inference_mode():
         z = vae.scale(vae.encode(images).latent_dist.mode())
-        wanted = vae.decode(vae.unscale((z / step + 0.5).floor() * step)).sample[:, :, :200, :200]
-    found = decompress(compress(astronaut, quality))
+        wanted = vae.decode(vae.unscale(torch.from_numpy(latents)[None] * step)).sample[:, :, :200, :200]
+    np.testing.assert_array_equal(symbols, (z[0] / step + 0.5).floor().numpy())
+    errors = [np.square(z[0].numpy() - each * step).mean() for each in (latents, symbols)]
+    assert errors[0] < errors[1] and np.abs(latents - symbols).max() < 0.5
+    found = decompress(data)
     assert found.size == (200, 200) and found.mode == "RGB"
     difference = np.asarray(found).astype(int) - np.asarray(tensor_to_images(wanted)[0]).astype(int)
     assert np.abs(difference).max() <= 1
@@ -95,9 +99,9 @@ def test_large_images_are_coded_in_tiles(codec):
     data = codec.packed(latents, (1040, 2400), 40)
     header, chunks = container.unpack(data)
     assert len(chunks) == 6
-    np.testing.assert_array_equal(codec.symbols(header, chunks), rounded(latents, 40))
+    np.testing.assert_array_equal(codec.decoded(header, chunks)[0], rounded(latents, 40))
     with pytest.raises(ValueError, match="damaged: 5 chunks for 2400x1040 pixels"):
-        codec.symbols(header, chunks[1:])
+        codec.decoded(header, chunks[1:])
 
 
 def test_half_precision_is_the_same_model_and_scaling_is_part_of_it(codec, astronaut):
@@ -122,7 +126,7 @@ def test_damaged_files_of_right_checksums_are_refused_or_decoded(codec):
     refused = 0
     for _ in range(100):
         try:
-            found = codec.symbols(*container.unpack(container.pack(header, [damaged(chunk, chance)])))
+            found, _ = codec.decoded(*container.unpack(container.pack(header, [damaged(chunk, chance)])))
             assert found.shape == (4, 20, 20) and np.abs(found).max() < 1 << 17
         except ValueError as error:
             assert "damage" in str(error) or "more coded" in str(error)
@@ -142,14 +146,14 @@ def test_the_fast_path_and_threads_are_nothing_to_the_decoded_latents(codec, ast
     """The encoder makes the file with floats; any decoder finds the same whole numbers in it."""
     data = compress(astronaut, 70)
     header, chunks = container.unpack(data)
-    wanted = codec.symbols(header, chunks)
+    wanted, _ = codec.decoded(header, chunks)
     whole = Codec(
         KLAutoencoder.from_pretrained("compact").train(), "compact", codec.learned
     )  # nothing in pieces
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        np.testing.assert_array_equal(whole.symbols(header, chunks), wanted)
+        np.testing.assert_array_equal(whole.decoded(header, chunks)[0], wanted)
         pixels = np.asarray(whole.decompress(data)).astype(int)
     finally:
         torch.set_num_threads(threads)

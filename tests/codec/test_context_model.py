@@ -13,7 +13,7 @@ from scipy.stats import logistic
 from kl_autoencoder.codec import context_model, context_network
 from kl_autoencoder.codec.context_model import ContextModel, exact_convolutions
 from kl_autoencoder.codec.context_network import ContextNetwork, checkerboard, logistic_bits
-from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols
+from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols, expected
 from kl_autoencoder.codec.steps import step_of, steps_to_deviations
 from kl_autoencoder.codec.tables import REACH
 from kl_autoencoder.models.folder import ENTROPY_MODEL
@@ -88,13 +88,24 @@ def test_every_place_is_coded_once_and_nothing_later_counts(model):
     assert (coded == 1).all()
 
 
+def test_expected_values_are_those_of_a_logistic_distribution_over_the_step():
+    symbols, means = np.array([0, 0, 2, -3, 9]), np.array([0, 7, 5, -40, 16])
+    scales = np.array([4, 16, 14, 20, 12])
+    found = expected(symbols, means, scales)
+    for symbol, mean, scale, one in zip(symbols, means, scales, found, strict=True):
+        drawn_from = logistic(mean / 16, 2.0 ** (scale / 4 - 4))
+        wanted = drawn_from.expect(lb=symbol - 0.5, ub=symbol + 0.5, conditional=True)
+        assert one == pytest.approx(wanted, abs=3e-3)
+    assert found[0] == 0 and 0 < found[1] < 7 / 16
+
+
 @pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 9), (3, 32, 17)])
 def test_decoding_is_the_inverse(model, shape):
     symbols = drawn(shape, deviation=20)
     for quality in (10, 60, 100):
-        assert np.array_equal(
-            decode_symbols(encode_symbols(symbols, model, quality), shape, model, quality), symbols
-        )
+        found, latents = decode_symbols(encode_symbols(symbols, model, quality), shape, model, quality)
+        assert np.array_equal(found, symbols)
+        assert np.abs(latents - symbols).max() < 0.5
 
 
 def test_bytes_are_within_two_percent_of_the_cross_entropy():

@@ -4,7 +4,7 @@
 # Run it whole, or cell by cell in an editor that knows `# %%` (VS Code, PyCharm, Jupyter with jupytext):
 #
 #     pip install -e ".[all]"
-#     python configs/from_zero.py                             # photographs of scikit-image; under 5 minutes
+#     python configs/from_zero.py                             # photographs of scikit-image; a few minutes
 #     python configs/from_zero.py --photographs my/photos/    # your own, 20 or more
 #
 # Everything is written to runs/from_zero/. Nothing is downloaded but, once, the weights that LPIPS measures with.

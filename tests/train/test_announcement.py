@@ -100,6 +100,6 @@ def test_the_command_in_slurm_sh_is_that_of_64_gpus():
     assert LearningRate(config, 64).peak() == pytest.approx(4.32e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
 def test_no_recipe_scales_the_rate_of_adam_linearly(path):
     assert load_config(path).optimizer.scale_rule in ("none", "sqrt")

@@ -12,7 +12,7 @@ from train import __main__ as program
 from train.config import TASKS, AutoencoderConfig, Config, build, load_config, to_yaml
 from train.config.keys import describe, keys
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/**/*.yaml"))
 SMALL = "output_dir: runs/a\ndata: {train: photos, resolution: 64, batch_size: 2}\n"
 
 

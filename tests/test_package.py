@@ -73,7 +73,10 @@ assert train(["any.yaml"]) == 2
     assert "pip install 'kl-autoencoder[eval]'" in told[0] and "'kl-autoencoder[eval]'" in told[1]
     assert "onnx, onnxscript are not installed; pip install 'kl-autoencoder[onnx]'" in told[2]
     assert "scikit-image is not installed; pip install 'kl-autoencoder[train]'" in told[3]
-    assert "scikit-image, scikit-learn, tensorboard are not installed; pip install 'kl-autoencoder[train]'" in told[4]
+    assert (
+        "scikit-image, scikit-learn, tensorboard are not installed; pip install 'kl-autoencoder[train]'"
+        in told[4]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from kl_autoencoder.latents.latent_dataset import LatentDataset, stored_latents
 from kl_autoencoder.networks.distributions import DiagonalGaussian
 
 from ..data.rows import RowBatches, digest_of, split_by_name
+from ..data.training_data import HELD_OUT
 from ..parts import Draws
 
-HELD_OUT = 64  # images, where data.validation_images is null
 CONTENTS = ("moments", "sample", "mode")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config.latent_diffusion import MOST_CLASSES, LatentsConfig
+from ..data.training_data import HELD_OUT
 from ..loop.context import RunContext
 from ..one_network.exporting import write_folder
 from ..one_network.task import OneNetwork, save_grid
@@ -125,4 +126,4 @@ class LatentDiffusionTask(OneNetwork):
             raise ValueError(
                 f"data.validation: {data.validation} is of another autoencoder; allowed: the same"
             )
-        return other, np.arange(len(other))[: data.validation_images]
+        return other, np.arange(len(other))[: data.validation_images or HELD_OUT]

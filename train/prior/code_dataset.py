@@ -13,9 +13,8 @@ from kl_autoencoder.latents.shards import MANIFEST
 from ..config.code_prior import CodePriorConfig, CodesConfig
 from ..data.labels import Source, labels_of_rows
 from ..data.rows import digest_of, split_by_name
+from ..data.training_data import HELD_OUT
 from .codes import Codes
-
-HELD_OUT = 64  # images, where data.validation_images is null
 
 
 def is_code_dataset(folder: str) -> bool:
@@ -72,7 +71,7 @@ class StoredCodes:
         else:
             others = CodeDataset(data.validation, "data.validation", autoencoder, data, classes)
             rows = np.arange(len(stored.names))
-            held_out = np.arange(len(others.names))[: data.validation_images]
+            held_out = np.arange(len(others.names))[: data.validation_images or HELD_OUT]
         self.trained, self.held_out = stored.codes(rows), others.codes(held_out)
         names = digest_of(name.encode() for name in stored.names)
         self.found = {"images": len(stored.names), "sha256": names}

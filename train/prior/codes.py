@@ -14,7 +14,7 @@ from kl_autoencoder.data.sources import Keys, image_keys, open_source
 from ..config import CodePriorConfig
 from ..data.labels import ClassOutOfRange, Source, labels_of_rows
 from ..data.rows import digest_of
-from ..data.training_data import split_rows
+from ..data.training_data import HELD_OUT, split_rows
 from ..loop.context import RunContext
 
 AT_ONCE = 16  # images; the same ones on any number of ranks, so that none is rounded otherwise
@@ -62,7 +62,7 @@ class EncodedImages:
         others = open_source(
             data.validation, VALIDATION, data.image_column, split, samples="validation", keep=kept
         )
-        rows = np.arange(len(others))[: data.validation_images]
+        rows = np.arange(len(others))[: data.validation_images or HELD_OUT]
         self.held_out = self._encode(others, rows, data.validation, "data.validation")
 
     def _encode(self, images: Any, rows: np.ndarray, source: str, key: str) -> Codes:

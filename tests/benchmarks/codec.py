@@ -42,6 +42,7 @@ OTHERS = {  # Pillow's options; the lowest settings are the smallest files there
 }
 METRICS = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (alex)"}
 LOWER_IS_BETTER = {"lpips"}
+TICKS = (0.05, 0.1, 0.2, 0.4)  # bits a pixel
 
 
 def measured(image: Image.Image, decoded: Image.Image, lpips: LPIPS) -> dict[str, float]:
@@ -172,6 +173,8 @@ def page(results: dict) -> str:
         "",
         f"`{results['command']}`; {results['date']}; {results['processor']}; {results['versions']}.",
         "",
+        f"![PSNR, MS-SSIM and LPIPS over bits a pixel](codec-{results['folder']}.png)",
+        "",
         "| quality | bytes | bits a pixel | PSNR | MS-SSIM | LPIPS | encode, decode s | "
         + " | ".join(f"LPIPS of {kind}" for kind in rows if kind != "ours")
         + " | PSNR of AVIF |",
@@ -250,7 +253,9 @@ def plot(results: dict, path: Path) -> None:
             rate = [8 * row["bytes"] / results["pixels"] for row in rows]
             style = {"linewidth": 2.5, "color": "black"} if kind == "ours" else {"linewidth": 1.2}
             axis.plot(rate, [row[metric] for row in rows], marker="o", markersize=3, label=kind, **style)
-        axis.set(xscale="log", xlabel="bits a pixel", ylabel=label, xlim=(0.02, 0.6))
+        axis.set(xscale="log", xlabel="bits a pixel", ylabel=label, xlim=(0.04, 0.6))
+        axis.set_xticks(TICKS, labels=list(map(str, TICKS)))
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=90)

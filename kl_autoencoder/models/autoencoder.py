@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -65,7 +66,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        bottleneck = dict(bottleneck or {"kind": "kl"})
+        bottleneck = {"kind": "kl"} if bottleneck is None else bottleneck
         self.register_to_config(bottleneck=bottleneck)
         check_family(self.config)
         self.bottleneck_module = build_bottleneck(bottleneck, latent_channels)
@@ -224,6 +225,44 @@ class Autoencoder(ModelMixin, ConfigMixin):
         folder = Path(save_directory)
         super().save_pretrained(save_directory, *arguments, **options)
         sync_files([folder / CONFIG, *folder.glob("diffusion_pytorch_model*")])
+
+    def to_vq_model(self) -> VQModel:
+        """The same function as diffusers' VQModel, which plain diffusers loads, with copies of the weights.
+
+        Raises ValueError for a model that it cannot be: only a convolutional one without classes, whose bottleneck
+        is vq, can.
+        """
+        c = self.config
+        if self.is_mlp or c.classes or c.bottleneck["kind"] != "vq":
+            raise ValueError(
+                f"network={c.network}, bottleneck {c.bottleneck['kind']}, classes={c.classes}; allowed for "
+                "a VQModel: conv, vq and 0"
+            )
+        levels, channels = len(c.block_out_channels), c.latent_channels
+        model = VQModel(
+            in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(c.block_out_channels),
+            layers_per_block=c.layers_per_block,
+            latent_channels=channels,
+            sample_size=c.sample_size,
+            num_vq_embeddings=self.codes,
+            norm_num_groups=c.norm_num_groups,
+            vq_embed_dim=channels,
+            scaling_factor=c.scaling_factor,
+            mid_block_add_attention=c.mid_block_add_attention,
+        )
+        identity = torch.eye(channels)[:, :, None, None]
+        tensors = {
+            name: t for name, t in self.state_dict().items() if name.startswith(("encoder.", "decoder."))
+        }
+        tensors["quantize.embedding.weight"] = self.bottleneck_module.codebook
+        for conv in ("quant_conv", "post_quant_conv"):  # which ours does not have
+            tensors |= {f"{conv}.weight": identity, f"{conv}.bias": torch.zeros(channels)}
+        model.load_state_dict(tensors)
+        return model.to(self.device, self.dtype).train(self.training)
 
     # ---------------------------------------------------------------- errors
 

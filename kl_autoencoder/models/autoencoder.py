@@ -105,6 +105,11 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return isinstance(self.bottleneck_module, Discrete)
 
     @property
+    def is_vq_model(self) -> bool:
+        """Whether it can be one of diffusers' VQModels, see `to_vq_model`."""
+        return not self.is_mlp and not self.config.classes and self.config.bottleneck["kind"] == "vq"
+
+    @property
     def codes(self) -> int | None:
         """How many codes there are; None where latents are not discrete."""
         return self.bottleneck_module.codes if isinstance(self.bottleneck_module, Discrete) else None
@@ -233,7 +238,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         is vq, can.
         """
         c = self.config
-        if self.is_mlp or c.classes or c.bottleneck["kind"] != "vq":
+        if not self.is_vq_model:
             raise ValueError(
                 f"network={c.network}, bottleneck {c.bottleneck['kind']}, classes={c.classes}; allowed for "
                 "a VQModel: conv, vq and 0"

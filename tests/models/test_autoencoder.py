@@ -7,6 +7,7 @@ import torch
 from diffusers import VQModel
 
 from kl_autoencoder import Autoencoder
+from kl_autoencoder.cli.main import main
 
 CONV = {"block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": 16}
 VQ = {"kind": "vq", "codes": 12}
@@ -23,6 +24,16 @@ def test_plain_diffusers_loads_a_vq_model_of_the_same_function(tmp_path):
         z = theirs.encode(images).latents
         indices = theirs.quantize(z)[2][2].view(2, 8, 8)
         assert torch.equal(indices, ours.encode_indices(images)) and len(indices.unique()) > 1
+
+
+def test_export_writes_a_vq_model_and_refuses_what_it_cannot_write(tmp_path, capsys):
+    Autoencoder(bottleneck=VQ, **CONV).save_pretrained(tmp_path / "ours")
+    assert main(["export", str(tmp_path / "ours"), "-o", str(tmp_path / "theirs")]) == 0
+    VQModel.from_pretrained(tmp_path / "theirs")
+    assert (
+        main(["export", str(tmp_path / "ours"), "-o", str(tmp_path / "a.safetensors"), "--single-file"]) == 2
+    )
+    assert "an Autoencoder; allowed: exported as a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

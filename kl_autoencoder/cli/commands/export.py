@@ -8,7 +8,7 @@ from pathlib import Path
 from ...console import say
 from ...extras import require
 from ...files import temporary_beside
-from ...models.folder import ENTROPY_MODEL
+from ...models.folder import CONFIG, ENTROPY_MODEL, read_json
 from ...progress import Progress
 from ..parser import MODEL, Command, Parser, add_dtype, add_output
 from ..paths import check_model, model_path, readable_folder, refuse_existing
@@ -37,6 +37,13 @@ def check_export(arguments: argparse.Namespace) -> None:
     check_model(arguments.model)
     source, output = model_path(arguments.model), Path(arguments.output)
     arguments.output, arguments.folder = output, readable_folder(source) if source.is_dir() else None
+    others = arguments.onnx or arguments.torch_export or arguments.single_file
+    if (
+        others
+        and arguments.folder
+        and read_json(arguments.folder / CONFIG).get("_class_name") == "Autoencoder"
+    ):
+        raise ValueError(f"{arguments.model}: an Autoencoder; allowed: exported as a folder")
     if arguments.onnx or arguments.torch_export:
         check_runtime(arguments, "--onnx" if arguments.onnx else "--torch-export")
     elif arguments.single_file:
@@ -81,7 +88,10 @@ def check_model_output(output: Path, model: Path | None, overwrite: bool) -> Non
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write a training run's or any other model as a diffusers folder, or as a single file in LDM layout."""
+    """Write a training run's or any other model as a diffusers folder, or as a single file in LDM layout.
+
+    An `Autoencoder` that is one of diffusers' VQModels is written as that.
+    """
     from ...models.publishing.repository import write_model_folder
     from ..loading import load_model
 
@@ -94,6 +104,7 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.single_file:
         vae.save_single_file(output)
     else:
+        vae = vae.to_vq_model() if getattr(vae, "is_vq_model", False) else vae
         write_model_folder(vae, output, companions_of(folder))
     print(output)
 

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/scaling.py --cases decode:256 encode:256 decode:512 encode:512
     python tests/benchmarks/scaling.py --model compact --cases decode:512 --busy
+    python tests/benchmarks/scaling.py --profile --cases decode:256
 
 The serial share s comes from the seconds with one and with two threads, T2 / T1 = s + (1 - s) / 2 (Amdahl 1967).
 Both are the smallest of all rounds, those that nothing disturbed: whatever else runs for a moment takes one of two
@@ -24,6 +25,7 @@ import torch  # noqa: E402
 
 from tests.benchmarks.inference import build, call, example  # noqa: E402
 
+CHANNELS = 4  # of the latents of both models
 CONTENDERS = ("diffusers", "ours")
 BUSY = "while True: sum(range(10**6))"
 
@@ -31,7 +33,7 @@ BUSY = "while True: sum(range(10**6))"
 @torch.inference_mode()
 def measure(model: str, direction: str, size: int, rounds: int) -> dict[str, dict[int, list[float]]]:
     """Seconds by contender and number of threads, taken in turn."""
-    x = example(direction, 1, size, "cpu", torch.float32)
+    x = example(direction, 1, size, "cpu", torch.float32, CHANNELS)
     models = {name: build(name, "cpu", torch.float32, model) for name in CONTENDERS}
     seconds = {name: {1: [], 2: []} for name in CONTENDERS}
     for number in range(rounds + 1):
@@ -62,6 +64,42 @@ def row(case: str, seconds: dict[str, dict[int, list[float]]], typical=min) -> s
     return f"| {case} | " + " | ".join(cells) + " |"
 
 
+@torch.inference_mode()
+def by_operation(model: str, direction: str, size: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of our execution with one and two threads, by operation; the quickest of `rounds`."""
+    vae = build("ours", "cpu", torch.float32, model)
+    x = example(direction, 1, size, "cpu", torch.float32, CHANNELS)
+    spent: dict[str, list[float]] = {}
+    for place, threads in enumerate((1, 2)):
+        torch.set_num_threads(threads)
+        call(vae, direction, x)
+        quickest = min((profiled(vae, direction, x) for _ in range(rounds)), key=lambda one: one["all"])
+        for name, milliseconds in quickest.items():
+            spent.setdefault(name, [0.0, 0.0])[place] = milliseconds
+    return spent
+
+
+def profiled(vae, direction: str, x: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of one call in each operation itself, in all, and outside of operations."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        call(vae, direction, x)
+        wall = 1000 * (time.perf_counter() - start)
+    inside = {
+        event.key: event.self_cpu_time_total / 1000
+        for event in profile.key_averages()
+        if event.key.startswith(("aten::", "mkldnn"))
+    }
+    return {"all": wall, "outside of operations": wall - sum(inside.values()), **inside}
+
+
+def print_profile(spent: dict[str, list[float]], least: float = 10.0) -> None:
+    """A line for each operation that takes over `least` ms more on two threads than half of one thread's time."""
+    for name, (one, two) in sorted(spent.items(), key=lambda item: item[1][0] / 2 - item[1][1]):
+        if two - one / 2 > least:
+            print(f"| {name} | {one:.0f} | {two:.0f} | {two - one / 2:.0f} |")
+
+
 HEADER = [
     "case",
     *(f"{name}, {what}" for name in CONTENDERS for what in ("1 thread, s", "2 threads, s", "serial share")),
@@ -77,8 +115,15 @@ def main() -> None:
     parser.add_argument("--model", default="sd", choices=["sd", "compact"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="beside a process that computes on one core")
+    parser.add_argument("--profile", action="store_true", help="ours by operation, instead of seconds")
     parser.add_argument("-o", "--output", help="a .json that the seconds are added to")
     options = parser.parse_args()
+    if options.profile:
+        for case in options.cases:
+            direction, size = case.split(":")
+            print(f"\n| {options.model}, {direction} 1x{size} | 1 thread | 2 threads | beyond half |")
+            print_profile(by_operation(options.model, direction, int(size), options.rounds))
+        return
     beside = subprocess.Popen([sys.executable, "-c", BUSY]) if options.busy else None
     try:
         print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))

@@ -37,8 +37,8 @@ RECIPES = {  # name -> the run that it needs first, and the data that it is stud
 SHOWN = {  # figure -> its heading, in the order of the table; a recipe has those that make sense of it
     "psnr": "PSNR", "lpips": "LPIPS", "elbo": "ELBO", "iwae_50": "IWAE-50", "rate": "rate",
     "distortion": "distortion", "active_units": "active", "mutual_information": "I(x; z)", "mmd": "MMD",
-    "perplexity": "perplexity", "usage": "used", "nats_per_code": "nats a code", "roc_auc": "ROC AUC",
-    "cpu_seconds": "CPU s",
+    "perplexity": "perplexity", "usage": "used", "nll": "nats a code", "roc_auc": "ROC AUC",
+    "wall_seconds": "seconds",
 }  # fmt: skip
 
 

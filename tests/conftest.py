@@ -11,6 +11,8 @@ SHARED = ROOT.parent / "shared"
 # Before torch is imported anywhere, for this process and those it starts. Small networks gain nothing from more
 # threads, and where another program holds a core these wait for one another thousands of times a second.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads of the tests that have several wait without computing: beside another process that spins for minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # LPIPS backbones from beside the project, unless the user has some.
 if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kl_autoencoder import DiagonalGaussian
-from kl_autoencoder.networks import bottlenecks
+from kl_autoencoder.networks.bottlenecks import kl as bottlenecks
 from kl_autoencoder.networks.bottlenecks import posterior_summary
 from tests.processes import finish, start_ranks
 from tests.train.test_adversarial import all_parameters

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kl_autoencoder.codec.context_model import ContextModel
 from kl_autoencoder.codec.context_network import ContextNetwork, rounded
 from kl_autoencoder.codec.steps import A_HALVING, HIGHEST, LOWEST, UNIT_STEP, step_of
-from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.compact import COMPACT
 
 from ..settings import Whole, choice, key, section
 from .draws import Draws

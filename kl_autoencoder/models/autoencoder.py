@@ -1,7 +1,7 @@
 """Autoencoder: the relatives of the KL autoencoder: other bottlenecks, other networks, class conditions."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..networks.convolutional import Decoder, Encoder
 from ..networks.mlp import MLPDecoder, MLPEncoder
 from . import scaling, single_file
 from .autoencoder_kl import KLAutoencoderOutput
-from .config import FAMILY_RULES, RULES, check_config, check_rules
+from .config import FAMILY_RULES, MOST_PARAMETERS, RULES, check_config, check_rules
 from .folder import CONFIG, read_headers, read_json
 
 
@@ -295,7 +295,7 @@ def build_bottleneck(config: Mapping[str, Any], latent_channels: int) -> Bottlen
     """The bottleneck of `config`, {"kind": ..., options}. ValueError for a kind or an option that there is not."""
     options = {name: value for name, value in config.items() if name != "kind"}
     kind = config.get("kind")
-    if kind not in BOTTLENECKS:
+    if not isinstance(kind, str) or kind not in BOTTLENECKS:
         raise ValueError(f"bottleneck.kind: {shown(kind)}; allowed: {', '.join(BOTTLENECKS)}")
     try:
         return BOTTLENECKS[kind](latent_channels, **options)
@@ -307,15 +307,14 @@ def check_family(config: Mapping[str, Any]) -> None:
     """Hold the config of an `Autoencoder` to what it can have; ValueError naming the key."""
     check_rules(config, FAMILY_RULES)
     if config["network"] == "conv":
-        kinds = {key: (kind,) for key, kind in _BLOCKS.items()}
-        rest = {key: None for key in RULES if key not in config}
-        check_config({**rest, **_PLAIN, **config, **kinds}, {})
-
-
-_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-_PLAIN: dict[str, Any] = {"use_quant_conv": False, "use_post_quant_conv": False}
-
-
-def widths(config: Mapping[str, Any]) -> Sequence[int]:
-    """The widths of the network's levels or layers."""
-    return config["hidden_sizes"] if config["network"] == "mlp" else config["block_out_channels"]
+        kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+        rest = dict.fromkeys((key for key in RULES if key not in config), False)
+        check_config({**rest, **config, **kinds, "latents_mean": None, "latents_std": None}, {})
+        return
+    values = max(config["in_channels"], config["out_channels"]) * config["sample_size"] ** 2
+    widest = max((config["latent_channels"], *config["hidden_sizes"]))
+    if values * widest > MOST_PARAMETERS:
+        raise ValueError(
+            f"sample_size, hidden_sizes: {config['sample_size']}, {shown(tuple(config['hidden_sizes']))}: "
+            f"{values * widest:.2g} parameters in a layer; allowed: up to {MOST_PARAMETERS:.0e}"
+        )

@@ -50,6 +50,8 @@ def test_others_are_no_vq_model(config):
     [
         ({"bottleneck": {"kind": "soft"}}, "bottleneck.kind: 'soft'; allowed: kl, none"),
         ({"bottleneck": {"kind": "vq", "size": 3}}, "bottleneck: .*size"),
+        ({"bottleneck": {"kind": ["vq"]}}, "bottleneck.kind: "),
+        ({"network": "mlp", "sample_size": 2**20}, "sample_size, hidden_sizes: .* parameters in a layer"),
         ({"bottleneck": 7}, "bottleneck: 7; allowed"),
         ({"network": "transformer"}, "network: 'transformer'; allowed: 'conv' or 'mlp'"),
         ({"latent_channels": 2**40}, "latent_channels: "),

@@ -286,7 +286,7 @@ def test_a_second_signal_ends_at_once(photographs, tmp_path):
 
 def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photographs, tmp_path):
     """`accelerate launch`, SIGKILLed alone, must leave nobody behind; at once the same command a second time."""
-    config = partial(everything, photographs, steps=40)
+    config = partial(everything, photographs, steps=16)
     log, arguments = tmp_path / "log.txt", command(config(tmp_path / "run"), tmp_path / "run.yaml")
     program = [
         sys.executable,
@@ -311,7 +311,7 @@ def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photograp
     assert "continuing from" in log.read_text()
     whole = command(config(tmp_path / "whole"), tmp_path / "whole.yaml")
     assert finish(*start_ranks(2, log, train, whole)) == [0, 0]
-    assert_same(final(tmp_path / "run", 40), final(tmp_path / "whole", 40))
+    assert_same(final(tmp_path / "run", 16), final(tmp_path / "whole", 16))
 
 
 def keep(folder):

@@ -18,12 +18,6 @@ if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """What `-n auto` means: one more than the cores, since some tests wait for processes that they kill."""
-    return (os.cpu_count() or 1) + 1
-
-
 def backbone_missing(net):
     from kl_autoencoder.evaluation.metrics import backbone_file
 

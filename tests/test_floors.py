@@ -38,7 +38,7 @@ ROOMS = {
         "parts": {"settings"},
         "config": {"data", "parts", "settings"},
         "loop": {"config", "data"},
-        "autoencoder": {"config", "data", "loop", "parts"},
+        "autoencoder": {"config", "data", "loop", "one_network", "parts"},
         "codec": {"config", "data", "loop", "parts", "autoencoder", "one_network"},
         "smoke": {"config", "data"},
         "one_network": {"config", "loop"},

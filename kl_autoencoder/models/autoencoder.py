@@ -26,7 +26,7 @@ from .config import FAMILY_RULES, MOST_PARAMETERS, RULES, check_config, check_ru
 from .folder import CONFIG, read_headers, read_json
 
 
-class Autoencoder(ModelMixin, ConfigMixin):
+class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
     """An autoencoder of images that plain diffusers has no class for.
 
     `encode`, `decode` and calling are as those of `KLAutoencoder`, with class labels where there are classes. Loads
@@ -140,9 +140,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self, z: Tensor, labels: Tensor | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents (B, C, h, w), labels (B,) -> `.sample`, images (B, out_channels, H, W), not clamped."""
-        channels, most = self.config.latent_channels, 1 if self.is_mlp else None
-        if z.ndim != 4 or z.shape[1] != channels or (most and z.shape[2:] != (1, 1)):
-            sides = "1, 1" if most else "h, w"
+        channels, sides = self.config.latent_channels, "1, 1" if self.is_mlp else "h, w"
+        if z.ndim != 4 or z.shape[1] != channels or (self.is_mlp and z.shape[2:] != (1, 1)):
             raise ValueError(f"z: shape {tuple(z.shape)}; allowed: (B, {channels}, {sides})")
         images = self.decoder.conv_out(self.features(z, labels))
         return DecoderOutput(sample=images) if return_dict else (images,)
@@ -167,18 +166,6 @@ class Autoencoder(ModelMixin, ConfigMixin):
     def scaling(self) -> dict[str, Any]:
         """What `scale` and `unscale` apply, as files of latents keep it."""
         return {"scaling_factor": self.config.scaling_factor}
-
-    def set_scaling(self, statistics: Any) -> None:
-        """Set what gives latents with these `LatentStatistics` unit variance."""
-        self.register_to_config(scaling_factor=statistics.scaling_factor)
-
-    def scale(self, z: Tensor) -> Tensor:
-        """Raw latents -> latents of unit variance."""
-        return scaling.scale(z, self.scaling)
-
-    def unscale(self, z: Tensor) -> Tensor:
-        """The inverse of `scale`."""
-        return scaling.unscale(z, self.scaling)
 
     # ---------------------------------------------------------------- reading and writing
 

@@ -52,7 +52,9 @@ else:
     _Diffusers = ModelMixin
 
 
-class ExactAutoencoder(_Diffusers, metaclass=EqualsDiffusersClass):
+class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
+    scaling.ScaledLatents, _Diffusers, metaclass=EqualsDiffusersClass
+):
     """What our autoencoders have in common: the network, its execution, loading and saving.
 
     A class derived from it is also derived from the class of diffusers that it `stands_for`, has `rules` for the
@@ -169,18 +171,6 @@ class ExactAutoencoder(_Diffusers, metaclass=EqualsDiffusersClass):
     def scaling(self) -> dict[str, Any]:
         """What `scale` and `unscale` apply, as files of latents keep it."""
         return {key: self.config.get(key) for key in scaling.SCALING_KEYS}
-
-    def set_scaling(self, statistics: Any) -> None:
-        """Set what gives latents with these `LatentStatistics` unit variance."""
-        self.register_to_config(scaling_factor=statistics.scaling_factor)
-
-    def scale(self, z: Tensor) -> Tensor:
-        """Raw latents -> the latents that a diffusion model works on (about zero mean, unit variance)."""
-        return scaling.scale(z, self.scaling)
-
-    def unscale(self, z: Tensor) -> Tensor:
-        """The inverse of `scale`."""
-        return scaling.unscale(z, self.scaling)
 
     def _encode(self, x: Tensor, tiling: bool = False) -> DiagonalGaussian:
         self._check_images(x)

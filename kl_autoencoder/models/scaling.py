@@ -17,6 +17,25 @@ READ_BY = {  # what diffusers' pipelines read of them, and the channels of their
 PER_CHANNEL = ("latents_mean", "latents_std")
 
 
+class ScaledLatents:
+    """The part of an autoencoder that scales its latents, as its `scaling` says."""
+
+    scaling: Any  # a property: the keys of the config that `scale` and `unscale` read
+    register_to_config: Any  # diffusers'
+
+    def set_scaling(self, statistics: Any) -> None:
+        """Set what gives latents with these `LatentStatistics` unit variance."""
+        self.register_to_config(scaling_factor=statistics.scaling_factor)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Raw latents -> the latents that a diffusion model works on (about zero mean, unit variance)."""
+        return scale(z, self.scaling)
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return unscale(z, self.scaling)
+
+
 def scale(z: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Raw latents (B, C, h, w) -> what a diffusion model works on, as diffusers' pipelines compute it.
 

@@ -1,8 +1,5 @@
 """The finished model as a folder for diffusion pipelines, with a model card; and published on the hub."""
 
-import json
-import os
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +10,9 @@ from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder
 from kl_autoencoder.models.publishing import hub
 from kl_autoencoder.models.publishing.hub_card import data_name, shareable
 from kl_autoencoder.models.publishing.repository import write_repository
-from kl_autoencoder.models.run_folder import TRAINED
 
 from ..config import AutoencoderConfig, ExportConfig, to_yaml
+from ..one_network.exporting import write_folder
 from .adversarial.training_state import save_training_state
 
 DRY = "published"  # in the run's folder: what would be on the hub
@@ -71,20 +68,14 @@ def export(
     facts: step, samples, held_out (number of images), statistics (LatentStatistics), and the metrics
     `before` and `after`. training_state: the discriminator's tensors, where they are kept beside the model.
     """
-    beside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+
+    def write(beside: Path) -> None:
         vae.save_pretrained(beside)
         (beside / "README.md").write_text(model_card(folder, vae, config, facts), encoding="utf-8")
-        trained = {key: facts[key] for key in ("step", "samples")}
-        (beside / TRAINED).write_text(json.dumps(trained) + "\n")
         if training_state is not None:
             save_training_state(beside, training_state)
-    except Exception as error:  # safetensors raises its own type for a full disk
-        shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"{folder}: the model could not be written ({error})") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+
+    write_folder(folder, write, facts["step"], facts["samples"])
 
 
 def check_push(config: ExportConfig, vae: ExactAutoencoder | Autoencoder) -> None:

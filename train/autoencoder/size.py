@@ -28,10 +28,11 @@ def check_weights(config: AutoencoderConfig, memory: int) -> None:
             raise ValueError(f"model.{error}") from error
         # weight, gradient and Adam's two moments; and the moving average
         copies = 4 + config.ema.enabled
-        shape = f"block_out_channels={list(network.config.block_out_channels)}"
-        shape += f", layers_per_block={network.config.layers_per_block}"
         if config.model.network == "mlp":
             shape = f"hidden_sizes={list(config.model.hidden_sizes)}"
+        else:
+            shape = f"block_out_channels={list(network.config.block_out_channels)}"
+            shape += f", layers_per_block={network.config.layers_per_block}"
         _refuse_above(memory, _parameters(network) * FLOAT * copies, f"model: {shape}", "to train")
     adversarial = config.loss.adversarial
     if adversarial.weight:

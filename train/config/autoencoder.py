@@ -19,7 +19,6 @@ Count = int | None
 Widths = tuple[Annotated[Whole, Field(ge=1, le=WIDEST)], ...]
 Means = tuple[Annotated[Number, Field(ge=-LARGE, le=LARGE)], ...]
 Deviations = tuple[Annotated[Number, Field(gt=0, le=LARGE)], ...]
-HiddenSizes = tuple[Annotated[Whole, Field(ge=1, le=WIDEST)], ...]
 RELATIVE = "Autoencoder"  # the class of what diffusers has none for
 RELATIVE_KEYS = (
     *("network", "hidden_sizes", "classes", "bottleneck", "in_channels", "out_channels"),
@@ -52,9 +51,7 @@ class ModelConfig:
     network: Literal["conv", "mlp"] = choice(
         "conv", "the network of that class, or fully connected layers, for images of one small size"
     )
-    hidden_sizes: HiddenSizes = key(
-        (400,), "widths of an mlp's hidden layers; the decoder has them in reverse"
-    )
+    hidden_sizes: Widths = key((400,), "widths of an mlp's hidden layers; the decoder has them in reverse")
     classes: int = key(
         0,
         "classes of the images, whose label modulates both networks (CVAE); 0: no labels",

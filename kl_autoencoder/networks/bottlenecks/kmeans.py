@@ -13,8 +13,7 @@ def kmeans(vectors: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     centres = spread(vectors, clusters, torch.Generator().manual_seed(seed))
     for _ in range(ITERATIONS):
-        scores = centres.square().sum(dim=1) - 2 * vectors @ centres.T
-        owner = scores.argmin(dim=1)
+        owner = nearest(vectors, centres)
         counts = torch.bincount(owner, minlength=clusters).to(vectors.dtype)
         sums = torch.zeros_like(centres).index_add_(0, owner, vectors)
         centres = torch.where(counts.unsqueeze(1) > 0, sums / counts.clamp(min=1).unsqueeze(1), centres)
@@ -36,3 +35,9 @@ def spread(vectors: Tensor, number: int, generator: torch.Generator) -> Tensor:
         apart = (vectors - chosen[-1]).square().sum(dim=1).double()
         distances = apart if len(chosen) == 1 else torch.minimum(distances, apart)
     return torch.stack(chosen)
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The row of `codebook` (K, C) nearest to each of `vectors` (N, C): (N,), int64."""
+    scores = codebook.square().sum(dim=1) - 2 * vectors @ codebook.T  # |v - e|^2 without |v|^2
+    return scores.argmin(dim=1)

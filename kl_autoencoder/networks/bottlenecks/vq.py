@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Code, Discrete, code_facts, straight_through
-from .kmeans import kmeans
+from .kmeans import kmeans, nearest
 
 CANDIDATES = 8  # vectors of each image that dead codes may be replaced by in a step
 START_VECTORS = 32  # for each code, at the k-means start
@@ -127,9 +127,3 @@ class VectorQuantizer(Discrete):
             self.counts.copy_((share * self.codes).clamp(min=self.revive_below))
             self.sums.copy_(centres * self.counts.unsqueeze(1))
         self.started.fill_(1)
-
-
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The row of `codebook` (K, C) nearest to each of `vectors` (N, C): (N,), int64."""
-    scores = codebook.square().sum(dim=1) - 2 * vectors @ codebook.T  # |v - e|^2 without |v|^2
-    return scores.argmin(dim=1)

@@ -8,14 +8,14 @@ from types import TracebackType
 import psutil
 import torch
 
-INTERVAL = 0.002  # seconds between two looks at the process's memory
+INTERVAL = 0.002  # seconds between two looks at the memory that the process holds
 
 
 class Meter:
     """`with Meter(device) as meter:` ...; then `meter.seconds` and `meter.peak_bytes`.
 
     `peak_bytes` is what was held at most beyond what was held before: of torch's allocator on a CUDA device; of the
-    process (resident memory, looked at every two milliseconds) on the CPU; None on other devices.
+    process (looked at every two milliseconds) on the CPU; None on other devices.
     """
 
     def __init__(self, device: torch.device):
@@ -29,9 +29,8 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
-            _give_back_what_is_free()
-            self._process, self._done = psutil.Process(), threading.Event()
-            self._before = self._most = self._process.memory_info().rss
+            self._done = threading.Event()
+            self._before = self._most = _held_memory()
             self._watch = threading.Thread(target=self._look, name="memory", daemon=True)
             self._watch.start()
         self._start = time.perf_counter()
@@ -52,13 +51,30 @@ class Meter:
 
     def _look(self) -> None:
         while True:
-            self._most = max(self._most, self._process.memory_info().rss)
+            self._most = max(self._most, _held_memory())
             if self._done.wait(INTERVAL):
                 return
 
 
-def _give_back_what_is_free() -> None:
-    """Return what the C library keeps of freed memory, which would be used again unseen; glibc alone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+class _MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )  # fmt: skip
+    )
+
+
+def _held_memory() -> int:
+    """Bytes that the process holds: what glibc has given out, or resident memory where there is no glibc.
+
+    Resident memory is the coarser figure: freed memory that stays resident is used again unseen.
+    """
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)  # glibc 2.33 and later
+    if mallinfo2 is None:
+        return psutil.Process().memory_info().rss
+    mallinfo2.restype = _MallocInfo
+    given_out = mallinfo2()
+    return given_out.uordblks + given_out.hblkhd

@@ -76,7 +76,7 @@ def test_memory_that_was_used_before_counts_again():
             time.sleep(0.1)  # another process may keep the one that looks from looking
             del blocks
         found.append(meter.peak_bytes)
-    assert min(found) > 25e6
+    assert 31e6 < min(found) <= max(found) < 40e6
 
 
 def test_every_model_and_codec_with_its_figures(models):

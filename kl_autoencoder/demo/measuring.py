@@ -57,13 +57,11 @@ class Meter:
 
 
 class _MallocInfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc."""
+    """`struct mallinfo2` of glibc; the names of its fields are those of its manual."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )  # fmt: skip
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks")),
+        *((name, ctypes.c_size_t) for name in ("fsmblks", "uordblks", "fordblks", "keepcost")),
     )
 
 

@@ -1,4 +1,4 @@
-"""Baselines for an autoencoder: bicubic scaling down and up, JPEG and WebP in the bytes of its latents."""
+"""Baselines for an autoencoder: bicubic scaling down and up; JPEG, WebP and AVIF in so many bytes."""
 
 import io
 
@@ -9,8 +9,12 @@ from torch import Tensor
 
 from ..data.image_io import image_to_tensor, pad_to_multiple, tensor_to_images
 
-QUALITIES = {"JPEG": (1, 95), "WEBP": (0, 100)}  # PIL's ranges; above 95 JPEG only grows
-WRITER = {"JPEG": {"optimize": True}, "WEBP": {"method": 4}}  # chroma is subsampled, the default of both
+QUALITIES = {"JPEG": (1, 95), "WEBP": (0, 100), "AVIF": (0, 100)}  # PIL's ranges; above 95 JPEG only grows
+WRITER = {
+    "JPEG": {"optimize": True},
+    "WEBP": {"method": 4},
+    "AVIF": {},
+}  # chroma is subsampled, the default of all
 
 
 def bicubic(images: Tensor, factor: int) -> Tensor:
@@ -27,7 +31,9 @@ def bicubic(images: Tensor, factor: int) -> Tensor:
 
 
 def codec(images: Tensor, kind: str, size: int) -> tuple[Tensor, list[int]]:
-    """(B, 3, H, W) in [-1, 1] -> the same through JPEG or WEBP files of at most `size` bytes, and their bytes.
+    """(B, 3, H, W) in [-1, 1] -> the same through files of at most `size` bytes, and their bytes.
+
+    kind: JPEG, WEBP or AVIF.
 
     Each image at the highest quality that fits; where none does, at the lowest, whose file is larger than `size`.
     """

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .other_autoencoders import OtherAutoencoder
 
 LATENTS = ("mode", "sample")
+FORMATS = {"JPEG": "JPEG", "WEBP": "WebP", "AVIF": "AVIF"}  # PIL's names, and people's
 NATS_PER_BIT = 0.6931471805599453  # ln 2
 
 
@@ -30,7 +31,7 @@ class Row:
     key: str
     name: str
     detail: str
-    kind: str  # model or baseline
+    kind: str  # model, baseline or codec
     latents: str | None = None  # mode or sample
     dtype: str | None = None
 
@@ -98,7 +99,7 @@ class Codec:
 
     def __init__(self, kind: str, factor: int, channels: int):
         self.kind, self.factor, self.channels = kind, factor, channels
-        name = {"JPEG": "JPEG", "WEBP": "WebP"}[kind]
+        name = FORMATS[kind]
         about = f"in the bytes of {channels} channels at 1/{factor}"
         self.rows = [Row(f"{name.lower()}/f{factor}c{channels}", name, about, "baseline")]
 

@@ -17,8 +17,10 @@ from ...files import replacing
 from ...progress import Progress
 from ..parser import DTYPES, IMAGES, MODEL, Command, Parser, add_device, add_json, add_output, positive
 from ..paths import MODELS, OTHERS, check_model, refuse_existing
+from .codec import quality
 
 if TYPE_CHECKING:
+    from ...evaluation.compressed import Compressed
     from ...evaluation.methods import Model
     from ...evaluation.other_autoencoders import OtherAutoencoder
     from ...evaluation.runner import Evaluation
@@ -57,6 +59,10 @@ def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--save-images", action="store_true", help="write what was measured as PNG files, too"
     )
+    parser.add_argument(
+        "--codec", nargs="*", type=quality, metavar="QUALITY",
+        help="the models as codecs, too, beside JPEG, WebP and AVIF in the same bytes (30 40 50 60 70)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images at a time (4)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of samples and noise; image i draws with seed + i (0)"
@@ -78,6 +84,8 @@ def _size(text: str) -> int | None:
 def check_evaluate(arguments: argparse.Namespace) -> None:
     """`output` becomes a Path."""
     require("eval")
+    if arguments.codec is not None:
+        require("codec")
     arguments.output = Path(arguments.output)
     if arguments.output.is_file():
         raise ValueError(f"{arguments.output}: is a file; a folder is written")
@@ -137,12 +145,26 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
             for dtype in dict.fromkeys(arguments.dtype)
         ]
     suite = MetricSuite.load(arguments.lpips, device, place.is_main_process)
-    evaluation = Evaluation(photographs, [*models, *baselines_of(models)], suite)
+    methods = [*models, *baselines_of(models), *_codecs(models, arguments.codec)]
+    evaluation = Evaluation(photographs, methods, suite)
     evaluation.measure(arguments.batch_size, images if arguments.save_images else None)
     latents = evaluation.study(arguments.study_images, arguments.seed)
     return evaluation, _metrics(
         arguments, evaluation, dict(zip(names, arguments.model, strict=True)), latents
     )
+
+
+def _codecs(models: list["Model | OtherAutoencoder"], qualities: list[int] | None) -> list["Compressed"]:
+    """Of each of our models in its first type, if `qualities` are wanted. ValueError if none of them is ours."""
+    if qualities is None:
+        return []
+    from ...evaluation.compressed import QUALITIES, Compressed
+    from ...evaluation.methods import Model
+
+    first = {model.name: model for model in reversed(models) if isinstance(model, Model)}
+    if not first:
+        raise ValueError("--codec: none of the models has one; allowed: with a model that `compress` takes")
+    return [Compressed(model, qualities or QUALITIES) for model in reversed(first.values())]
 
 
 def _load(name: str, given: str, device: str, dtype: str | None, seed: int) -> "Model | OtherAutoencoder":

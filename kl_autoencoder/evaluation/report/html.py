@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...data.image_io import tensor_to_images
+from ..compressed import KIND, Compressed, curve_of
+from ..methods import Row
 from ..metrics import as_saved
 from ..runner import Evaluation
 from . import plots
@@ -110,7 +112,7 @@ def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Itera
     order = sorted(evaluation.records, key=lambda record: record["values"][key][column.key])
     order = order if column.better == "down" else order[::-1]
     places = {"best": 0, "median": (len(order) - 1) // 2, "worst": len(order) - 1}
-    numbers = set()
+    numbers, unseen = set(), _unseen(evaluation)
     for title in SHOWN:
         record = order[places[title]]
         if record["number"] in numbers:  # of one or two images
@@ -120,13 +122,13 @@ def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Itera
         choices = []
         for reproduction in evaluation.reproductions([photograph]):
             row = reproduction.row
+            if row.key in unseen:
+                continue
             values = record["values"][row.key]
             choices.append(
                 {
                     "first": row.key == key,
-                    "label": f"{row.name} {row.detail if many_types else row.latents or ''}".strip()
-                    if row.kind == "model"
-                    else row.name,
+                    "label": _label(row, many_types),
                     "values": [  # with spaces that do not break
                         f"{c.label} {c.text(values[c.key])} {c.unit}".strip().replace(" ", "\u00a0")
                         for c in COLUMNS
@@ -144,6 +146,22 @@ def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Itera
             "original": _embedded(original),
             "choices": choices,
         }
+
+
+def _label(row: Row, many_types: bool) -> str:
+    if row.kind == "model":
+        return f"{row.name} {row.detail if many_types else row.latents or ''}".strip()
+    return f"{row.name}, {row.detail}" if row.kind == KIND else row.name
+
+
+def _unseen(evaluation: Evaluation) -> set[str]:
+    """The rows of codecs at other qualities than the middle one."""
+    codecs = [method for method in evaluation.methods if isinstance(method, Compressed)]
+    qualities = {codec: sorted(codec.rows_of) for codec in codecs}
+    shown = {
+        row.key for codec, all_ in qualities.items() for row in codec.rows_of[all_[(len(all_) - 1) // 2]]
+    }
+    return {row.key for codec in codecs for row in codec.rows} - shown
 
 
 def _centre(images: Tensor) -> Tensor:
@@ -202,6 +220,25 @@ def _plots(metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, str]:
         steps = {n: (np.arange(len(v)) + 0.5) / len(v) for n, v in paths.items()}
         curves = [(drawn[name], (steps[name], values)) for name, values in paths.items()]
         found["path"] = plots.lines(curves, "place on the path", "LPIPS of a step", markers=True)
+    return found | _rate_plots(metrics, drawn)
+
+
+def _rate_plots(metrics: dict[str, Any], drawn: dict[str, str]) -> dict[str, str]:
+    """PSNR, MS-SSIM and LPIPS of the codecs over bits a pixel; those without a value are left out."""
+    rows = [row for row in metrics["results"].values() if row["kind"] == KIND]
+    colours = {curve_of(name): colour for name, colour in drawn.items()}
+    found = {}
+    for column in (c for c in COLUMNS if c.key in ("psnr", "ms_ssim", "lpips")):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            point = [row["metrics"][key]["mean"] for key in ("bits_per_pixel", column.key)]
+            if point[1] is not None:
+                curves.setdefault(row["name"], []).append(tuple(point))
+        if curves:
+            found[f"rate_{column.key}"] = plots.rates(
+                [(name, colours.get(name, plots.QUIET), sorted(points)) for name, points in curves.items()],
+                f"{column.label} {column.unit}".strip(),
+            )
     return found
 
 

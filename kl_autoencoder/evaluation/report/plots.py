@@ -89,6 +89,22 @@ def lines(
     return result[0]
 
 
+def rates(curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], y: str) -> str:
+    """(name, colour, (bits a pixel, value)) -> lines with their names, the rate on a logarithmic scale."""
+    result: list[str] = []
+    with _figure(2.6, result) as axes:
+        for name, drawn, points in curves:
+            axes.plot(*zip(*points, strict=True), color=drawn, marker="o", markersize=4)
+            axes.annotate(name, points[-1], xytext=(5, 0), textcoords="offset points", va="center")
+        axes.set_xscale("log", base=2)
+        axes.margins(x=0.25)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _labels(axes, "bits a pixel", y)
+    return result[0]
+
+
 def log_log(curves: Sequence[tuple[str, Line]], x: str, y: str, quiet: Sequence[Line] = ()) -> str:
     result: list[str] = []
     with _figure(2.6, result) as axes:

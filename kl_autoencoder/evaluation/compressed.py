@@ -1,0 +1,66 @@
+"""Models as codecs: photographs through their files, and through JPEG, WebP and AVIF in as many bytes."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import features
+from torch import Tensor
+
+from ..codec.public import codec_of
+from ..data.image_io import image_to_tensor
+from . import baselines
+from .methods import FORMATS, Model, Reproduction, Row
+
+QUALITIES = (30, 40, 50, 60, 70)  # with `compact` from 0.06 to 0.2 bits a pixel
+KIND = "codec"  # of the rows
+
+
+class Compressed:
+    """A model's codec at several qualities, and beside each the others in the bytes of each of its files."""
+
+    def __init__(self, model: Model, qualities: Sequence[int]):
+        self.codec = codec_of(model.vae)
+        self.others = [kind for kind in FORMATS if kind != "AVIF" or features.check("avif")]
+        self.rows_of = {
+            quality: [
+                Row(f"{model.name}/codec/q{quality}", curve_of(model.name), f"quality {quality}", KIND),
+                *(
+                    Row(
+                        f"{FORMATS[kind].lower()}/{model.name}/q{quality}",
+                        FORMATS[kind],
+                        f"in the bytes of {model.name} at quality {quality}",
+                        KIND,
+                    )
+                    for kind in self.others
+                ),
+            ]
+            for quality in qualities
+        }
+        self.rows = [row for rows in self.rows_of.values() for row in rows]
+
+    def reproduce(self, images: Tensor, numbers: Sequence[int]) -> Iterator[Reproduction]:
+        """Images (B, 3, H, W) in [-1, 1] -> those of every row; `bits_per_pixel` are of the files."""
+        latents = [self.codec.latents(image) for image in images]
+        for quality, (own, *others) in self.rows_of.items():
+            files = [self.codec.packed(*one, quality) for one in latents]
+            decoded = torch.stack([image_to_tensor(self.codec.decompress(file)) for file in files])
+            sizes = list(map(len, files))
+            yield _reproduction(own, decoded, sizes)
+            for row, kind in zip(others, self.others, strict=True):
+                found = [
+                    baselines.codec(image[None], kind, size)
+                    for image, size in zip(images, sizes, strict=True)
+                ]
+                yield _reproduction(
+                    row, torch.cat([pixels for pixels, _ in found]), [size for _, (size,) in found]
+                )
+
+
+def curve_of(model: str) -> str:
+    """The name of all rows of a model's codec, and of their curve."""
+    return f"{model}, compressed"
+
+
+def _reproduction(row: Row, images: Tensor, sizes: list[int]) -> Reproduction:
+    pixels = images.shape[2] * images.shape[3]
+    return Reproduction(row, images, {"bits_per_pixel": [8 * size / pixels for size in sizes]})

@@ -6,7 +6,8 @@ channels); for a result of r rows and s columns
 
 - a convolution reads a window of r + 2 rows and s + 2 columns,
 - an upsampling one, whose result is `up` = 2 times larger, r/2 + 2 and s/2 + 2,
-- a downsampling one, whose result is `down` = 2 times smaller, 2r + 2 and 2s + 2.
+- a downsampling one, whose result is `down` = 2 times smaller, 2r + 1 and 2s + 1,
+  since it reads nothing `before` its pixels.
 
 The window is of the kernel's `dtype` and its inside a multiple of `tile`.
 """
@@ -19,7 +20,7 @@ from .memory import Workspace
 
 
 class DirectConv:
-    up, down, tile = 1, 1, 1
+    up, down, tile, before = 1, 1, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         self.weight, self.bias, self.stride = laid_out(conv.weight), conv.bias, conv.stride
@@ -31,12 +32,9 @@ class DirectConv:
 
 
 class DirectDownsample(DirectConv):
-    """Stride 2: zeros at the right and bottom only, so that the window's first row and column are not read."""
+    """Stride 2, with zeros at the right and bottom only."""
 
-    up, down, tile = 1, 2, 1
-
-    def __call__(self, x: Tensor, work: Workspace) -> Tensor:
-        return super().__call__(x[:, 1:, 1:], work)
+    up, down, tile, before = 1, 2, 1, 0
 
 
 class DirectUpsample:
@@ -45,7 +43,7 @@ class DirectUpsample:
     An output row sees two rows of pixels, one of them twice: its kernel is that with two of the three rows added.
     """
 
-    up, down, tile = 2, 1, 1
+    up, down, tile, before = 2, 1, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         w = conv.weight.to(torch.promote_types(conv.weight.dtype, torch.float32))
@@ -73,7 +71,7 @@ class CalledConv:
     `dtype`: of what it gets and returns.
     """
 
-    up, down, tile = 1, 1, 1
+    up, down, tile, before = 1, 1, 1, 1
 
     def __init__(self, conv: nn.Module, dtype: torch.dtype):
         self.conv, self.dtype = conv, dtype
@@ -90,14 +88,14 @@ class CalledConv:
 class CalledDownsample(CalledConv):
     """Call a downsampling layer, which pads nothing."""
 
-    up, down, tile = 1, 2, 1
+    up, down, tile, before = 1, 2, 1, 0
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
-        return self.called(x[:, 1:, 1:].permute(0, 3, 1, 2), cut=0)
+        return self.called(x.permute(0, 3, 1, 2), cut=0)
 
 
 class CalledUpsample(CalledConv):
-    up, down, tile = 2, 1, 1
+    up, down, tile, before = 2, 1, 1, 1
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
         larger = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")

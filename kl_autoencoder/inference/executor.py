@@ -177,21 +177,27 @@ class Executor:
         return kernel(window, self.work)[:, :height, :width]
 
     def window(self, x: Strips, inside: Block, kernel, fill: Callable) -> Tensor:
-        """fill(x) on the rows of `inside` and one pixel around them, with zeros outside of the image.
+        """fill(x) on `inside`, one pixel after it and `kernel.before`, with zeros outside of the image.
 
         Rows and columns are rounded up to whole tiles of the kernel.
         """
-        b, height, width, channels = x.shape
-        rows, columns = (-(-n // kernel.tile) * kernel.tile + 2 for n in (inside.bottom - inside.top, width))
+        (b, height, width, channels), before = x.shape, kernel.before
+        rows, columns = (
+            -(-n // kernel.tile) * kernel.tile + before + 1 for n in (inside.bottom - inside.top, width)
+        )
         window = self.work.get("window", (b, rows, columns, channels), kernel.dtype)
-        top, bottom = max(inside.top - 1, 0), min(inside.bottom + 1, height)
-        down = inside.top - 1  # where the window begins
+        top, bottom = max(inside.top - before, 0), min(inside.bottom + 1, height)
+        down = inside.top - before  # where the window begins
         window[:, : top - down].zero_()
         window[:, bottom - down :].zero_()
-        window[:, :, :1].zero_()
-        window[:, :, width + 1 :].zero_()
+        window[:, :, :before].zero_()
+        window[:, :, before + width :].zero_()
         for first, piece in x.read(top, bottom):
-            fill(piece, window[:, first - down : first - down + piece.shape[1], 1 : width + 1], self.work)
+            fill(
+                piece,
+                window[:, first - down : first - down + piece.shape[1], before : before + width],
+                self.work,
+            )
         return window
 
     def sweep(self, task: Callable, out: Strips, kernel, consumes: Strips | None) -> None:
@@ -202,7 +208,7 @@ class Executor:
 
         def reads(block: Block) -> range:
             inside = block.scaled(kernel.down, kernel.up)
-            return consumes.covering(inside.top - 1, inside.bottom + 1)
+            return consumes.covering(inside.top - kernel.before, inside.bottom + 1)
 
         readers = [0] * len(consumes.strips)
         for block in blocks:

@@ -51,7 +51,7 @@ def _cpu_has(feature: str) -> bool:
 class WinogradConv:
     """A 3x3 convolution as F(4x4, 3x3)."""
 
-    up, down, tile = 1, 1, 4
+    up, down, tile, before = 1, 1, 4, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         self.products = products_with(transform_filters(conv.weight, FILTER_4, work))
@@ -73,7 +73,7 @@ class WinogradConv:
 class WinogradUpsample:
     """A 3x3 convolution of the nearest-neighbour upsampling by two, from the pixels themselves."""
 
-    up, down, tile = 2, 1, 1
+    up, down, tile, before = 2, 1, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
         self.products = products_with(transform_filters(conv.weight, FILTER_UP, work))

@@ -37,7 +37,7 @@ class Filters(NamedTuple):
 class Tiles:
     """What `Executor.window` asks of a kernel: whole tiles of pixels."""
 
-    up, down, tile, dtype = 1, 1, WinogradConv.tile, torch.float32
+    up, down, tile, before, dtype = 1, 1, WinogradConv.tile, 1, torch.float32
 
 
 class WinogradOps:

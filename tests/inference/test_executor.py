@@ -206,9 +206,9 @@ def test_everything_is_freed_and_little_is_held(watched_run):
 # ---------------------------------------------------------------- kernels
 
 
-def padded(x):
-    """(B, C, H, W) -> a window (B, H + 2, W + 2, C)."""
-    return F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1).contiguous()
+def padded(x, before=1):
+    """(B, C, H, W) -> a window (B, before + H + 1, before + W + 1, C)."""
+    return F.pad(x, (before, 1, before, 1)).permute(0, 2, 3, 1).contiguous()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_kernels_are_the_convolutions_they_stand_for(kernel, reference, shape):
     conv, work = nn.Conv2d(24, 40, 3, stride=stride).double(), Workspace(CPU)
     x = torch.randn(2, 24, *shape, dtype=torch.float64)
     with torch.no_grad():
-        ours = kernel(conv, work)(padded(x), work).permute(0, 3, 1, 2)
+        ours = kernel(conv, work)(padded(x, kernel.before), work).permute(0, 3, 1, 2)
         torch.testing.assert_close(ours, reference(x, conv), rtol=1e-12, atol=1e-12)
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .colours import to_channels
+from .colours import orientation, to_channels
 from .image_io import cover_box, image_size, resize_box
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 as long as the crop keeps this many times its final side, the rest being
@@ -28,9 +28,9 @@ class TooSmall(ValueError):
 
 
 class Crop(NamedTuple):
-    """A square part of an image.
+    """A part of an image, of a given aspect ratio.
 
-    scale: its area as a share of the largest square's, in (0, 1]. x, y in [0, 1): its place between the leftmost
+    scale: its area as a share of the largest such part's, in (0, 1]. x, y in [0, 1): its place between the leftmost
     and the rightmost, the topmost and the lowest one. flip: mirror it left to right.
     """
 
@@ -97,28 +97,49 @@ def read_part(
     return Part(pixels.reshape(*target, channels), (height, width), box)
 
 
-def read_square(
-    file: BinaryIO, resolution: int, crop: Crop, enlarge: bool = False, channels: int = 3
+def read_crop(
+    file: BinaryIO, target: tuple[int, int], crop: Crop, enlarge: bool = False, channels: int = 3
 ) -> np.ndarray:
-    """Read a square crop of an image, scaled (bicubic, antialiased): (resolution, resolution, channels), uint8.
+    """Read a crop of an image, scaled (bicubic, antialiased) to `target` (H, W): (H, W, channels), uint8.
 
-    The crop has whole pixels and is at least `resolution` wide unless the image itself is smaller. Colours as in
+    The crop has whole pixels and at least those of the target unless the image itself has fewer. Colours as in
     `to_channels`, orientation and reduced decoding of JPEGs as in `read_part`. Raises TooSmall if it would be
     enlarged, unless `enlarge`; ValueError if it cannot be read.
     """
     height, width = image_size(file)  # refuses bombs and formats that no photograph has
+    if not covers((height, width), target) and not enlarge:
+        raise TooSmall(f"{width}x{height} pixels, too small for {target[1]}x{target[0]}")
+    largest = _largest_part((height, width), target)
+    share = math.sqrt(crop.scale)
+    sides = [max(round(of * share), min(to, of)) for of, to in zip(largest, target, strict=True)]
     short = min(height, width)
-    if short < resolution and not enlarge:
-        raise TooSmall(f"{width}x{height} pixels, too small for {resolution}x{resolution}")
-    side = max(round(short * math.sqrt(crop.scale)), min(resolution, short))
-    with _opened_reduced(file, JPEG_MARGIN * resolution * short / side) as image:
+    with _opened_reduced(file, JPEG_MARGIN * target[0] * short / sides[0]) as image:
         image.load()
-        side = max(1, round(side * min(image.size) / short))
-        left, top = int(crop.x * (image.width - side + 1)), int(crop.y * (image.height - side + 1))
+        shrunk = min(image.size) / short
+        if orientation(image) >= 5:  # stored on its side
+            sides.reverse()
+        high, wide = (
+            min(max(1, round(side * shrunk)), most)
+            for side, most in zip(sides, (image.height, image.width), strict=True)
+        )
+        left, top = int(crop.x * (image.width - wide + 1)), int(crop.y * (image.height - high + 1))
         # cropped first, so that few pixels are converted
-        square = to_channels(image.crop((left, top, left + side, top + side)), channels)
-    pixels = np.atleast_3d(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
+        part = to_channels(image.crop((left, top, left + wide, top + high)), channels)
+    pixels = np.atleast_3d(part.resize((target[1], target[0]), Image.Resampling.BICUBIC))
     return pixels[:, ::-1] if crop.flip else pixels
+
+
+def covers(size: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Whether an image of a size (H, W) has a part of the size `target`."""
+    return size[0] >= target[0] and size[1] >= target[1]
+
+
+def _largest_part(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest part of an image of `size` with the aspect ratio of `target`, both (H, W)."""
+    (height, width), (high, wide) = size, target
+    if height * wide <= width * high:
+        return height, max(1, round(height * wide / high))
+    return max(1, round(width * high / wide)), width
 
 
 @contextmanager

@@ -63,14 +63,15 @@ def read_for_each_used(
     ranks: int, workers: int, shards: int = 1024, records: int = 100, epochs: int = 2
 ) -> float:
     from train.data.samples import RandomCrops
+    from train.data.sizes import Sizes, Steps
     from train.data.streams import Reader, StreamedImages
 
     stream, batch_size, used = Simulated(shards, records), 4, 0
-    crops = RandomCrops(8, (1.0, 1.0), False)
+    crops, sizes = RandomCrops((1.0, 1.0), False), Sizes([8], 0, Steps(1))
     batches = epochs * shards * records // (ranks * batch_size)
     for rank in range(ranks):
         reader = Reader(rank, ranks, workers=workers)
-        images = StreamedImages(stream, crops, 0, batch_size, 1000, reader=reader)
+        images = StreamedImages(stream, crops, sizes, 0, batch_size, 1000, reader=reader)
         for worker in range(workers):
             for part in islice(images.draws(worker), batches):
                 used += sum(bool(next(records)) for _, records in part)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from kl_autoencoder.data.colours import to_channels
-from kl_autoencoder.data.crops import Crop, read_square
+from kl_autoencoder.data.crops import Crop, read_crop
 from kl_autoencoder.data.image_io import difference_image, image_grid, load_image, save_image
 
 RNG = np.random.default_rng(5)
@@ -30,7 +30,7 @@ def readings(pixels: np.ndarray, channels: int, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(pixels))
     image = load_image(tmp_path / "a.png", multiple_of=1, channels=channels)
     yield ((image[0].permute(1, 2, 0).double() + 1) * 127.5).numpy()
-    yield read_square(io.BytesIO(encoded(pixels)), 9, WHOLE, channels=channels).astype(float)
+    yield read_crop(io.BytesIO(encoded(pixels)), (9, 9), WHOLE, channels=channels).astype(float)
 
 
 def over_white(pixels: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_colours_under_transparency_do_not_bleed_when_scaled():
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[:, :4] = (255, 0, 0, 255)
     pixels[:, 4:] = (0, 255, 0, 0)
-    found = read_square(io.BytesIO(encoded(pixels)), 4, WHOLE, channels=4)
+    found = read_crop(io.BytesIO(encoded(pixels)), (4, 4), WHOLE, channels=4)
     seen = found[found[..., 3] > 0]
     assert len(seen) and (seen[:, 1] == 0).all() and (seen[:, 0] >= 254).all()
 

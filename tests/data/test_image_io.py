@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageCms
 
 from kl_autoencoder.data.colours import to_rgb
-from kl_autoencoder.data.crops import Crop, read_part, read_square
+from kl_autoencoder.data.crops import Crop, read_crop, read_part
 from kl_autoencoder.data.image_io import (
     difference_image,
     image_grid,
@@ -177,7 +177,7 @@ class TestModes:
 
 
 class TestAlikeEverywhere:
-    """The readers of commands (`load_image`), of encode-dataset (`read_part`) and of training (`read_square`)."""
+    """The readers of commands (`load_image`), of encode-dataset (`read_part`) and of training (`read_crop`)."""
 
     @staticmethod
     def readings(file):
@@ -188,7 +188,7 @@ class TestAlikeEverywhere:
 
         yield lambda: levels(load_image(file, multiple_of=1))
         yield lambda: read_part(opened(), [(4, 4)]).pixels
-        yield lambda: read_square(opened(), 4, Crop(1.0, 0.0, 0.0, False))
+        yield lambda: read_crop(opened(), (4, 4), Crop(1.0, 0.0, 0.0, False))
 
     @pytest.mark.parametrize("values", [[0, 255], [0, 65535], [-5, 70000]])
     def test_integers_of_32_bits_are_refused(self, tmp_path, values):

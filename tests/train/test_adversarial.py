@@ -161,7 +161,7 @@ def keep_gradients(run):
 
 def inputs(run, batch):
     images = batch["images"].to(memory_format=torch.channels_last)
-    return images, run.task.noise(batch["sample"])
+    return images, run.task.noise(batch)
 
 
 ANCHORS = [0.3, -0.2]

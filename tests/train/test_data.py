@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kl_autoencoder.data.crops import Crop, TooSmall, read_square
+from kl_autoencoder.data.crops import Crop, TooSmall, read_crop
 from kl_autoencoder.data.image_io import image_to_tensor, load_image
 from kl_autoencoder.data.locating import SAMPLE_FILES, SAMPLE_PHOTOGRAPHS
 from train.autoencoder.validation import HeldOut
@@ -93,8 +93,8 @@ def validation_images(data: DataConfig) -> torch.Tensor:
     return torch.cat(list(HeldOut(TrainingData(data, 0).held_out(), batch_size=4).batches()))
 
 
-def read_crop(encoded: bytes, resolution: int, crop: Crop, enlarge=False) -> torch.Tensor:
-    pixels = read_square(io.BytesIO(encoded), resolution, crop, enlarge)
+def square(encoded: bytes, resolution: int, crop: Crop, enlarge=False) -> torch.Tensor:
+    pixels = read_crop(io.BytesIO(encoded), (resolution, resolution), crop, enlarge)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -154,7 +154,7 @@ def test_order_of_ranks_interleaves_and_counts_no_batch_twice():
 
 def test_orders_and_crops_are_those_of_every_version_of_numpy_and_python():
     assert permutation(8, 0, 0).tolist() == [3, 4, 6, 0, 1, 2, 7, 5]
-    crop = RandomCrops(8, (0.25, 1.0), True).draw(augmentation(0, 0))
+    crop = RandomCrops((0.25, 1.0), True).draw(augmentation(0, 0))
     assert crop == pytest.approx(
         (0.5070131932279729, 0.6924420773214919, 0.8307707218969084, True), rel=1e-12
     )
@@ -209,7 +209,7 @@ def test_no_flip(tmp_path):
 @pytest.mark.parametrize("x, y", [(0, 0), (0.5, 0.25), (0.9999999, 0.9999999)])
 def test_a_crop_is_an_independent_crop_and_resize(scale, x, y):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
-    ours = read_crop(png(picture), 32, Crop(scale, x, y, False))
+    ours = square(png(picture), 32, Crop(scale, x, y, False))
     side = max(round(90 * scale**0.5), 32)
     left, top = math.floor(x * (131 - side + 1)), math.floor(y * (90 - side + 1))
     pixels = np.asarray(picture)[top : top + side, left : left + side]
@@ -226,10 +226,10 @@ def test_a_small_image_is_enlarged_whole_and_a_large_one_never():
         picture = Image.fromarray(x.astype(np.uint8)[:, None].repeat(size[0], 1)).convert("RGB")
         for scale in (0.01, 1.0):
             crop = Crop(scale, 0, 0, False)
-            image = read_crop(png(picture), 16, crop, enlarge=True)
+            image = square(png(picture), 16, crop, enlarge=True)
             if min(size) < 16:
                 with pytest.raises(TooSmall, match=f"{size[0]}x{size[1]} pixels, too small for 16x16"):
-                    read_crop(png(picture), 16, crop)
+                    square(png(picture), 16, crop)
             top = min(sides) if scale < 1 else max(sides)  # the side of the crop is known from its last row
             expected = load_image(picture.crop((0, 0, top, top)), 16, multiple_of=1)[0]
             torch.testing.assert_close(image, expected)
@@ -243,8 +243,8 @@ def test_jpeg_draft_stays_close_to_the_full_decode():
     picture.save(file, "JPEG", quality=95)
     full = Image.open(file)
     for crop in (Crop(1.0, 0, 0, False), Crop(0.81, 0, 0, False), Crop(0.6, 0.3, 0.7, False)):
-        fast = read_crop(file.getvalue(), 128, crop)
-        exact = read_crop(png(full), 128, crop)
+        fast = square(file.getvalue(), 128, crop)
+        exact = square(png(full), 128, crop)
         assert not fast.equal(exact)  # else the draft was not used
         assert -10 * math.log10(float(((fast - exact) ** 2).mean()) / 4) > 36
 
@@ -254,7 +254,7 @@ def test_exif_rotation_is_applied_to_the_crop(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned: to be shown, turn by 90 degrees clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    crop = read_crop((tmp_path / "turned.png").read_bytes(), 20, Crop(1.0, 0, 0, False))
+    crop = square((tmp_path / "turned.png").read_bytes(), 20, Crop(1.0, 0, 0, False))
     torch.testing.assert_close(crop, load_image(upright, multiple_of=1)[0])
 
 

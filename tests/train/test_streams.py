@@ -15,6 +15,7 @@ from tests.file_server import FileServer, write_tar
 from tests.train.test_data import assert_same, cache, config, flat, parquet, png, take, tar, which  # noqa: F401
 from train.data.config import DataConfig
 from train.data.samples import RandomCrops
+from train.data.sizes import Sizes, Steps
 from train.data.streams import Reader, StreamedImages, lane_count, readers_of_a_file
 from train.data.training_data import TrainingData
 
@@ -46,9 +47,8 @@ def used(stream, ranks, workers, batches, batch_size=4, first=0, lengths=None, s
     found = {}
     for rank in range(ranks):
         reader = Reader(rank, ranks, workers=workers)
-        images = StreamedImages(
-            stream, RandomCrops(8, (1.0, 1.0), False), seed, batch_size, 1000, first, lengths, reader
-        )
+        crops, sizes = RandomCrops((1.0, 1.0), False), Sizes([8], seed, Steps(1))
+        images = StreamedImages(stream, crops, sizes, seed, batch_size, 1000, first, lengths, reader)
         for worker in range(workers):
             for part in islice(images.draws(worker), batches):
                 for n, records in part:

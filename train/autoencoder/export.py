@@ -112,7 +112,7 @@ def push(vae: ExactAutoencoder, run: Path, config: ExportConfig) -> str:
 def model_card(
     folder: Path, vae: ExactAutoencoder | Autoencoder, config: AutoencoderConfig, facts: dict
 ) -> str:
-    size, f = config.data.resolution, vae.downsampling
+    size, f = config.data.resolutions[0], vae.downsampling
     return CARD.format(
         name=config.output_dir.rstrip("/").rsplit("/", 1)[-1],
         folder=folder.name,

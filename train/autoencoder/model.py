@@ -85,6 +85,12 @@ def choose_backward(vae: ExactAutoencoder | Autoencoder, recompute: str) -> None
             block.upsample_conv = fewer.upsample_conv
 
 
+def allow_compilations(sizes: int) -> None:
+    """Let networks be compiled for `sizes` sizes of images; after eight, torch would run them uncompiled."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 2 * sizes)  # in training, and without gradients
+
+
 @dataclass
 class Reconstruction:
     """images: (B, 3, H, W); targets: the images that they should be; code: what the bottleneck made of `encoded`.
@@ -143,7 +149,10 @@ class TrainedModel(nn.Module):
         return self.vae.bottleneck_module if self.outside is None else self.outside
 
     def compile_networks(self) -> None:
-        """Compile encoder and decoder, except the last convolution: the adaptive weight reads its input."""
+        """Compile encoder and decoder, except the last convolution: the adaptive weight reads its input.
+
+        They are compiled again for each size of images: see `allow_compilations`.
+        """
         self.vae.encoder.compile()
         self.vae.decoder.features = torch.compile(self.vae.decoder.features)
 

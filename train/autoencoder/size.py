@@ -51,14 +51,12 @@ def check_step(config: AutoencoderConfig, network, memory: int) -> None:
     """
     if config.model.network == "mlp":
         return
-    data, blocks = config.data, 2 * network.layers_per_block + 1
+    data, side, blocks = config.data, max(config.data.resolutions), 2 * network.layers_per_block + 1
     if config.train.decoder_only:
         blocks = network.layers_per_block + 1
-    pixels = [
-        width * (data.resolution >> level) ** 2 for level, width in enumerate(network.block_out_channels)
-    ]
+    pixels = [width * (side >> level) ** 2 for level, width in enumerate(network.block_out_channels)]
     size = FLOAT if config.train.mixed_precision == "no" else FLOAT // 2
-    what = f"data.batch_size: {data.batch_size} of {data.resolution}x{data.resolution}"
+    what = f"data.batch_size: {data.batch_size} of {side}x{side}"
     _refuse_above(memory, data.batch_size * blocks * sum(pixels) * size, what, "for one step")
 
 

@@ -28,7 +28,7 @@ from .adversarial.adversary import Adversary
 from .adversarial.latent_adversary import LatentAdversary
 from .export import check_push, export, push
 from .likelihoods import LEARNED_SCALE
-from .model import TrainedModel, build_autoencoder, choose_backward
+from .model import TrainedModel, allow_compilations, build_autoencoder, choose_backward
 from .objective import Objective
 
 STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
@@ -67,7 +67,13 @@ class AutoencoderTask:
         self.objective = Objective(self.config.loss, perceptual, terms, self.adversary)
         self._check_resolutions()
         classes = self.vae.config.get("classes") or None
-        self.data = TrainingData(self.config.data, self.config.seed, classes)
+        self.data = TrainingData(
+            self.config.data, self.config.seed, classes, self.vae.size_multiple, self.run.samples_per_step
+        )
+        if sizes := self.data.announced():
+            self.run.say(sizes)
+        if self.config.train.compile:
+            allow_compilations(self.data.number_of_sizes)
         size.check_step(self.config, self.vae.config, self.memory)
 
     @property
@@ -91,7 +97,7 @@ class AutoencoderTask:
         """Move the autoencoder and, from its start on, the discriminator by one micro-batch of `TrainingData`."""
         images = batch["images"].to(self.run.device, memory_format=torch.channels_last, non_blocking=True)
         draws = Draws(self.config.seed, batch["sample"], self.run.device, step=step)
-        noise = self.noise(batch["sample"])
+        noise = self.noise(batch)
         terms, reconstruction, targets, z = self.autoencoder_step(
             step, images, noise, draws, self.labels(batch)
         )
@@ -128,11 +134,11 @@ class AutoencoderTask:
             with record_function("optimizer"):
                 self.ema.update(self.vae, step)
 
-    def noise(self, samples: Tensor) -> Tensor:
+    def noise(self, batch: dict) -> Tensor:
         """What the bottleneck of each sample needs: standard normal, by the seed and the sample's number alone."""
-        side = self.config.data.resolution // self.vae.downsampling
-        latent = (self.vae.config.latent_channels, side, side)
-        draws = Draws(self.config.seed, samples, self.run.device, POSTERIOR_NOISE)
+        sides = (side // self.vae.downsampling for side in batch["images"].shape[2:])
+        latent = (self.vae.config.latent_channels, *sides)
+        draws = Draws(self.config.seed, batch["sample"], self.run.device, POSTERIOR_NOISE)
         return draws.normal(*self.model.bottleneck.noise_shape(latent))
 
     def labels(self, batch: dict) -> Tensor | None:
@@ -188,7 +194,7 @@ class AutoencoderTask:
     @torch.no_grad()
     def latents(self, batch: dict) -> Tensor:
         """A batch of `TrainingData` -> latents (B, C, h, w) of the exported model, drawn as in training."""
-        images, noise = batch["images"], self.noise(batch["sample"])
+        images, noise = batch["images"], self.noise(batch)
         return self._bottleneck(self.exported)(self._moments(batch), noise, images[0].numel()).z
 
     def _moments(self, batch: dict) -> Tensor:
@@ -313,14 +319,17 @@ class AutoencoderTask:
         return perceptual, lpips
 
     def _check_resolutions(self) -> None:
-        for key in ("resolution", "validation_resolution"):
-            side, f = getattr(self.config.data, key), self.vae.size_multiple
+        data, f, is_mlp = self.config.data, self.vae.size_multiple, getattr(self.vae, "is_mlp", False)
+        sides = [("resolution", side) for side in data.resolutions]
+        for key, side in [*sides, ("validation_resolution", data.validation_resolution)]:
             if side and side % f:
                 raise ValueError(
                     f"data.{key}: {side}; allowed: a multiple of the network's downsampling, {f}"
                 )
-            if side and getattr(self.vae, "is_mlp", False) and side != f:
+            if side and is_mlp and side != f:
                 raise ValueError(f"data.{key}: {side}; allowed for an mlp: {f}, as model.sample_size says")
+        if data.buckets and is_mlp:
+            raise ValueError("data.buckets: true; allowed for an mlp: false, its images have one size")
         validation.check_perceptual(self.config)
         self.lpips = validation.fitting_lpips(self.config, self.lpips, self.run.say)
         self._check_smaller_images()
@@ -329,7 +338,15 @@ class AutoencoderTask:
         """Refuse a view whose smallest images are below what the discriminator takes."""
         if not hasattr(self.model.view, "smallest_side"):
             return
-        smallest = self.model.view.smallest_side(self.config.data.resolution, self.vae.downsampling)
+        if self.config.data.buckets:
+            kind = self.config.loss.view.kind
+            raise ValueError(
+                f"data.buckets: true; allowed with loss.view.kind={kind}, which turns images: false"
+            )
+        smallest = min(
+            self.model.view.smallest_side(side, self.vae.downsampling)
+            for side in self.config.data.resolutions
+        )
         needed = self.adversary.player.module.smallest_side if self.adversary else 0
         if smallest < needed:
             raise ValueError(

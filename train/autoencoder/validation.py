@@ -47,10 +47,11 @@ class HeldOut:
 
 def check_perceptual(config: Config) -> None:
     """Raise ValueError for crops in which the network of the perceptual term has no pixels left."""
-    perceptual, side = config.loss.perceptual, config.data.resolution
-    if perceptual.weight and side < LPIPS_SMALLEST[perceptual.net]:
+    perceptual, side = config.loss.perceptual, min(config.data.resolutions)
+    least = config.data.least_resolution(LPIPS_SMALLEST[perceptual.net])
+    if perceptual.weight and side < least:
         raise ValueError(
-            f"data.resolution: {side}; allowed: at least {LPIPS_SMALLEST[perceptual.net]} with "
+            f"data.resolution: {side}; allowed: at least {least} with "
             f"loss.perceptual.net={perceptual.net}, or loss.perceptual.weight=0"
         )
 
@@ -58,7 +59,7 @@ def check_perceptual(config: Config) -> None:
 def fitting_lpips(config: Config, lpips: LPIPS | None, say: Callable[[str], None]) -> LPIPS | None:
     """LPIPS for validation, None where the held-out images are too small for it; says what is left out."""
     data, net = config.data, config.validation.lpips_net
-    side = data.validation_resolution or data.resolution
+    side = data.held_out_side
     if side < SSIM_WINDOW:
         say(f"validation reports no SSIM: images of {side} pixels, its window has {SSIM_WINDOW}")
     if lpips is not None and side < LPIPS_SMALLEST[net]:

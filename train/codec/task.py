@@ -43,15 +43,18 @@ class EntropyTask(OneNetwork):
             run.device, memory_format=torch.channels_last
         )
         self.vae = vae.eval().requires_grad_(False)
-        if config.data.resolution % vae.size_multiple:
-            raise ValueError(
-                f"data.resolution: {config.data.resolution}; allowed: a multiple of {vae.size_multiple}"
-            )
+        for side in config.data.resolutions:
+            if side % vae.size_multiple:
+                raise ValueError(f"data.resolution: {side}; allowed: a multiple of {vae.size_multiple}")
         torch.manual_seed(config.seed)
         channels = vae.config.latent_channels * (vae.size_multiple // vae.downsampling) ** 2
         network = ContextNetwork(channels, config.model.width).to(memory_format=torch.channels_last)
         super().__init__(run, network)
-        self.data = TrainingData(config.data, config.seed)
+        self.data = TrainingData(
+            config.data, config.seed, multiple=vae.size_multiple, samples_per_step=run.samples_per_step
+        )
+        if sizes := self.data.announced():
+            run.say(sizes)
 
     def ready(self) -> None:
         """Read this rank's share of the held-out images."""

@@ -20,6 +20,7 @@ TYPES = {
     "dataclass_exact_type": "keys and values",
     "finite_number": "a finite number",
 }
+OPTIONS = ("constrained-int", "tuple[")
 BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"))
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 60
@@ -28,8 +29,8 @@ _shorten.maxlevel = 2
 
 def first_error(error: ValidationError, cls: type, prefix: str = "") -> str:
     """The first of the errors, in a line. `cls` is the section that was to be built; `prefix` leads to it."""
-    found = error.errors(include_url=False)[0]
-    kind, path, value = found["type"], list(found["loc"]), found["input"]
+    found = _of_the_kind_given(error.errors(include_url=False))
+    kind, path, value = found["type"], _without_options(found["loc"]), found["input"]
     key = prefix + dotted(path)
     if kind == "value_error":  # raised by a section's own check, in a line that says it all
         return str(found["ctx"]["error"])
@@ -49,6 +50,18 @@ def first_error(error: ValidationError, cls: type, prefix: str = "") -> str:
         )
         return f"{key}: {_shown(value)}; allowed: {' and '.join(bounds)}"
     return f"{key}: {_shown(value)}; {found['msg']}"
+
+
+def _of_the_kind_given(errors: list) -> Any:
+    """The first error; where a key may be a value or a list and a list was given, the one inside the list."""
+    key = _without_options(errors[0]["loc"])
+    same = [error for error in errors if _without_options(error["loc"])[: len(key)] == key]
+    return max(same, key=lambda error: len(error["loc"]))
+
+
+def _without_options(path: tuple) -> list:
+    """A path without the types by which pydantic tells apart what a key may be: ("side", "constrained-int")."""
+    return [part for part in path if not (isinstance(part, str) and part.startswith(OPTIONS))]
 
 
 def dotted(path: list) -> str:
@@ -79,10 +92,11 @@ def kinds(annotation: Any) -> list:
 def bounds_of(cls: type, path: list) -> list[str]:
     """["at least 0", "at most 1"]: what the key at `path`, or the value of a list there, allows."""
     field = _field(cls, path)
-    metadata = field.metadata
-    if path and isinstance(path[-1], int):
-        metadata = [m for item in _items(field.annotation) for m in getattr(item, "__metadata__", ())]
-        metadata = [inner for m in metadata for inner in getattr(m, "metadata", [m])]
+    in_a_list = bool(path) and isinstance(path[-1], int)
+    types = _items(field.annotation) if in_a_list else typing.get_args(field.annotation)
+    metadata = [m for item in types for m in getattr(item, "__metadata__", ())]
+    metadata = [inner for m in metadata for inner in getattr(m, "metadata", [m])]
+    metadata += [] if in_a_list else field.metadata
     return [
         f"{word} {_number(getattr(bound, name))}"
         for name, word in BOUNDS

@@ -4,8 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..settings import Number, choice, key, section
+from ..settings import Number, Whole, choice, key, section
 from .samples import RandomCrops
+
+Resolution = Annotated[Whole, Field(ge=1, le=8192)]
 
 
 @section
@@ -47,14 +49,23 @@ class DataConfig(BatchesConfig):
         "make gray images black and white: at a half, or each pixel white by the chance that its gray is, drawn "
         "anew for each sample (Burda et al. 2016); held-out images once",
     )
-    resolution: int = key(256, "side in pixels of the square crops", low=1, high=8192)
+    resolution: Resolution | tuple[Resolution, ...] = choice(
+        256,
+        "side in pixels of the square crops; of a list, such as [256, 384, 512], each step has one, all of them in "
+        "turn in an order drawn anew, and one that stands there twice is taken twice as often",
+    )
+    buckets: bool = key(
+        False,
+        "crops are rectangles of about resolution^2 pixels, as wide and high as each image is nearly itself: the "
+        "sizes of `encode-dataset --crop buckets`, one a step; the headers of all images are read at the start",
+    )
     num_workers: int = key(
         4, "processes a device that decode; 0 decodes in the training process", low=0, high=1024
     )
     crop_scale: tuple[Annotated[Number, Field(ge=0, le=1)], ...] = key(
         (0.25, 1.0),
         "range of the crop's area as a share of the largest square in the image, as torchvision's "
-        "RandomResizedCrop with ratio 1; a crop is at least `resolution` wide",
+        "RandomResizedCrop with ratio 1; a crop is at least `resolution` wide; of buckets, the largest rectangle",
     )
     too_small: Literal["skip", "enlarge"] = choice(
         "skip", "leave images out of the training whose short side is below `resolution`, or scale them up"
@@ -67,7 +78,10 @@ class DataConfig(BatchesConfig):
         high=10**6,
     )
     validation_resolution: int | None = key(
-        None, "side of the held-out images; null: resolution", low=1, high=8192
+        None,
+        "side of the held-out images, which are squares; null: resolution, of a list the first",
+        low=1,
+        high=8192,
     )
     streaming: bool = key(False, "read parquet, webdataset and hub sources in sequence, see `StreamedImages`")
     shuffle_buffer: int = key(
@@ -79,6 +93,12 @@ class DataConfig(BatchesConfig):
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(
                 f"data.crop_scale: {list(scale)}; allowed: two rising numbers above 0 and up to 1"
+            )
+        if not self.resolutions:
+            raise ValueError("data.resolution: []; allowed: a whole number, or a list of them")
+        if self.buckets and self.streaming:
+            raise ValueError(
+                "data.buckets: true with data.streaming; allowed: false (a stream tells no sizes beforehand)"
             )
         if self.binarize and self.channels != 1:
             raise ValueError(
@@ -92,13 +112,22 @@ class DataConfig(BatchesConfig):
             )
 
     @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Those of the steps: one, or those of the list."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    def least_resolution(self, side: int) -> int:
+        """The least resolution of which no crop has a shorter side: of buckets some have sides of half of it."""
+        return side * 2 if self.buckets else side
+
+    @property
+    def held_out_side(self) -> int:
+        """The side of the held-out images."""
+        return self.validation_resolution or self.resolutions[0]
+
+    @property
     def crops(self) -> RandomCrops:
         enlarge = self.too_small == "enlarge"
         return RandomCrops(
-            self.resolution,
-            tuple(self.crop_scale),
-            self.horizontal_flip,
-            enlarge,
-            self.channels,
-            self.binarize,
+            tuple(self.crop_scale), self.horizontal_flip, enlarge, self.channels, self.binarize
         )

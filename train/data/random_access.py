@@ -14,6 +14,7 @@ from kl_autoencoder.data.sources import Rows, record_name
 from .config import DataConfig
 from .labels import Labels
 from .samples import augmentation, failure, permutation, read_sample
+from .sizes import IMAGES, STEPS, Buckets, Sizes, Steps
 
 
 class Draw(NamedTuple):
@@ -50,6 +51,52 @@ class SampleOrder(Sampler[list[Draw]]):
             yield Draw(n, int(order[n % self.length]))
 
 
+class BucketOrder(Sampler[list[Draw]]):
+    """The micro-batches of one rank, without end, all samples of a step being of one bucket.
+
+    An epoch has round(images / samples of a step) steps of each bucket, in an order of its own. The images of a
+    bucket follow one another in epochs of the bucket, so that each is seen as often as any other of it; where one
+    epoch of the bucket ends in the middle of a step, the next begins there. Step k is a function of the sizes of
+    images, the seed, k and the samples of a step; ranks take its samples in turn, as in `SampleOrder`. A run that
+    continues with another number of samples a step goes on after as many samples, in another order.
+    """
+
+    def __init__(self, buckets: Buckets, seed: int, batch_size: int, steps: Steps, rank=0, world_size=1):
+        self.members, self.seed, self.batch_size = buckets.members(), seed, batch_size
+        self.steps, self.rank, self.world_size = steps, rank, world_size
+        self.turns = [max(1, round(len(images) / steps.samples)) for images in self.members]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        draws = self._draws()
+        while True:
+            yield list(islice(draws, self.batch_size))
+
+    def _draws(self) -> Iterator[Draw]:
+        step, images = -1, np.arange(0)
+        for n in count(self.steps.first + self.rank, self.world_size):
+            if self.steps.of(n) != step:
+                step = self.steps.of(n)
+                images = self.images_of(step)
+            yield Draw(n, int(images[(n - self.steps.first) % self.steps.samples]))
+
+    def images_of(self, step: int) -> np.ndarray:
+        """The numbers of the images of a step, (samples of a step,)."""
+        epoch, place = divmod(step, sum(self.turns))
+        order = np.repeat(np.arange(len(self.turns)), self.turns)
+        order = order[permutation(len(order), self.seed, epoch, STEPS)]
+        bucket = int(order[place])
+        turn = epoch * self.turns[bucket] + np.count_nonzero(order[:place] == bucket)
+        return self._next_of(bucket, turn * self.steps.samples)
+
+    def _next_of(self, bucket: int, first: int) -> np.ndarray:
+        """The images of a bucket from place `first` of its epochs on, as many as a step has."""
+        images, wanted = self.members[bucket], range(first, first + self.steps.samples)
+        epochs = range(wanted[0] // len(images), wanted[-1] // len(images) + 1)
+        orders = [permutation(len(images), self.seed, epoch, IMAGES, bucket) for epoch in epochs]
+        start = first - epochs[0] * len(images)
+        return images[np.concatenate(orders)[start : start + len(wanted)]]
+
+
 def replacements(index: int, length: int, rng: random.Random) -> Iterator[int]:
     """Yield `index`, then every other index once, to be read in place of unreadable ones; `rng` chooses the stride.
 
@@ -65,14 +112,23 @@ def replacements(index: int, length: int, rng: random.Random) -> Iterator[int]:
 class TrainImages(Dataset):
     """The training images by random access: `dataset[Draw(n, index)]` -> sample n.
 
-    An image that cannot be read is replaced by another, chosen by the seed and n alone.
+    An image that cannot be read is replaced by another, chosen by the seed and n alone. buckets: of the images,
+    where crops have the shape of a bucket.
     """
 
     def __init__(
-        self, config: DataConfig, seed: int, images: Rows, rows: np.ndarray, labels: Labels | None = None
+        self,
+        config: DataConfig,
+        seed: int,
+        images: Rows,
+        rows: np.ndarray,
+        labels: Labels | None,
+        sizes: Sizes,
+        buckets: Buckets | None = None,
     ):
         self.seed, self.images, self.column, self.crops = seed, images, config.image_column, config.crops
-        self.rows, self.labels = rows, labels
+        self.rows, self.labels, self.sizes = rows, labels, sizes
+        self.bucket_of = None if buckets is None else buckets.of_image
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,9 +137,13 @@ class TrainImages(Dataset):
         rng = augmentation(self.seed, draw.sample)
         records = map(self.record, replacements(draw.index, len(self), rng))
         try:
-            return read_sample(self.crops, draw.sample, rng, records, self.labels)
+            return read_sample(self.crops, self.size(draw), draw.sample, rng, records, self.labels)
         except Exception as error:
             return failure(error)
+
+    def size(self, draw: Draw) -> tuple[int, int]:
+        """(H, W) of the crop of a sample."""
+        return self.sizes.of(draw.sample, 0 if self.bucket_of is None else int(self.bucket_of[draw.index]))
 
     def some_records(self, most: int) -> list[tuple[dict, str]]:
         """At most `most` records with their names, spread over the source."""

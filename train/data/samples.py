@@ -1,9 +1,9 @@
-"""One training sample: an encoded image -> a random square crop, as a function of the seed and its number."""
+"""One training sample: an encoded image -> a random crop, as a function of the seed and its number."""
 
 import logging
 import random
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kl_autoencoder.data.crops import Crop, TooSmall, read_square
+from kl_autoencoder.data.crops import Crop, TooSmall, covers, nearest_bucket, read_crop
 from kl_autoencoder.data.image_io import image_size
 from kl_autoencoder.data.sources import encoded_file
 from kl_autoencoder.files import one_line
@@ -40,13 +40,12 @@ def augmentation(seed: int, sample: int) -> random.Random:
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Crops of (resolution, resolution) whose scale is uniform in `scale`; `flip` mirrors half of them.
+    """Crops whose scale is uniform in `scale`; `flip` mirrors half of them.
 
-    Images whose short side is less than `resolution` are skipped, or with `enlarge` scaled up. `channels`: 1 reads
+    Images that do not cover the size of a sample are skipped, or with `enlarge` scaled up. `channels`: 1 reads
     gray, 3 RGB, 4 RGBA. `binarize`: gray becomes black and white, see `binarised`.
     """
 
-    resolution: int
     scale: tuple[float, ...]
     flip: bool
     enlarge: bool = False
@@ -74,12 +73,13 @@ def binarised(levels: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
 
 def read_sample(
     crops: RandomCrops,
+    size: tuple[int, int],
     sample: int,
     rng: random.Random,
     records: Iterable[tuple[dict, str]],
     labels: Labels | None = None,
 ) -> dict:
-    """Sample number `sample`, from the first of `records` that can be used.
+    """Sample number `sample`, of `size` (H, W), from the first of `records` that can be used.
 
     records: (record, name) of the sample's own image, then of those that may replace it. `labels` number the class
     of a record. Raises ValueError if none of the first `ATTEMPTS` can be used, and for a class out of range.
@@ -88,7 +88,7 @@ def read_sample(
     for record, name in islice(records, ATTEMPTS):
         try:
             file = encoded_file(record, name)
-            pixels = read_square(file, crops.resolution, crop, crops.enlarge, crops.channels)
+            pixels = read_crop(file, size, crop, crops.enlarge, crops.channels)
             label = {} if labels is None else {"label": labels(record)}
         except ClassOutOfRange:
             raise
@@ -133,34 +133,49 @@ def collate(samples: list[dict]) -> dict:
 
 
 def _stacked(images: list[np.ndarray]) -> Tensor:
-    """Images (R, R, C) -> (B, C, R, R), uint8."""
+    """Images (H, W, C) -> (B, C, H, W), uint8."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
 
 
-def check_images(source: str, crops: RandomCrops, records: list[tuple[dict, str]]) -> None:
-    """Refuse, before any work starts, a training source that is unreadable or too small for the crop."""
-    sides, errors = [], []
+def check_images(
+    source: str,
+    enlarge: bool,
+    resolution: int,
+    targets: Sequence[tuple[int, int]],
+    records: list[tuple[dict, str]],
+) -> None:
+    """Refuse, before any work starts, a training source that is unreadable or too small for the crops.
+
+    targets: the sizes (H, W) of crops at the largest `resolution`, of which an image takes the nearest in shape.
+    """
+    sizes, errors = [], []
     for record, name in records:
         try:
-            sides.append(min(image_size(encoded_file(record, name))))
+            sizes.append(image_size(encoded_file(record, name)))
         except (ValueError, OSError) as error:
             errors.append(str(error))
-    if not sides:
+    if not sizes:
         reason = (
             f"none of the {len(errors)} looked at can be read, the first: {errors[0]}" if errors else "none"
         )
         raise ValueError(f"data.train: no readable images in {source} ({reason})")
-    small = sum(side < crops.resolution for side in sides)
-    if crops.enlarge or not small:
+    nearest = [nearest_bucket(size, targets) for size in sizes]
+    small = sum(not covers(size, target) for size, target in zip(sizes, nearest, strict=True))
+    if enlarge or not small:
         return
-    if small == len(sides):
+    if small == len(sizes):
+        largest = max(
+            min(size[i] * resolution // target[i] for i in (0, 1))
+            for size, target in zip(sizes, nearest, strict=True)
+        )
+        longest = "the longest of their short sides, " if len(targets) == 1 else ""
         raise ValueError(
-            f"data.resolution: {crops.resolution}, larger than the {len(sides)} images of {source} that were "
-            f"looked at; allowed: at most the longest of their short sides, {max(sides)}, or data.too_small=enlarge"
+            f"data.resolution: {resolution}, larger than the {len(sizes)} images of {source} that were "
+            f"looked at; allowed: at most {longest}{largest}, or data.too_small=enlarge"
         )
     log.warning(
         "%d of %d images of %s that were looked at are smaller than the crops of %d pixels: such are skipped "
-        "(data.too_small: skip)", small, len(sides), source, crops.resolution,
+        "(data.too_small: skip)", small, len(sizes), source, resolution,
     )  # fmt: skip
 
 

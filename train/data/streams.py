@@ -14,6 +14,7 @@ from kl_autoencoder.data.sources import record_name
 
 from .labels import Labels
 from .samples import RandomCrops, augmentation, collate, failure, permutation, read_sample
+from .sizes import Sizes
 
 LANES = 16  # least number of files that are read at the same time, if there are as many
 
@@ -84,6 +85,7 @@ class StreamedImages(IterableDataset):
         self,
         stream: Stream,
         crops: RandomCrops,
+        sizes: Sizes,
         seed: int,
         batch_size: int,
         shuffle_buffer: int,
@@ -92,7 +94,13 @@ class StreamedImages(IterableDataset):
         reader: Reader = Reader(),  # noqa: B008 - immutable
         labels: Labels | None = None,
     ):
-        self.stream, self.crops, self.seed, self.batch_size = stream, crops, seed, batch_size
+        self.stream, self.crops, self.sizes, self.seed, self.batch_size = (
+            stream,
+            crops,
+            sizes,
+            seed,
+            batch_size,
+        )
         self.first, self.reader, self.lengths = first, reader, dict(lengths or {})
         self.labels = labels
         self.shards = stream.num_shards
@@ -107,7 +115,9 @@ class StreamedImages(IterableDataset):
         try:
             for part in draws:
                 samples = [
-                    read_sample(self.crops, n, augmentation(self.seed, n), records, self.labels)
+                    read_sample(
+                        self.crops, self.sizes.of(n), n, augmentation(self.seed, n), records, self.labels
+                    )
                     for n, records in part
                 ]
                 yield collate(samples) | {"lengths": self.found}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from kl_autoencoder.data.crops import buckets
 from kl_autoencoder.data.image_dataset import Photographs
 from kl_autoencoder.data.locating import locate
 from kl_autoencoder.data.sources import Keys, Rows, image_keys, open_source, open_stream
@@ -25,8 +26,9 @@ from kl_autoencoder.data.sources import Keys, Rows, image_keys, open_source, ope
 from .config import DataConfig
 from .labels import Source, labels_of_rows, labels_of_stream
 from .loader import TrainLoader, start_worker
-from .random_access import SampleOrder, TrainImages
+from .random_access import BucketOrder, SampleOrder, TrainImages
 from .samples import binarised, check_images, collate, permutation
+from .sizes import Buckets, Sizes, Steps, announced, read_sizes, sort_into_buckets
 from .streams import Reader, StreamedImages, readers_of_a_file
 
 HELD_OUT = 64  # held-out images where data.validation_images is null
@@ -63,12 +65,22 @@ def split_rows(config: DataConfig, images: Rows) -> tuple[np.ndarray, np.ndarray
 class TrainingData:
     """The sources of a run, opened once: batches to train on, held-out images, a fingerprint.
 
-    classes: how many the network knows, None for any number. Raises ValueError or FileNotFoundError for a training
-    source that cannot be used, and ValueError for classes out of range.
+    classes: how many the network knows, None for any number. multiple: of which the sides of crops have to be.
+    samples_per_step: over all ranks, None for a micro-batch; samples of a step have one size. Raises ValueError or
+    FileNotFoundError for a training source that cannot be used, and ValueError for classes out of range.
     """
 
-    def __init__(self, config: DataConfig, seed: int, classes: int | None = None):
-        self.config, self.seed = config, seed
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        classes: int | None = None,
+        multiple: int = 1,
+        samples_per_step: int | None = None,
+    ):
+        self.config, self.seed, self.multiple = config, seed, multiple
+        self.samples_per_step = samples_per_step or config.batch_size
+        self.buckets: Buckets | None = None
         self.lengths: dict[str, int] = {}  # of the shards of a stream that were read to the end
         self.kept = [] if config.label_column is None else [config.label_column]
         source = Source(config.train, config.image_column, config.label_column, config.labels == "folders")
@@ -79,14 +91,33 @@ class TrainingData:
             self.images = open_source(config.train, TRAIN, config.image_column, config.split, keep=self.kept)
             self.rows, self.held_out_rows = split_rows(config, self.images)
             self.labels = labels_of_rows(source, self.images, classes)
-        check_images(config.train, config.crops, self._dataset().some_records(LOOKED_AT))
+        largest = max(config.resolutions)
+        targets = buckets(largest, multiple) if config.buckets else [(largest, largest)]
+        records = self._dataset().some_records(LOOKED_AT)
+        check_images(config.train, config.too_small == "enlarge", largest, targets, records)
+        if config.buckets:
+            self.buckets = self._sorted()
+
+    def _sorted(self) -> Buckets:
+        """The buckets that the training images are in."""
+        sizes = read_sizes(self._dataset())
+        return sort_into_buckets(sizes, self.config.resolutions[0], self.multiple, self.samples_per_step)
+
+    @property
+    def number_of_sizes(self) -> int:
+        """How many sizes crops have."""
+        return len(set(self.config.resolutions)) * (1 if self.buckets is None else len(self.buckets.sizes))
+
+    def announced(self) -> str:
+        """A line that says which sizes crops have; "" where all are squares of one."""
+        return announced(self.config.resolutions, self.buckets, self.samples_per_step)
 
     def loader(
         self, start_sample: int = 0, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
     ) -> TrainLoader:
         """The micro-batches of rank `rank` of `world_size`, from sample `start_sample` of the run on, without end.
 
-        A batch is {"images": (B, C, R, R) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
+        A batch is {"images": (B, C, H, W) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
         "skipped": [(name, reason), ...], the images met that could not be used, for `SkippedImages`}, and where
         they have classes "labels": (B,) int64. The numbers
         of different ranks interleave, see `SampleOrder`. Workers read ahead, so the `start_sample` of a
@@ -101,8 +132,7 @@ class TrainingData:
             order |= {"prefetch_factor": 2 * parts} if config.num_workers else {}
             self._warn_of_shared_files(rank, world_size, parts)
         else:
-            sampler = SampleOrder(len(dataset), self.seed, config.batch_size, start_sample, rank, world_size)
-            order = {"batch_sampler": sampler}
+            order = {"batch_sampler": self._order(start_sample, rank, world_size)}
         loader = DataLoader(
             dataset,
             **order,
@@ -113,6 +143,18 @@ class TrainingData:
             generator=torch.Generator(),  # without it each new iterator would advance torch's global generator
         )
         return TrainLoader(loader, device, parts, self.lengths)
+
+    def _order(self, start_sample: int, rank: int, world_size: int) -> SampleOrder | BucketOrder:
+        batch_size = self.config.batch_size
+        if self.buckets is None:
+            return SampleOrder(len(self.rows), self.seed, batch_size, start_sample, rank, world_size)
+        steps = Steps(self.samples_per_step, start_sample)
+        return BucketOrder(self.buckets, self.seed, batch_size, steps, rank, world_size)
+
+    def _sizes(self, start_sample: int) -> Sizes:
+        steps = Steps(self.samples_per_step, start_sample)
+        targets = None if self.buckets is None else self.buckets.sizes
+        return Sizes(self.config.resolutions, self.seed, steps, targets, self.multiple)
 
     def _warn_of_shared_files(self, rank: int, ranks: int, workers: int) -> None:
         times = readers_of_a_file(self.stream.num_shards, ranks, workers)
@@ -125,11 +167,11 @@ class TrainingData:
     def _dataset(
         self, start_sample: int = 0, rank: int = 0, world_size: int = 1
     ) -> TrainImages | StreamedImages:
-        config = self.config
+        config, sizes = self.config, self._sizes(start_sample)
         if not config.streaming:
-            return TrainImages(config, self.seed, self.images, self.rows, self.labels)
+            return TrainImages(config, self.seed, self.images, self.rows, self.labels, sizes, self.buckets)
         return StreamedImages(
-            self.stream, config.crops, self.seed, config.batch_size, config.shuffle_buffer, start_sample,
+            self.stream, config.crops, sizes, self.seed, config.batch_size, config.shuffle_buffer, start_sample,
             self.lengths, Reader(rank, world_size, workers=max(config.num_workers, 1)), self.labels,
         )  # fmt: skip
 
@@ -141,7 +183,7 @@ class TrainingData:
         """
         config = self.config
         column, wanted = config.image_column, config.validation_images or HELD_OUT
-        size = config.validation_resolution or config.resolution
+        size = config.held_out_side
         read = {"smallest": 1, "channels": config.channels, "label": self.labels}
         if config.binarize:
             read["change"] = partial(binarised_once, kind=config.binarize)

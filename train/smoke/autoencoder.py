@@ -50,9 +50,11 @@ def replaced(before: AutoencoderConfig, after: AutoencoderConfig) -> list[str]:
 
 
 def small_data(config: DataConfig) -> DataConfig:
+    most = 2 * SIDE if config.buckets else SIDE  # some have sides of half of it
+    several = tuple(min(side, most * (1 + i)) for i, side in enumerate(config.resolutions))
     small = replace(
         config,
-        resolution=min(config.resolution, SIDE),
+        resolution=several if len(several) > 1 else several[0],
         batch_size=min(config.batch_size, 2),
         num_workers=min(config.num_workers, 1),
         validation_images=min(config.validation_images or 2, 2),

@@ -25,10 +25,11 @@ class Adversary:
     def __init__(self, run: RunContext, channels: int, last_layer: nn.Conv2d):
         self.run, self.config, self.last_layer = run, run.config.loss.adversarial, last_layer
         network = PatchDiscriminator(channels, self.config.channels, self.config.layers)
-        resolution = run.config.data.resolution
-        if resolution < network.smallest_side:
+        resolution = min(run.config.data.resolutions)
+        least = run.config.data.least_resolution(network.smallest_side)
+        if resolution < least:
             raise ValueError(
-                f"data.resolution: {resolution}; allowed: at least {network.smallest_side} for a "
+                f"data.resolution: {resolution}; allowed: at least {least} for a "
                 f"discriminator of loss.adversarial.layers={self.config.layers}"
             )
         network = network.to(run.device, memory_format=torch.channels_last)

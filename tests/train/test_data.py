@@ -167,9 +167,10 @@ def test_a_loader_leaves_the_global_generator_alone(noise_folder):
 
 
 def test_an_interrupt_at_the_terminal_leaves_the_workers_at_work(noise_folder):
+    before = multiprocessing.active_children()
     batches = iter(train_loader(config(noise_folder, num_workers=1), seed=0))
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - set(before)
     os.kill(worker.pid, signal.SIGINT)
     for _ in range(4):
         next(batches)

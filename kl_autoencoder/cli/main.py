@@ -20,6 +20,7 @@ from ..extras import MissingExtra
 from ..progress import Progress
 from .commands import (
     anomaly,
+    attribute,
     codec,
     demo,
     evaluate,
@@ -63,6 +64,7 @@ FAMILIES = (
     float16,
     latent_datasets,
     latent_space,
+    attribute,
     augment,
     anomaly,
 )

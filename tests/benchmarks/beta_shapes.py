@@ -34,26 +34,26 @@ COLUMNS = ("mig", "disentanglement", "completeness", "informativeness", "active_
 RECIPE = """
 model:
   network: mlp
-  hidden_sizes: [512, 256]
+  hidden_sizes: [256, 128]
   in_channels: 3
   out_channels: 3
   latent_channels: 10
-  sample_size: 32
+  sample_size: 16
 data:
   train: sample-shapes
   validation: sample-shapes
-  resolution: 32
+  resolution: 16
   crop_scale: [1, 1]
   horizontal_flip: false
   batch_size: 64
-  num_workers: 1
+  num_workers: 0
 loss:
   reconstruction: bernoulli
   perceptual: {weight: 0}
 optimizer: {learning_rate: 1.0e-3, warmup_steps: 100, schedule: cosine}
-train: {steps: 3000}
+train: {steps: 4000}
 validation: {every: 0, pictures: 8}
-checkpoint: {every: 500, keep_last: 1}
+checkpoint: {every: 1000, keep_last: 1}
 log: {every: 50, tensorboard: false}
 """
 

@@ -84,6 +84,7 @@ REFUSED = {
     "sample compact --fit channel -o a.png": "--fit and --data SOURCE belong together",
     "sample compact -o a": "a: unknown image suffix ''",
     "attribute PHOTO --plus nowhere/a/b --minus c -o a.png": "--plus: 'nowhere/a/b' is no file or folder",
+    "attribute PHOTO --data a --plus b -o a.png": "--plus, --data; allowed: --plus with --minus, or --data with",
     "anomaly compact --reference a --data b -o a.png": "scores are written to a .csv file",
 }
 

@@ -13,7 +13,7 @@ from kl_autoencoder.models.autoencoder import Autoencoder
 from kl_autoencoder.models.autoencoder_kl import COMPACT, ExactAutoencoder
 from kl_autoencoder.models.classes import CLASSES, class_of, class_of_file
 from kl_autoencoder.models.folder import HUB_ID
-from kl_autoencoder.networks.bottlenecks import Bottleneck, Code
+from kl_autoencoder.networks.bottlenecks import Bottleneck, Code, KLBottleneck
 from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
 
 from ..config import ModelConfig
@@ -21,6 +21,11 @@ from ..parts import Draws
 from ..parts.draws import INPUT_NOISE, LABELS
 from ..parts.views import View
 from .start import damp_residual_branches, start_as_enlargement
+
+
+def _is_gaussian(vae: ExactAutoencoder | Autoencoder) -> bool:
+    """Whether training brings the bottleneck, with its free bits: a Gaussian is no part of what is exported."""
+    return not isinstance(vae, Autoencoder) or isinstance(vae.bottleneck_module, KLBottleneck)
 
 
 def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencoder | Autoencoder:
@@ -133,7 +138,7 @@ class TrainedModel(nn.Module):
     ):
         super().__init__()
         # one that is part of the model is a module of the model
-        self.outside = None if isinstance(vae, Autoencoder) else bottleneck
+        self.outside = bottleneck if _is_gaussian(vae) else None
         self.view, self.denoising, self.label_dropout = view, denoising, label_dropout
         self.vae = vae.train()  # from_pretrained's is not; gradients then cost a second forward pass
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None

@@ -1,4 +1,4 @@
-"""interpolate, sample, attribute: pictures of what lies between and around the latents of photographs."""
+"""interpolate, sample: pictures of what lies between and around the latents of photographs."""
 
 import argparse
 import os
@@ -14,10 +14,10 @@ from ..parser import IMAGES, MODEL, Command, Parser, add_device, add_model, add_
 from ..paths import check_model, find_photographs, model_folder, refuse_existing
 
 if TYPE_CHECKING:
-    import datasets
     from PIL import Image
     from torch import Tensor
 
+    from ...data.sources import Rows
     from ...models.autoencoder_kl import KLAutoencoder
     from ...networks.distributions import DiagonalGaussian
 
@@ -54,10 +54,10 @@ def interpolate(arguments: argparse.Namespace) -> None:
     size = (side, side) if side else image_size(a)
     channels = vae.config.in_channels
     images = [load_image(path, size, multiple_of=1, channels=channels) for path in (a, b)]
-    ends = [_posterior(vae, image).mode()[0] for image in images]
+    ends = [posterior_of(vae, image).mode()[0] for image in images]
     latents = interpolation.interpolate(*ends, arguments.steps, arguments.spherical)
     labels = [f"{i / (len(latents) - 1):.2f}" for i in range(len(latents))]
-    _save_strip(_decoded(vae, latents, size), labels, arguments.output)
+    save_strip(decoded(vae, latents, size), labels, arguments.output)
 
 
 def sample_arguments(parser: Parser) -> None:
@@ -122,9 +122,11 @@ def _draws_of_gaussian(vae: "KLAutoencoder", arguments: argparse.Namespace) -> "
     else:
         gaussian = interpolation.standard_normal(vae.config.latent_channels, side, side)
         if arguments.fit:
-            gaussian = interpolation.fitted(_posteriors(vae, arguments.data, "--data", size), arguments.fit)
+            gaussian = interpolation.fitted(
+                posteriors_of(vae, *all_rows(arguments.data, "--data"), size, "encoding data"), arguments.fit
+            )
         latents = torch.cat([gaussian.sample(generator) for _ in range(count)])
-    return _decoded(vae, latents, (size, size), labels)
+    return decoded(vae, latents, (size, size), labels)
 
 
 def _prior_of(vae: Any) -> Any:
@@ -171,45 +173,6 @@ def _draws_of_prior(vae: Any, arguments: argparse.Namespace) -> "Tensor":
         return torch.cat([vae.decode_indices(one.to(vae.device)).cpu() for one in drawn.split(1)])
 
 
-def attribute_arguments(parser: Parser) -> None:
-    parser.add_argument("photograph", metavar="PHOTO", help="the photograph to change")
-    parser.add_argument("--plus", required=True, metavar="SOURCE", help="photographs with the attribute")
-    parser.add_argument("--minus", required=True, metavar="SOURCE", help="photographs without it")
-    parser.add_argument(
-        "--strength", type=float, nargs="+", default=[0.0, 1.0], help="how often to add it (0 1)"
-    )
-    add_model(parser)
-    add_size(parser, "crop all to squares of N x N (what the model is made for)")
-    add_device(parser)
-    add_output(parser, "STRIP.png", "a picture")
-
-
-def check_attribute(arguments: argparse.Namespace) -> None:
-    check_picture(arguments, [arguments.photograph])
-    locate(arguments.plus, "--plus")
-    locate(arguments.minus, "--minus")
-    check_model(arguments.model)
-
-
-def attribute(arguments: argparse.Namespace) -> None:
-    """Add to a photograph, in one strength or several, what two sets of photographs differ by."""
-    import torch
-
-    from ...data.image_io import load_image
-    from ...latents import interpolation
-    from ..loading import load_model
-
-    photo, output = arguments.photograph, arguments.output
-    vae = load_model(arguments.model, arguments.device, "float32")
-    size = size_of_squares(arguments.size, vae)
-    sets = {"--plus": arguments.plus, "--minus": arguments.minus}
-    plus, minus = (interpolation.mean_latent(_posteriors(vae, name, key, size)) for key, name in sets.items())
-    image = load_image(photo, size, multiple_of=1, channels=vae.config.in_channels)
-    latent = _posterior(vae, image).mode()
-    latents = torch.cat([latent + strength * (plus - minus).to(latent) for strength in arguments.strength])
-    _save_strip(_decoded(vae, latents, (size, size)), [f"{s:+g}" for s in arguments.strength], output)
-
-
 def check_picture(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
     """Refuse inputs that are not one photograph each, and an output that is not a picture; it becomes a Path."""
     arguments.output = Path(arguments.output)
@@ -233,21 +196,26 @@ def size_of_squares(given: int | None, vae: "KLAutoencoder") -> int:
     return size
 
 
-def open_photographs(source: str, key: str) -> "datasets.Dataset":
+def open_photographs(source: str, key: str) -> "Rows":
     from ...data.sources import Keys, open_source
 
     return open_source(source, Keys(key, key), in_order=True)
 
 
+def all_rows(source: str, key: str) -> tuple["Rows", range]:
+    photographs = open_photographs(source, key)
+    return photographs, range(len(photographs))
+
+
 def read_squares(
-    photographs: "datasets.Dataset", rows: Sequence[int], size: int, what: str, channels: int
+    photographs: "Rows", rows: Sequence[int], size: int, what: str, channels: int, column: str = "image"
 ) -> Iterator[tuple[str, "Tensor"]]:
     """Yield (name, images (1, channels, size, size)) of centre squares; unreadable ones are left out, and told."""
     from ...data.image_io import load_image, open_image
     from ...data.sources import encoded_file
 
     for row in tracked(rows, what, "images"):
-        record = photographs[row]["image"]
+        record = photographs[row][column]
         name = (record or {}).get("path") or f"row {row}"
         try:
             opened = open_image(encoded_file(record, name), channels)
@@ -256,7 +224,7 @@ def read_squares(
             say("skipped", error)
 
 
-def _posterior(vae: "KLAutoencoder", images: "Tensor") -> "DiagonalGaussian":
+def posterior_of(vae: "KLAutoencoder", images: "Tensor") -> "DiagonalGaussian":
     import torch
 
     from ...data.image_io import pad_to_multiple
@@ -265,18 +233,20 @@ def _posterior(vae: "KLAutoencoder", images: "Tensor") -> "DiagonalGaussian":
         return vae.encode(pad_to_multiple(images, vae.downsampling).to(vae.device)).latent_dist
 
 
-def _posteriors(vae: "KLAutoencoder", source: str, key: str, size: int) -> Iterator["DiagonalGaussian"]:
-    photographs = open_photographs(source, key)
-    rows = range(len(photographs))
-    return (
-        _posterior(vae, images)
-        for _, images in read_squares(
-            photographs, rows, size, f"encoding {key.strip('-')}", vae.config.in_channels
-        )
-    )
+def posteriors_of(
+    vae: "KLAutoencoder",
+    photographs: "Rows",
+    rows: Sequence[int],
+    size: int,
+    what: str,
+    column: str = "image",
+) -> Iterator["DiagonalGaussian"]:
+    """The posterior of each readable image of `rows`, one by one; `what` is said of the progress."""
+    squares = read_squares(photographs, rows, size, what, vae.config.in_channels, column)
+    return (posterior_of(vae, images) for _, images in squares)
 
 
-def _decoded(
+def decoded(
     vae: "KLAutoencoder", latents: "Tensor", size: tuple[int, int], labels: "Tensor | None" = None
 ) -> "Tensor":
     """Decode one at a time, so that what is beside it changes nothing of an image; crop to `size` (H, W)."""
@@ -291,7 +261,7 @@ def _decoded(
     return torch.cat(images)[:, :, : size[0], : size[1]]
 
 
-def _save_strip(images: "Tensor", labels: Sequence[str], output: Path) -> None:
+def save_strip(images: "Tensor", labels: Sequence[str], output: Path) -> None:
     from ...data.image_io import image_grid
 
     _save_picture(image_grid(images.split(1), labels), output)
@@ -318,13 +288,6 @@ COMMANDS = {
         sample_arguments,
         check_sample,
         sample,
-        epilog=IMAGES,
-    ),
-    "attribute": Command(
-        "add to a photograph what two sets of photographs differ by",
-        attribute_arguments,
-        check_attribute,
-        attribute,
         epilog=IMAGES,
     ),
 }

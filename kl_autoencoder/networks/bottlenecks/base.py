@@ -28,6 +28,10 @@ class PointPosterior:
     def __init__(self, mean: Tensor):
         self.mean = mean
 
+    @property
+    def var(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
     def mode(self) -> Tensor:
         return self.mean
 

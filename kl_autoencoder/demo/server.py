@@ -1,7 +1,9 @@
 """The page served on this machine: what it may load, who may ask, how large an upload may be, and how it ends."""
 
 import os
+import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -105,8 +107,7 @@ class Server(uvicorn.Server):
         print(self.ready, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os._exit(128 + sig)  # Python would wait for the thread that computes
+        _leave(self.folder, sig)
 
 
 def serve(models: Mapping[str, ExactAutoencoder], listening: socket.socket) -> None:
@@ -120,13 +121,30 @@ def serve(models: Mapping[str, ExactAutoencoder], listening: socket.socket) -> N
             3,
         ):
             raise ValueError(f"{name}: allowed on the page: KL autoencoders of 3 channels (RGB)")
-    folder = Path(tempfile.mkdtemp(prefix="kl-autoencoder-demo-"))
+    folder = Path(tempfile.gettempdir(), f"kl-autoencoder-demo-{secrets.token_hex(8)}")
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the server has handlers of its own
+        signal.signal(number, lambda sig, _: _leave(folder, sig))
     try:
+        folder.mkdir(mode=0o700)  # now that a signal removes it again
         app = application(models, folder, is_local(listening))
         _warm_up(models)
         Server(app, folder, f"{url(listening)} (Ctrl-C ends it)").run([listening])
     finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder in which a thread may still be writing pictures."""
+    for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+
+
+def _leave(folder: Path, sig: int) -> None:
+    """End the process at once, for a signal, without the folder of what visitors brought."""
+    _remove(folder)
+    os._exit(128 + sig)  # Python would wait for the thread that computes
 
 
 @torch.inference_mode()

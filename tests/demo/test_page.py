@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +34,7 @@ PATIENCE = 60  # seconds for what takes one
 def serve(*arguments):
     """The command, in a process that writes to whom it connects, if that is not this machine."""
     sys.addaudithook(_write_what_leaves)
+    tempfile.tempdir = None  # TMPDIR is asked for anew
     return main(["demo", *arguments])
 
 
@@ -315,7 +317,20 @@ def test_it_ends_at_once_and_leaves_nothing(page, served, tmp_path):
     Image.fromarray(np.tile(data.astronaut(), (2, 2, 1))).save(tmp_path / "large.png")
     upload(page, tmp_path / "large.png")
     wait(lambda: running.cpu_times().user > before + 0.3)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == [130]
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == [143]
     assert not any(child.is_running() for child in children)
     assert list(log.parent.iterdir()) == [log] and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_page_is_there_leaves_nothing_either(tmp_path, number):
+    log = tmp_path / "log"
+    process = start(log, serve, "--port", "0", TMPDIR=str(tmp_path))
+    assert wait_until(lambda: list(tmp_path.glob("kl-autoencoder-demo-*")), process), log.read_text()
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, number)
+    assert finish(process) == [128 + number]
+    assert not any(child.is_running() for child in children)
+    assert list(tmp_path.iterdir()) == [log] and "Ctrl-C" not in log.read_text()
+    assert "Traceback" not in log.read_text()

@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m train") -> int:
             config = load_config(arguments.config, arguments.overrides)
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt:  # while modules are imported, which may take half a minute
+            return interrupted()
         except (ValueError, OSError, MissingExtra) as error:
             print_error(error)
             return 2
@@ -91,8 +93,7 @@ def run(config, small: bool = False) -> int:
     try:
         return _run(config, small)
     except KeyboardInterrupt:  # before the first step or after the last; between them it is a request to stop
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted()
 
 
 def _run(config, small: bool) -> int:
@@ -119,6 +120,12 @@ def _run(config, small: bool) -> int:
     if trainer.is_main:
         print_summary(summary)
     return 0
+
+
+def interrupted() -> int:
+    """Say so; the exit code."""
+    print("\ninterrupted; the same command continues", file=sys.stderr)
+    return INTERRUPTED
 
 
 def print_error(error: Exception) -> None:

@@ -235,6 +235,13 @@ def test_ctrl_c_before_the_first_step_and_after_the_last_is_one_line(photographs
     assert (said in log.read_text()) == (method == "measure_latents")
 
 
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "interrupted_here.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["configs/quickstart.yaml", "plugins=[interrupted_here]"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command continues\n"
+
+
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(photographs, tmp_path):
     arguments = command(everything(photographs, tmp_path / "run", every=100), tmp_path / "config.yaml")
     log = tmp_path / "log.txt"

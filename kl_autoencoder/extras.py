@@ -22,6 +22,7 @@ EXTRAS = {
         "lpips": "lpips",
         "skimage": "scikit-image",
     },
+    "metrics": {"torchmetrics": "torchmetrics"},
     "onnx": {
         "onnx": "onnx",
         "onnxruntime": "onnxruntime",

@@ -41,6 +41,11 @@ def as_saved(images: Tensor) -> Tensor:
     return from_8_bits(to_8_bits(images.nan_to_num(-1.0, 1.0, -1.0)))
 
 
+def colours_of(images: Tensor) -> Tensor:
+    """(B, 1, 3 or 4, H, W) -> (B, 3, H, W) for networks of RGB: gray three times, transparency left out."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB at 8 bits, an image: (B,), float64. Infinite for equal images."""
     error = (to_8_bits(a).double() - to_8_bits(b).double()).square().mean(dim=(1, 2, 3))
@@ -127,7 +132,7 @@ class LPIPS(nn.Module):
                 warnings.simplefilter("ignore")
                 self.lpips = lpips.LPIPS(net=net, verbose=False)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a URLError is an OSError
-            raise FileNotFoundError(_how_to_provide(net, error)) from None
+            raise FileNotFoundError(how_to_provide(f"LPIPS ({net})", BACKBONES[net], error)) from None
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":
@@ -135,9 +140,8 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Unit-length feature vectors at each layer of images in [-1, 1]; gray counts as RGB, alpha is left out."""
-        colours = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            layers = self.lpips.net(self.lpips.scaling_layer(colours.float()))
+            layers = self.lpips.net(self.lpips.scaling_layer(colours_of(images).float()))
         layers = [f.float() for f in layers]
         return [f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-10) for f in layers]
 
@@ -156,11 +160,11 @@ def backbone_file(net: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
 
 
-def _how_to_provide(net: str, error: Exception) -> str:
-    folder = backbone_file(net).parent
+def how_to_provide(metric: str, file: str, error: Exception) -> str:
+    """What to do about the file of weights that a metric needs, in a line."""
     home = os.environ.get("TORCH_HOME")
     return (
-        f"LPIPS ({net}): {BACKBONES[net]} could neither be read from {folder} "
+        f"{metric}: {file} could neither be read from {Path(torch.hub.get_dir()) / 'checkpoints'} "
         f"(TORCH_HOME {'= ' + home if home else 'is not set'}) nor be downloaded ({error}). "
-        f"Put the file there, or set TORCH_HOME to a folder that holds hub/checkpoints/{BACKBONES[net]}"
+        f"Put the file there, or set TORCH_HOME to a folder that holds hub/checkpoints/{file}"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import distributed
 from ..data.image_dataset import Photograph, Photographs
@@ -18,6 +18,7 @@ from ..data.image_io import pad_to_multiple, save_image
 from ..progress import Progress, tracked
 from . import frechet, latent_probes
 from .frechet import Features, FeatureSums
+from .further_metrics import FURTHER_METRICS
 from .latent_statistics import LatentSums, SpectrumSum
 from .methods import Method, Model, Reproduction
 from .metrics import LPIPS, MS_SSIM_TOO_SMALL, as_saved, ms_ssim, similarity
@@ -38,10 +39,17 @@ class MetricSuite:
     lpips: LPIPS | None
     features: dict[str, Features]  # the names are of `SET_METRICS`
     notes: list[str]
+    further: dict[str, nn.Module]  # the names are of `FURTHER_METRICS`
+    device: torch.device
 
     @classmethod
-    def load(cls, lpips_net: str, device: torch.device, first: bool) -> "MetricSuite":
-        """Load them on every rank. `first`: this is rank 0, which downloads what the others then read."""
+    def load(
+        cls, lpips_net: str, device: torch.device, first: bool, further: Sequence[str] = ()
+    ) -> "MetricSuite":
+        """Load them on every rank. `first`: this is rank 0, which downloads what the others then read.
+
+        Raises FileNotFoundError for weights of `further` metrics that cannot be had: they were asked for by name.
+        """
         notes = []
 
         def load_or_note(load: Callable[[], Any], without: str):
@@ -59,7 +67,16 @@ class MetricSuite:
             features = {
                 name: load_or_note(lambda: frechet.squeezenet(device), "no distance on SqueezeNet's features")
             }
-        return cls(lpips, {name: network for name, network in features.items() if network}, notes)
+        asked_for = {
+            name: _on_all_ranks(lambda made=FURTHER_METRICS[name]: made().to(device), first, _raise)
+            for name in dict.fromkeys(further)
+        }
+        features = {name: network for name, network in features.items() if network}
+        return cls(lpips, features, notes, asked_for, device)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _on_all_ranks(load: Callable[[], Any], first: bool, refused: Callable[[Exception], None]) -> Any:
@@ -149,6 +166,10 @@ class Evaluation:
         measured = similarity(rounded, images, self.suite.lpips)
         if min(images.shape[2:]) > MS_SSIM_TOO_SMALL:
             measured["ms_ssim"] = ms_ssim(rounded, images).tolist()
+        for name, metric in self.suite.further.items():
+            if min(images.shape[2:]) >= metric.smallest:
+                pair = (x.to(self.suite.device) for x in (rounded, images))
+                measured[name] = metric(*pair).double().tolist()
         return measured
 
     @torch.inference_mode()
@@ -174,7 +195,7 @@ class Evaluation:
 
     def _row_metrics(self, key: str) -> dict[str, dict[str, float | int | None]]:
         metrics = {}
-        for name in IMAGE_METRICS:
+        for name in (*IMAGE_METRICS, *self.suite.further):
             values = [r["values"][key][name] for r in self.records if name in r["values"][key]]
             metrics[name] = {
                 "mean": float(np.mean(values)) if values else None,

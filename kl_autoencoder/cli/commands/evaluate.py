@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ...evaluation.other_autoencoders import OtherAutoencoder
     from ...evaluation.runner import Evaluation
 
+FURTHER_METRICS = ("dists", "vif")  # those of evaluation/further_metrics.py, which imports torch
 REPORT_FILES = ("images.csv", "report.html", "metrics.json")  # in this order: where the last is, all are
 
 
@@ -53,6 +54,10 @@ def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--lpips", choices=["alex", "squeeze", "vgg"], default="alex", help="its network (alex)"
     )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=FURTHER_METRICS, default=[], metavar="NAME",
+        help=f"measure these too: {', '.join(FURTHER_METRICS)} (pip install 'kl-autoencoder[metrics]')",
+    )  # fmt: skip
     parser.add_argument(
         "--study-images", type=positive, default=8, metavar="N", help="images for the studies of latents (8)"
     )
@@ -86,6 +91,8 @@ def check_evaluate(arguments: argparse.Namespace) -> None:
     require("eval")
     if arguments.codec is not None:
         require("codec")
+    if arguments.metrics:
+        require("metrics")
     arguments.output = Path(arguments.output)
     if arguments.output.is_file():
         raise ValueError(f"{arguments.output}: is a file; a folder is written")
@@ -144,7 +151,7 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
             for name, given in zip(names, arguments.model, strict=True)
             for dtype in dict.fromkeys(arguments.dtype)
         ]
-    suite = MetricSuite.load(arguments.lpips, device, place.is_main_process)
+    suite = MetricSuite.load(arguments.lpips, device, place.is_main_process, arguments.metrics)
     methods = [*models, *baselines_of(models), *_codecs(models, arguments.codec)]
     evaluation = Evaluation(photographs, methods, suite)
     evaluation.measure(arguments.batch_size, images if arguments.save_images else None)
@@ -272,8 +279,8 @@ def _write_csv(file: TextIO, metrics: dict[str, Any], records: list[dict[str, An
     columns = [
         (key, name)
         for key, result in metrics["results"].items()
-        for name in IMAGE_METRICS
-        if result["metrics"][name]["n"]
+        for name in (*IMAGE_METRICS, *FURTHER_METRICS)
+        if result["metrics"].get(name, {"n": 0})["n"]
     ]
     writer = csv.writer(file)
     writer.writerow(["number", "name", "height", "width", *(f"{key}:{name}" for key, name in columns)])

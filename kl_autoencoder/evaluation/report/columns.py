@@ -25,6 +25,8 @@ COLUMNS = (
     Column("ssim", "SSIM", "up", 3),
     Column("ms_ssim", "MS-SSIM", "up", 3),
     Column("lpips", "LPIPS", "down", 3),
+    Column("dists", "DISTS", "down", 3),
+    Column("vif", "VIF", "up", 3),
     Column("rfid", "rFID", "down", 2),
     Column("squeezenet_frechet_distance", "SqueezeNet FD", "down", 0),
     Column("bits_per_pixel", "bits/pixel", "", 3),

@@ -27,7 +27,7 @@ SHOWN_PIXELS = 768  # a side; of larger images the centre
 def columns(metrics: dict[str, Any]) -> list[Column]:
     """The columns of the metrics that were measured on at least one image."""
     measured = [result["metrics"] for result in metrics["results"].values()]
-    return [c for c in COLUMNS if any(row[c.key]["n"] for row in measured)]
+    return [c for c in COLUMNS if any(c.key in row and row[c.key]["n"] for row in measured)]
 
 
 def best(metrics: dict[str, Any], column: Column) -> str | None:

@@ -341,7 +341,8 @@ def test_without_lpips_weights_a_run_that_needs_them_says_how_to_get_them(tmp_pa
     (checkpoints / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"damaged")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     command = [str(ROOT / "configs" / "quickstart.yaml"), "train.steps=1", "data.resolution=32",
-               "log.tensorboard=false", "data.validation_resolution=64", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+               "log.tensorboard=false", "data.validation_resolution=64",
+               f"output_dir={tmp_path / 'run'}"]  # fmt: skip
     assert main([*command, "loss.perceptual.required=true"]) == 2
     message = capsys.readouterr().err
     assert (

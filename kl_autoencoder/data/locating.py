@@ -16,7 +16,7 @@ KINDS = (
     "s3://bucket/*.parquet), a folder by save_to_disk, a hub id (owner/name:config@revision), or "
     "sample-photographs, sample-digits, sample-shapes, sample-faces, sample-strangers"
 )
-HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 SAMPLE_PHOTOGRAPHS = "sample-photographs"
 SAMPLES = ("sample-digits", "sample-shapes", "sample-faces", "sample-strangers")  # of samples/tables.py
 # The colour photographs in the wheel of scikit-image, except two medical ones, whose single colour would be half of

@@ -173,6 +173,7 @@ def test_what_is_there_already_stays(report, two_models, five_photos, capsys):
     [
         (["--size", "32"], "--size: 32; allowed: native, or a number from 64 on"),
         (["--data", "nowhere/at all"], "--data: 'nowhere/at all' is no file or folder here"),
+        (["--data", "../nowhere"], "--data: '../nowhere' is no file or folder here; allowed"),
         (["--image-column", "picture"], "--image-column: no column 'picture'"),
     ],
 )

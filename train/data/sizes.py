@@ -119,7 +119,8 @@ def announced(resolutions: Sequence[int], buckets: Buckets | None, samples: int)
         f"{high}x{wide} ({images:,})" for (high, wide), images in zip(buckets.sizes, counts, strict=True)
     )
     others = "".join(f" and at {side}" for side in resolutions[1:])
+    kinds = "1 bucket" if len(counts) == 1 else f"{len(counts)} buckets"
     return (
-        f"crops of {len(counts)} buckets, one for the {samples} samples of a step; height x width (images) at "
+        f"crops of {kinds}, one for the {samples} samples of a step; height x width (images) at "
         f"{resolutions[0]}{others}: {sizes}"
     )

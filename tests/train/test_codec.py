@@ -31,7 +31,7 @@ def recipe():
 
 
 def latents(*shape, seed=0):
-    return 4.77 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return 5.82 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def draws(count):
@@ -43,7 +43,7 @@ def test_noise_is_uniform_over_a_step_of_each_image(recipe):
     view = VIEWS.build(replace(recipe.loss.view, lowest=30, highest=70), recipe)
     noisy, images = view(z, z, draws(6))
     assert images is z
-    errors = (noisy - z) / 4.77
+    errors = (noisy - z) / 5.82
     widths = errors.amax(dim=(1, 2, 3)) - errors.amin(dim=(1, 2, 3))
     assert (widths > step_of(70) * 0.99).all() and (widths < step_of(30) * 1.001).all()
     assert len({round(width, 3) for width in widths.tolist()}) == 6
@@ -58,7 +58,7 @@ def test_rounding_is_the_codecs_and_its_gradient_passes(recipe):
     z = latents(2, 4, 8, 8).requires_grad_()
     view = VIEWS.build(replace(recipe.loss.view, how="straight_through", lowest=52, highest=52), recipe)
     changed, _ = view(z, z, draws(2))
-    wanted = np.stack([rounded(one / 4.77, 52) for one in z.detach()]) * step_of(52) * 4.77
+    wanted = np.stack([rounded(one / 5.82, 52) for one in z.detach()]) * step_of(52) * 5.82
     np.testing.assert_allclose(changed.detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
     changed.square().sum().backward()
     torch.testing.assert_close(z.grad, 2 * changed.detach())
@@ -74,7 +74,7 @@ def test_the_rate_is_the_size_of_the_files(recipe):
     bits = network(z)
     value = term.compute(bits, images)
     model = ContextModel(network.network)
-    files = [encode_symbols(rounded(one / 4.77, 40), model, 40) for one in z.detach()]
+    files = [encode_symbols(rounded(one / 5.82, 40), model, 40) for one in z.detach()]
     assert value.item() == pytest.approx(sum(8 * len(file) for file in files) / 2 / 320**2, rel=0.02)
 
 

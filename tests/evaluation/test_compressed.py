@@ -52,9 +52,8 @@ def test_images_and_bytes_are_those_of_the_files(model, pictures):
 
 
 def test_the_report_draws_quality_over_rate(model, pictures):
-    evaluation = Evaluation(
-        pictures, [model, Compressed(model, QUALITIES)], MetricSuite(None, {}, ["no LPIPS"])
-    )
+    suite = MetricSuite(None, {}, ["no LPIPS"], {}, torch.device("cpu"))
+    evaluation = Evaluation(pictures, [model, Compressed(model, QUALITIES)], suite)
     evaluation.measure(2)
     results = evaluation.results()
     rates = [results[f"first/codec/q{quality}"]["metrics"]["bits_per_pixel"]["mean"] for quality in QUALITIES]

@@ -1,6 +1,7 @@
 """Models as codecs: photographs through their files, and through JPEG, WebP and AVIF in as many bytes."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import torch
 from PIL import features
@@ -36,7 +37,17 @@ class Compressed:
             ]
             for quality in qualities
         }
-        self.rows = [row for rows in self.rows_of.values() for row in rows]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for rows in self.rows_of.values() for row in rows]
+
+    def at_middle_quality(self) -> "Compressed":
+        """The same at one quality, the middle one."""
+        qualities = sorted(self.rows_of)
+        middle, one = qualities[(len(qualities) - 1) // 2], copy(self)
+        one.rows_of = {middle: self.rows_of[middle]}
+        return one
 
     def reproduce(self, images: Tensor, numbers: Sequence[int]) -> Iterator[Reproduction]:
         """Images (B, 3, H, W) in [-1, 1] -> those of every row; `bits_per_pixel` are of the files."""

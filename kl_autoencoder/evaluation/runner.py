@@ -157,9 +157,12 @@ class Evaluation:
             about = {"number": photograph.number, "name": photograph.name, "height": height, "width": width}
             self.records.append({**about, "values": of_image})
 
-    def reproductions(self, batch: list[Photograph]) -> Iterator[Reproduction]:
+    def reproductions(
+        self, batch: list[Photograph], methods: Sequence[Method] | None = None
+    ) -> Iterator[Reproduction]:
+        """What all methods, or those given, make of a batch."""
         images = torch.cat([photograph.image for photograph in batch])
-        for method in self.methods:
+        for method in self.methods if methods is None else methods:
             yield from method.reproduce(images, [photograph.number for photograph in batch])
 
     def _similarity(self, rounded: Tensor, images: Tensor) -> dict[str, list[float]]:

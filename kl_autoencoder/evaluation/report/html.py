@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...data.image_io import tensor_to_images
 from ..compressed import KIND, Compressed, curve_of
-from ..methods import Row
+from ..methods import Method, Row
 from ..metrics import as_saved
 from ..runner import Evaluation
 from . import plots
@@ -112,7 +112,7 @@ def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Itera
     order = sorted(evaluation.records, key=lambda record: record["values"][key][column.key])
     order = order if column.better == "down" else order[::-1]
     places = {"best": 0, "median": (len(order) - 1) // 2, "worst": len(order) - 1}
-    numbers, unseen = set(), _unseen(evaluation)
+    numbers, methods = set(), _shown(evaluation)
     for title in SHOWN:
         record = order[places[title]]
         if record["number"] in numbers:  # of one or two images
@@ -120,10 +120,8 @@ def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Itera
         numbers.add(record["number"])
         photograph = evaluation.photographs[record["number"]]
         choices = []
-        for reproduction in evaluation.reproductions([photograph]):
+        for reproduction in evaluation.reproductions([photograph], methods):
             row = reproduction.row
-            if row.key in unseen:
-                continue
             values = record["values"][row.key]
             choices.append(
                 {
@@ -154,14 +152,12 @@ def _label(row: Row, many_types: bool) -> str:
     return f"{row.name}, {row.detail}" if row.kind == KIND else row.name
 
 
-def _unseen(evaluation: Evaluation) -> set[str]:
-    """The rows of codecs at other qualities than the middle one."""
-    codecs = [method for method in evaluation.methods if isinstance(method, Compressed)]
-    qualities = {codec: sorted(codec.rows_of) for codec in codecs}
-    shown = {
-        row.key for codec, all_ in qualities.items() for row in codec.rows_of[all_[(len(all_) - 1) // 2]]
-    }
-    return {row.key for codec in codecs for row in codec.rows} - shown
+def _shown(evaluation: Evaluation) -> list[Method]:
+    """The methods whose images are on the page: codecs at the middle quality alone."""
+    return [
+        method.at_middle_quality() if isinstance(method, Compressed) else method
+        for method in evaluation.methods
+    ]
 
 
 def _centre(images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -85,10 +86,17 @@ def wait_until(condition: Callable[[], bool], process: multiprocessing.Process |
 
 def start_ranks(number: int, log: Path, function: Callable, *arguments) -> list[multiprocessing.Process]:
     """`number` processes that find each other over gloo, as torchrun starts them; the last to end wrote all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number),
               "LOCAL_WORLD_SIZE": str(number)}  # fmt: skip
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
     return [start(log, function, *arguments, **common, **rank) for rank in ranks]
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports of this machine that nothing listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]

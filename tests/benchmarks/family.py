@@ -4,7 +4,7 @@
     python -m tests.benchmarks.family -o runs/family_page --only vae_digits cvae_digits
 
 What is there already is not trained or measured again: the same command goes on where it was stopped. family.json
-(mean and deviation of each figure over the seeds) and table.md are written after every run.
+(mean and deviation of each figure over the seeds) and table.md are written after every run, family.jpg at the end.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from kl_autoencoder.models.run_folder import read_metrics
@@ -41,6 +42,12 @@ SHOWN = {  # figure -> its heading, in the order of the table; a recipe has thos
     "wall_seconds": "seconds",
 }  # fmt: skip
 
+PICTURE = (  # family.jpg: what is drawn of the first seed
+    ("vae_digits_2d/study/manifold.png", "vae_digits_2d/study/latents.png", "aae_digits/study/latents.png"),
+    ("beta_vae_shapes/study/traversals.png", "ae_faces/study/traversals.png", "vqvae_digits_prior/drawn.png"),
+)
+ROW_HEIGHT, GAP = 420, 16  # pixels
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -56,6 +63,7 @@ def main() -> None:
             folder = arguments.output / f"seed{seed}"
             found.setdefault(name, []).append(measured(name, folder, seed, arguments.set))
             report(found, arguments.output)
+    assemble(arguments.output / f"seed{arguments.seeds[0]}", arguments.output / "family.jpg")
 
 
 def measured(name: str, folder: Path, seed: int, overrides: list[str]) -> dict[str, float]:
@@ -134,6 +142,26 @@ def report(found: dict[str, list[dict[str, float]]], output: Path) -> None:
         said = [f"{SHOWN[key]} {value}" for key, value in shown(figures)]
         lines.append(f"| [{name}]({name}.yaml) | {'; '.join(said)} |")
     (output / "table.md").write_text("\n".join(["| recipe | mean ± deviation |", "|---|---|", *lines]) + "\n")
+
+
+def assemble(folder: Path, output: Path) -> None:
+    """Lay the runs' pictures out in rows; those that are not there are left out."""
+    there = [[folder / name for name in row if (folder / name).is_file()] for row in PICTURE]
+    rows = [[of_row_height(Image.open(path)) for path in row] for row in there]
+    width = max(sum(image.width + GAP for image in row) for row in rows)
+    sheet = Image.new("RGB", (width, len(rows) * (ROW_HEIGHT + GAP)), "white")
+    for number, row in enumerate(rows):
+        x = 0
+        for image in row:
+            sheet.paste(image, (x, number * (ROW_HEIGHT + GAP)))
+            x += image.width + GAP
+    sheet.save(output, quality=85)
+
+
+def of_row_height(image: Image.Image) -> Image.Image:
+    """Digits of 8x8 are enlarged as they are, larger pictures shrunk smoothly."""
+    how = Image.Resampling.NEAREST if image.height < ROW_HEIGHT else Image.Resampling.LANCZOS
+    return image.resize((image.width * ROW_HEIGHT // image.height, ROW_HEIGHT), how)
 
 
 def summarised(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -129,6 +129,8 @@ class Executor:
         return self.convolve(x, self.layers.upsample(block.conv, self.work), out_channels(block.conv))
 
     def downsample(self, block: Downsample, x: Strips) -> Strips:
+        larger = math.prod(x.shape) * self.dtype.itemsize
+        self.memory.trim(larger + larger // 4)  # what goes in and what comes out
         out = self.convolve(x, self.layers.downsample(block.conv, self.work), out_channels(block.conv))
         self.memory.trim(NEXT_LEVEL * math.prod(out.shape) * self.dtype.itemsize)
         return out

@@ -28,7 +28,7 @@ class Statistics:
             return
         if residual is not None:
             same = residual.dtype == y.dtype
-            y.add_(residual if same else work.get("wide", y.shape, y.dtype).copy_(residual))
+            y.add_(residual if same else work.get("pixels", y.shape, y.dtype).copy_(residual))
         moments = [channel_moments(image, work) for image in y.split(1)]
         mean, variance = (torch.stack(m)[None] for m in zip(*moments, strict=True))
         pixels = torch.full((1,), y.shape[1] * y.shape[2], device=y.device)
@@ -60,7 +60,7 @@ class Normalization:
     def __call__(self, x: Tensor, out: Tensor, work: Workspace) -> None:
         if triton_group_norm.usable(x):
             return triton_group_norm.normalize(x, self.scale, self.shift, self.silu, out)
-        wide = x if x.dtype == self.dtype else work.get("wide", x.shape, self.dtype).copy_(x)
+        wide = x if x.dtype == self.dtype else work.get("pixels", x.shape, self.dtype).copy_(x)
         y = out if out.dtype == self.dtype else wide
         torch.addcmul(self.shift[:, None, None], wide, self.scale[:, None, None], out=y)
         if self.silu:
@@ -77,7 +77,7 @@ def copy(x: Tensor, out: Tensor, work: Workspace) -> None:
 def channel_moments(image: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
     """Mean, in float64, and (biased) variance of each channel of image (1, rows, columns, C)."""
     dtype = torch.promote_types(image.dtype, torch.float32)
-    wide = work.get("wide", image.shape, dtype)
+    wide = work.get("pixels", image.shape, dtype)
     # Less the first pixel, so that nothing is lost where an image is flat and variance small beside the mean.
     reference = image[:, :1, :1].to(dtype)
     torch.sub(image if image.dtype == dtype else wide.copy_(image), reference, out=wide)

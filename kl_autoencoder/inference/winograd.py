@@ -25,7 +25,7 @@ from .memory import Workspace
 
 A, B = 11 / 16, 3 / 2  # the points of F(4x4, 3x3) are 0, A, -A, B, -B and infinity
 # Channels in times channels out, beyond which rearranging filters takes longer than it saves.
-MOST_IN_GROUPS = 128 * 128
+MOST_IN_GROUPS = 256 * 256
 
 
 def is_profitable(
@@ -59,15 +59,25 @@ class WinogradConv:
         self.bias = conv.bias.to(self.dtype)
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
+        b, rows, columns = x.shape[0], (x.shape[1] - 2) // 4, (x.shape[2] - 2) // 4
+        y = work.get("result", (b, 4 * rows, 4 * columns, len(self.bias)), self.dtype)
+        step = max(self.products.tiles_a_thread * max(2, torch.get_num_threads()) // (b * columns), 1)
+        for first in range(0, rows, step):
+            top, bottom = 4 * first, 4 * min(first + step, rows)
+            self.convolve(x[:, top : bottom + 2], y[:, top:bottom], work)
+        return y
+
+    def convolve(self, x: Tensor, y: Tensor, work: Workspace) -> None:
+        """Write the convolution of a window of a few rows of tiles into y (B, rows, columns, channels)."""
         pixels = self.products.tiles(tiles_shape(x), work)
         input_tiles(x, pixels, work)
         products = self.products(pixels, work)
         b, r, s, o = products.shape[2:]
         half = work.get("pixels", (4, 6, b, r, s, o), self.dtype)
         _outputs(products.unbind(), half.unbind(), work)
-        y = work.get("half", (b, r, 4, s, 4, o), self.dtype)
-        _outputs(half.unbind(1), y.permute(4, 2, 0, 1, 3, 5).unbind(), work)
-        return y.view(b, 4 * r, 4 * s, o).add_(self.bias)
+        tiles = y.unflatten(2, (s, 4)).unflatten(1, (r, 4))  # (B, r, 4, s, 4, out)
+        _outputs(half.unbind(1), tiles.permute(4, 2, 0, 1, 3, 5).unbind(), work)
+        y.add_(self.bias)
 
 
 class WinogradUpsample:
@@ -113,8 +123,9 @@ def products_with(filters: Tensor) -> "BatchedProducts":
     torch computes convolutions, does. 64 to 512 channels in float32 on one thread of a Zen 5: MKL does 80 to 110
     GFLOP/s, oneDNN 150 to 225, including the copies around the products. So on such a processor
 
-    - few channels are one convolution in n*n groups, for which oneDNN rearranges the filters in each call;
-    - many channels are n*n linear layers, for which it does not.
+    - up to 256 channels are one convolution in n*n groups, whose filters are rearranged for oneDNN first;
+    - more are n*n linear layers of filters as they are, since rearranging takes longer than it saves (at 512
+      channels 50 ms, and 6 of 52 ms for 256 tiles).
 
     Tensors are (n, n, B, rows, columns, channels), in a layout of the result's choice.
     """
@@ -134,6 +145,9 @@ def is_onednn_faster() -> bool:
 
 class BatchedProducts:
     """All products as one step of torch."""
+
+    # Multiplied at once, on two threads or more: fewer are slower, more only take more scratch memory.
+    tiles_a_thread = 128
 
     def __init__(self, filters: Tensor):
         self.filters, self.dtype, self.out_channels = filters, filters.dtype, filters.shape[1]
@@ -158,12 +172,21 @@ class SeparateProducts(BatchedProducts):
 
     def multiply(self, positions: Tensor, out: Tensor) -> None:
         linear = torch.ops.mkldnn._linear_pointwise
-        each = zip(positions.unbind(), self.filters.unbind(), strict=True)
-        torch.stack([linear(x, one, None, "none", [], "") for x, one in each], out=out)
+        for x, one, y in zip(positions.unbind(), self.filters.unbind(), out.unbind(), strict=True):
+            y.copy_(linear(x, one, None, "none", [], ""))
 
 
 class GroupedProducts(BatchedProducts):
     """All products as one convolution of 1x1 by oneDNN; the positions of a tile are its groups of channels."""
+
+    tiles_a_thread = 64
+
+    def __init__(self, filters: Tensor):
+        super().__init__(filters)
+        n, out, into = filters.shape
+        weight = filters.reshape(n * out, into, 1, 1).to_mkldnn()
+        size = (1, n * into, 1, 2 * self.tiles_a_thread)
+        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, groups=n, input_size=size)
 
     def tiles(self, shape: tuple[int, ...], work: Workspace) -> Tensor:
         n, _, b, rows, columns, channels = shape
@@ -171,13 +194,13 @@ class GroupedProducts(BatchedProducts):
 
     def __call__(self, tiles: Tensor, work: Workspace) -> Tensor:
         n, _, b, rows, columns, _ = tiles.shape
-        pixels = tiles.permute(2, 3, 4, 0, 1, 5).flatten(3)
-        weight = self.filters.reshape(n * n * self.out_channels, -1, 1, 1)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        x = pixels.permute(0, 3, 1, 2)
-        y = torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), n * n)
-        y = y.permute(0, 2, 3, 1).contiguous()  # which it is
-        return y.view(b, rows, columns, n, n, self.out_channels).permute(3, 4, 0, 1, 2, 5)
+        x = tiles.permute(2, 3, 4, 0, 1, 5).flatten(3).permute(0, 3, 1, 2)
+        products = work.get("products", (b, rows, columns, n, n, self.out_channels), self.dtype)
+        y = products.zero_().flatten(3).permute(0, 3, 1, 2)
+        # Added onto zeros, since a convolution that returns its result would make new memory for it.
+        add = ("add", 1, None, [], None)
+        torch.ops.mkldnn._convolution_pointwise_(y, x, self.weight, None, (0, 0), (1, 1), (1, 1), n * n, *add)
+        return products.permute(3, 4, 0, 1, 2, 5)
 
 
 # ---------------------------------------------------------------- transforms

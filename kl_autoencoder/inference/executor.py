@@ -107,6 +107,8 @@ class Executor:
         same = block.conv_shortcut is None or isinstance(block.conv_shortcut, nn.Identity)
         out = x if same else self.strips(shape, x.rows)
         h = self.strips(shape, x.rows)
+        if shape[3] < x.shape[3]:
+            self.work.drop("filters")  # those from here on are smaller
         kernel, fill = self.layers.conv(block.conv1, self.work), Normalization(block.norm1, x.statistics)
 
         def inner(part: Block) -> None:
@@ -169,7 +171,7 @@ class Executor:
         def task(block: Block) -> None:
             out.put(block, self.apply(kernel, x, block, copy), self.work)
 
-        self.sweep(task, out, kernel, consumes=None if keep else x)
+        self.sweep(task, out, kernel, consumes=None if keep else x, cuts=kernel.down**2)
         return out
 
     def apply(self, kernel, x: Strips, block: Block, fill: Callable) -> Tensor:
@@ -202,9 +204,12 @@ class Executor:
             )
         return window
 
-    def sweep(self, task: Callable, out: Strips, kernel, consumes: Strips | None) -> None:
-        """Run task(block) on all blocks of `out`; free each strip of `consumes` when its last reader is done."""
-        blocks = pieces(out)
+    def sweep(self, task: Callable, out: Strips, kernel, consumes: Strips | None, cuts: int = 1) -> None:
+        """Run task(block) on all blocks of `out`; free each strip of `consumes` when its last reader is done.
+
+        With `cuts` a block is so many times smaller than a strip: where it is made of so many times more pixels.
+        """
+        blocks = pieces(out, cuts)
         if consumes is None:
             return self.workers.run(task, blocks)
 
@@ -239,8 +244,7 @@ class Executor:
         return Strips(shape, rows, self.dtype, self.memory)
 
 
-def pieces(x: Strips) -> list[Block]:
-    """The blocks of x, one for each strip."""
-    height = x.shape[1]
-    tops = range(0, height, x.rows)
-    return [Block(number, top, min(top + x.rows, height)) for number, top in enumerate(tops)]
+def pieces(x: Strips, cuts: int = 1) -> list[Block]:
+    """The blocks of x, `cuts` (which divide the rows) for each strip."""
+    height, rows = x.shape[1], x.rows // cuts
+    return [Block(number, top, min(top + rows, height)) for number, top in enumerate(range(0, height, rows))]

@@ -40,6 +40,11 @@ class Workspace:
             made[shape, dtype] = tensor = self.buffers[name][:size].view(dtype).view(shape)
         return tensor
 
+    def drop(self, name: str) -> None:
+        """Give the buffer back, if there is one."""
+        self.buffers.pop(name, None)
+        self.tensors.pop(name, None)
+
 
 class DeviceMemory:
     """Tensors from torch's allocator, which on a GPU keeps what it is given back."""

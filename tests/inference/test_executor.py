@@ -260,6 +260,21 @@ def test_winograd_rounds_as_its_docstring_says(kernel, channels):
     assert rms[0] <= 2 * max(rms[2], 4 * least), rms
 
 
+def test_more_rows_take_no_more_scratch_memory_of_a_winograd_kernel(two_threads):
+    conv, held = nn.Conv2d(64, 64, 3), []
+    for rows in (32, 64):
+        work = Workspace(CPU)
+        with torch.no_grad():
+            WinogradConv(conv, work)(torch.zeros(1, rows + 2, 258, 64), work)
+        held.append({name: len(buffer) for name, buffer in work.buffers.items()})
+    fewer, more = held
+    result = 32 * 256 * 64 * 4
+    assert (fewer.pop("result"), more.pop("result")) == (result, 2 * result)
+    assert fewer == more and sum(more.values()) < 3 * result
+    work.drop("half")
+    assert "half" not in work.buffers and work.get("half", (1,), torch.float32).numel() == 1
+
+
 @pytest.mark.parametrize("products", [BatchedProducts, GroupedProducts, SeparateProducts])
 @pytest.mark.parametrize("n, pixels", [(6, (2, 3, 5)), (3, (1, 1, 1)), (3, (1, 7, 1))])
 def test_products_are_those_at_each_position(products, n, pixels):

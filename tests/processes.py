@@ -27,6 +27,8 @@ _context.set_forkserver_preload(
         "tests.train.test_adversarial",
         "tests.train.test_safe_numbers",
         "tests.latents.test_encode_dataset",
+        "torch._inductor.compile_fx",  # and networkx: what the first torch.compile imports, with any backend
+        "networkx",
     ]
 )
 
@@ -80,7 +82,7 @@ def wait_until(condition: Callable[[], bool], process: multiprocessing.Process |
         if ended:
             return bool(condition())
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0002)
+        time.sleep(0.001)
     return True
 
 

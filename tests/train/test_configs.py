@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kl_autoencoder import Autoencoder
+from kl_autoencoder import Autoencoder, KLAutoencoder
 from tests.conftest import ROOT
 from tests.processes import finish, start
 from train.config import load_config
@@ -26,7 +26,8 @@ def fit(path, folder):
     """
     recipe = load_config(path)
     small = shrink(recipe, folder / "whole")
-    small = replace(small, train=replace(small.train, compile=recipe.train.compile))
+    if recipe.train.compile:
+        small = compiled(small, folder)
     if recipe.task == "code_prior":  # of a model that another recipe trains
         small = replace(small, model=replace(small.model, autoencoder=discrete_model(folder / "codes")))
     torch.compile = partial(torch.compile, backend="aot_eager")
@@ -35,6 +36,21 @@ def fit(path, folder):
     name = f"checkpoints/step-{STEPS // 2:06d}"
     shutil.copytree(folder / "whole" / name, folder / "resumed" / name)
     trainer.Trainer(replace(small, output_dir=str(folder / "resumed")), make_task).fit()
+
+
+def compiled(small, folder):
+    """The same run, traced: of a network of two levels, one residual block in each, since tracing takes seconds.
+
+    Such a level has all that is in one of four; `--smoke` runs them all.
+    """
+    two_levels = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1}
+    model = small.model
+    if model.pretrained is None:
+        model = replace(model, **two_levels)
+    else:
+        KLAutoencoder(latent_channels=4, **two_levels).save_pretrained(folder / "pretrained")
+        model = replace(model, pretrained=str(folder / "pretrained"), subfolder=None)
+    return replace(small, model=model, train=replace(small.train, compile=True))
 
 
 def discrete_model(folder):

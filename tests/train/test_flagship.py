@@ -1,6 +1,6 @@
 """kl_f8.yaml shrunk, compiled, adversarial and adaptive, on two ranks: kills change nothing.
 
-The suite traces two levels as inductor does and lets torch's own kernels run what was traced (aot_eager), with one
+The suite traces one level as inductor does and lets torch's own kernels run what was traced (aot_eager), with one
 kill. All four levels by inductor, which compiles C++ for minutes on a CPU: `python -m tests.benchmarks.flagship`.
 """
 
@@ -26,14 +26,15 @@ STEPS, DISC_START = 9, 5
 
 
 def fit(folder: Path, backend: str, data: dict) -> None:
-    """A rank of the run. `data`: keys of DataConfig. All of the network for inductor, two levels otherwise."""
+    """A rank of the run. `data`: keys of DataConfig. All of the network for inductor, one level otherwise."""
     torch.compile = partial(torch.compile, backend=backend)
     small = shrink(load_config(ROOT / "configs" / "kl_f8.yaml"), folder)
     adversarial = replace(small.loss.adversarial, disc_start=DISC_START)
     model, perceptual = small.model, small.loss.perceptual
     if backend != "inductor":
-        model = replace(model, block_out_channels=model.block_out_channels[:2], layers_per_block=1)
+        model = replace(model, block_out_channels=model.block_out_channels[:1], layers_per_block=1)
         perceptual = replace(perceptual, weight=0.0)
+        adversarial = replace(adversarial, layers=1)
     small = replace(
         small,
         model=model,

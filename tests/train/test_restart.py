@@ -292,28 +292,18 @@ def test_a_second_signal_ends_at_once(photographs, tmp_path):
 
 
 def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photographs, tmp_path):
-    """`accelerate launch`, SIGKILLed alone, must leave nobody behind; at once the same command a second time."""
+    """`accelerate launch`, SIGKILLed alone, must leave nobody behind; at once its two ranks a second time."""
     config = partial(everything, photographs, steps=16)
     log, arguments = tmp_path / "log.txt", command(config(tmp_path / "run"), tmp_path / "run.yaml")
-    program = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "-m",
-        "train",
-    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     with log.open("ab") as output:
-        first = subprocess.Popen([*program, *arguments], cwd=ROOT, stdout=output, stderr=output)
+        first = subprocess.Popen(
+            [*launcher, "-m", "train", *arguments], cwd=ROOT, stdout=output, stderr=output
+        )
         wait_until(lambda: list_checkpoints(tmp_path / "run"), first)
         first.kill()
         assert first.wait() == -signal.SIGKILL
-        second = subprocess.run(
-            [*program, *arguments], cwd=ROOT, stdout=output, stderr=output, timeout=PATIENCE
-        )
-    assert second.returncode == 0, log.read_text()
+    assert finish(*start_ranks(2, log, train, arguments)) == [0, 0], log.read_text()
     assert "stopped by SIGTERM at step" in log.read_text()
     assert "continuing from" in log.read_text()
     whole = command(config(tmp_path / "whole"), tmp_path / "whole.yaml")

@@ -20,6 +20,7 @@ from kl_autoencoder import KLAutoencoder
 from tests.conftest import ROOT, backbone_missing
 from tests.processes import finish, start_ranks
 from train.__main__ import main, print_error
+from train.autoencoder import task
 from train.autoencoder.task import AutoencoderTask
 from train.config import Config, build, to_yaml
 from train.loop import journal, launch
@@ -35,6 +36,12 @@ def make(config, statistics_samples=16):
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     return Trainer(config, partial(AutoencoderTask, statistics_samples=statistics_samples))
+
+
+@pytest.fixture
+def few_statistics(monkeypatch):
+    """What `main` trains has its scaling factor of 16 crops too."""
+    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 16)
 
 
 @pytest.fixture
@@ -138,10 +145,10 @@ def test_the_first_fifty_losses_are_those_on_record(small, tmp_path):
     np.testing.assert_allclose(losses, json.loads(RECORDED.read_text()), rtol=1e-3)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(photographs, tmp_path):
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(photographs, tmp_path, few_statistics):
     config = ROOT / "configs" / "quickstart.yaml"
     short = ["train.steps=3", "data.resolution=64", "data.batch_size=2", "log.tensorboard=false",
-             f"data.train={photographs}", "data.validation_images=4",
+             "model.block_out_channels=[16, 16]", f"data.train={photographs}", "data.validation_images=4",
              "data.validation_resolution=64"]  # fmt: skip
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert main([str(config), *short, f"output_dir={tmp_path / name}", f"seed={seed}"]) == 0
@@ -177,10 +184,12 @@ def test_decoder_only_leaves_the_encoder_and_the_scaling_alone(small, tmp_path):
     {"compile": True},
 ], ids=str)  # fmt: skip
 def test_the_ways_to_run_a_step_agree(small, tmp_path, options):
-    losses = []
+    # inductor compiles C++ for seconds a kernel; test_configs and test_convolutional trace all kinds of layers
+    few_kernels = {"block_out_channels": [8], "layers_per_block": 1, "mid_block_add_attention": False}
+    model, losses = few_kernels if "compile" in options else {}, []
     for name, more in (("plain", {}), ("other", options)):
         torch._dynamo.reset()
-        make(small(tmp_path / name, train={"steps": 3, **more})).fit()
+        make(small(tmp_path / name, model=model, train={"steps": 3, **more})).fit()
         losses.append(list(records(tmp_path / name, "train/loss").values()))
     np.testing.assert_allclose(*losses, rtol=3e-2 if "mixed_precision" in options else 1e-4)
 
@@ -271,7 +280,7 @@ def write_odd_images(folder):
     return list(damaged)
 
 
-def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys):
+def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys, few_statistics):
     """A tenth of the files damaged, a tenth too small: each is replaced, and named; the run sees all others."""
     damaged = write_odd_images(tmp_path / "odd")
     assert len(damaged) == len(list((tmp_path / "odd").iterdir())) / 10
@@ -335,13 +344,16 @@ def test_an_error_of_a_library_is_one_line_too(capsys):
     assert capsys.readouterr().err == "error: We couldn't connect. Checkout your connection.\n"
 
 
-def test_without_lpips_weights_a_run_that_needs_them_says_how_to_get_them(tmp_path, monkeypatch, capsys):
+def test_without_lpips_weights_a_run_that_needs_them_says_how_to_get_them(
+    tmp_path, monkeypatch, capsys, few_statistics
+):
     checkpoints = tmp_path / "home" / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"damaged")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     command = [str(ROOT / "configs" / "quickstart.yaml"), "train.steps=1", "data.resolution=32",
-               "log.tensorboard=false", "data.validation_resolution=64",
+               "model.block_out_channels=[16, 16]", "log.tensorboard=false",
+               "data.validation_images=4", "data.validation_resolution=64",
                f"output_dir={tmp_path / 'run'}"]  # fmt: skip
     assert main([*command, "loss.perceptual.required=true"]) == 2
     message = capsys.readouterr().err

@@ -245,7 +245,7 @@ def evaluate_failing_on_rank_1(*arguments):
 
 
 def test_a_killed_evaluation_leaves_nothing_in_the_way(two_models, five_photos, tmp_path):
-    arguments = (two_models, five_photos, tmp_path / "report", "--save-images")
+    arguments = (two_models, five_photos, tmp_path / "report", "--save-images", "--study-images", "1")
     process = start(tmp_path / "log", evaluate, *arguments)
     started = tmp_path / ".report.unfinished" / "images" / "original"
     assert wait_until(lambda: started.is_dir() and any(started.iterdir()), process)
@@ -259,12 +259,13 @@ def test_a_killed_evaluation_leaves_nothing_in_the_way(two_models, five_photos, 
 
 def test_an_existing_folder_keeps_what_is_not_replaced(two_models, five_photos, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep me")
-    assert evaluate(two_models, five_photos, tmp_path, "--limit", "1", "--json") == 0
+    few = "--study-images", "1", "--limit"
+    assert evaluate(two_models, five_photos, tmp_path, *few, "1", "--json") == 0
     before = (tmp_path / "metrics.json").read_text()
     assert capsys.readouterr().out == before
-    assert evaluate(two_models, five_photos, tmp_path, "--limit", "3") == 2
+    assert evaluate(two_models, five_photos, tmp_path, *few, "3") == 2
     assert (tmp_path / "metrics.json").read_text() == before
-    assert evaluate(two_models, five_photos, tmp_path, "--limit", "3", "--overwrite") == 0
+    assert evaluate(two_models, five_photos, tmp_path, *few, "3", "--overwrite") == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["data"]["images"] == 2  # one is broken
     names = {"mine.txt", "metrics.json", "images.csv", "report.html"}
     assert {path.name for path in tmp_path.iterdir()} == names

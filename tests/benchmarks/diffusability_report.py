@@ -87,7 +87,8 @@ def curves(found: dict[str, Runs]):
     for colour, (name, runs) in zip(CLASSES, found.items(), strict=False):
         values = np.array([list(run["frechet"].values())[1:] for run in runs])
         steps = [int(step) for step in runs[0]["frechet"]][1:]
-        ax.errorbar(steps, values.mean(0), values.std(0), color=colour, label=name, capsize=3)
+        deviations = values.std(0, ddof=min(1, len(runs) - 1))
+        ax.errorbar(steps, values.mean(0), deviations, color=colour, label=name, capsize=3)
     titled(ax, "Decoded samples", "steps of the diffusion model", "Frechet distance, SqueezeNet's features")
     ax.legend(frameon=False)
     return figure

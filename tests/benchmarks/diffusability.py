@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -38,7 +39,7 @@ SIZE = 96
 HELD_OUT = 64  # photographs
 TIMES = (0.2, 0.4, 0.6, 0.8)  # from latents, 0, to noise, 1
 PICTURES = 256  # whose features are compared with those of all photographs
-GAP = 4  # pixels between the pictures of a grid
+GAP = 4  # pixels between the pictures of a grid, as `image_grid` leaves them
 SETS = {"train": "train", "validation": "held_out"}  # key of data -> its file
 
 OBJECTIVES = {  # the loss of the fine-tuning, beside FINE_TUNING's
@@ -108,9 +109,7 @@ def main() -> None:
             tuned = fine_tuned(output, name, objectives[name], arguments.model, arguments.set_autoencoder)
             figures = diffused(output, name, seed, arguments.set)
             found.setdefault(name, []).append(tuned | figures)
-            report(
-                found, output, lambda objective, count: shown(output, objective, arguments.seeds[0], count)
-            )
+            report(found, output, [last_pictures(output, done, arguments.seeds[0]) for done in found])
 
 
 def split(folder: Path, sources: list[str], output: Path) -> None:
@@ -199,9 +198,8 @@ def python(*command: str) -> None:
 @torch.inference_mode()
 def measures(run: Path, output: Path) -> dict:
     """Loss and Frechet distance of the pictures of each validation, and errors of denoised latents at the end."""
-    features, train = squeezenet(torch.device("cpu")), list(photographs(output / "small-train.parquet"))
+    features, train, real = training_photographs(output)
     pipe = DiTPipeline.from_pretrained(run / "export")
-    real = sums(features, train)
     losses = {line["step"]: line["validation/loss"] for line in read_metrics(run / "metrics.jsonl")
               if "validation/loss" in line}  # fmt: skip
     distances = {
@@ -216,6 +214,13 @@ def measures(run: Path, output: Path) -> dict:
         "frechet_coded": frechet_distance(sums(features, coded), real),
         "denoised": denoised(pipe, held_out),
     }
+
+
+@cache
+def training_photographs(output: Path) -> tuple[Features, list[Tensor], FeatureSums]:
+    """SqueezeNet, the photographs that every objective is compared with, and their features."""
+    features, images = squeezenet(torch.device("cpu")), list(photographs(output / "small-train.parquet"))
+    return features, images, sums(features, images)
 
 
 def sums(features: Features, images: Iterable[Tensor]) -> FeatureSums:
@@ -238,14 +243,9 @@ def cut(path: Path) -> Tensor:
     return torch.cat([row[..., x : x + SIZE] for row in rows for x in range(0, grid.shape[3], SIZE + GAP)])
 
 
-def shown(output: Path, name: str, seed: int, count: int) -> Image.Image:
-    """The first pictures that the last transformer of an objective made, side by side."""
-    last = sorted((output / name / f"seed{seed}" / "samples").glob("step-*.png"))[-1]
-    images = tensor_to_images(cut(last)[:count])
-    strip = Image.new("RGB", (len(images) * SIZE, SIZE))
-    for i, image in enumerate(images):
-        strip.paste(image, (i * SIZE, 0))
-    return strip
+def last_pictures(output: Path, name: str, seed: int) -> Tensor:
+    """What the last transformer of an objective made, (N, 3, SIZE, SIZE)."""
+    return cut(sorted((output / name / f"seed{seed}" / "samples").glob("step-*.png"))[-1])
 
 
 def denoised(pipe: DiTPipeline, images: Tensor) -> dict[str, float]:

@@ -1,13 +1,15 @@
 """What `diffusability.py` writes: the table, the curves, and pictures of each objective."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 
+from kl_autoencoder.data.image_io import image_grid
 from kl_autoencoder.evaluation.pictures.style import CLASSES, axes, save, titled
 from kl_autoencoder.files import replacing
 
@@ -17,17 +19,17 @@ SHOWN = 10  # pictures of an objective
 Runs = list[dict]  # an entry a seed
 
 
-def report(found: dict[str, Runs], output: Path, rows_of: Callable[[str, int], Image.Image]) -> None:
-    """Write table.md, curves.png and pictures.jpg. found: of each objective its runs, in the order of the seeds."""
+def report(found: dict[str, Runs], output: Path, pictures: Sequence[Tensor]) -> None:
+    """Write table.md, curves.png and pictures.jpg.
+
+    found: of each objective its runs, in the order of the seeds. pictures: of each, (N, 3, H, W) in [-1, 1].
+    """
     table = as_table(found)
     with replacing(output / "table.md") as path:
         path.write_text(table)
     save(curves(found), output / "curves.png")
-    strips = [rows_of(name, SHOWN) for name in found]
-    width, height = strips[0].size
-    sheet = Image.new("RGB", (width, len(strips) * height))
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * height))
+    rows = torch.stack([of_objective[:SHOWN] for of_objective in pictures])
+    sheet = image_grid(rows.unbind(1))
     with replacing(output / "pictures.jpg") as path:
         sheet.save(path, "JPEG", quality=85)
     print(table, flush=True)

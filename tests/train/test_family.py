@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -57,35 +57,45 @@ def last(folder, steps=STEPS):
     return {f"{file.stem}/{name}": t for file in files for name, t in load_file(file).items()}
 
 
-def train_cases(photographs, folder, batch, ports):
-    """Run in each of several ranks, or in one: all cases in turn; the ranks meet anew for each."""
+@pytest.fixture(scope="module")
+def whole(photographs, tmp_path_factory):
+    """A case's run of one process, made once: its folder, its Trainer and its summary."""
+
+    @cache
+    def made(case):
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, *run(config_of(case, photographs, folder, checkpoint={"every": 2, "keep_last": 9}))
+
+    return made
+
+
+def train_cases(photographs, folder, ports):
+    """Run in each of two ranks: all cases in turn, with half of the batch; the ranks meet anew for each."""
     for case, port in zip(CASES, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        run(config_of(case, photographs, folder / case, data={"batch_size": batch}))
+        run(config_of(case, photographs, folder / case, data={"batch_size": 2}))
         AcceleratorState._reset_state(reset_partial_state=True)
     return 0
 
 
 @pytest.fixture(scope="module")
-def one_and_two_ranks(photographs, tmp_path_factory):
-    """The folders of one process's runs and of two ranks' with half of its batch each."""
-    folders = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    for ranks, folder in enumerate(folders, 1):
-        log, ports = folder / "log.txt", free_ports(len(CASES))
-        processes = start_ranks(ranks, log, train_cases, photographs, folder, 8 // ranks, ports)
-        assert finish(*processes) == [0] * ranks, log.read_text()
-    return folders
+def two_ranks(photographs, tmp_path_factory):
+    """The folder of the runs of two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    processes = start_ranks(2, folder / "log.txt", train_cases, photographs, folder, free_ports(len(CASES)))
+    assert finish(*processes) == [0, 0], (folder / "log.txt").read_text()
+    return folder
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_cut_goes_on_to_the_same_weights(case, photographs, tmp_path):
-    run(config_of(case, photographs, tmp_path / "whole", checkpoint={"every": 2, "keep_last": 9}))
-    first = tmp_path / "whole" / "checkpoints" / "step-000002"
-    shutil.copytree(first, tmp_path / "again" / "checkpoints" / first.name)
-    run(config_of(case, photographs, tmp_path / "again"))
-    a, b = last(tmp_path / "whole"), last(tmp_path / "again")
+def test_a_run_that_was_cut_goes_on_to_the_same_weights(case, photographs, whole, tmp_path):
+    folder, _, _ = whole(case)
+    first = folder / "checkpoints" / "step-000002"
+    shutil.copytree(first, tmp_path / "checkpoints" / first.name)
+    run(config_of(case, photographs, tmp_path))
+    a, b = last(folder), last(tmp_path)
     assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "train/loss" in line]
     assert len(logged) == STEPS and all(value == value for line in logged for value in line.values())
     if case.startswith(("vq", "gumbel", "fsq")):
@@ -93,8 +103,8 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(case, photographs, tmp_p
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_give_the_weights_of_one_process_with_the_doubled_batch(case, one_and_two_ranks):
-    one, two = (last(folder / case) for folder in one_and_two_ranks)
+def test_two_ranks_give_the_weights_of_one_process_with_the_doubled_batch(case, whole, two_ranks):
+    one, two = last(whole(case)[0]), last(two_ranks / case)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         if "optimizer" not in name:
@@ -104,8 +114,8 @@ def test_two_ranks_give_the_weights_of_one_process_with_the_doubled_batch(case, 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_export_loads_again_and_is_the_average(case, photographs, tmp_path):
-    trainer, summary = run(config_of(case, photographs, tmp_path))
+def test_the_export_loads_again_and_is_the_average(case, photographs, whole, tmp_path):
+    _, trainer, summary = whole(case)
     model = Autoencoder.from_pretrained(summary["export"])
     exported = trainer.task.exported.state_dict()
     assert all(torch.equal(t, exported[name]) for name, t in model.state_dict().items())
@@ -119,7 +129,7 @@ def test_the_export_loads_again_and_is_the_average(case, photographs, tmp_path):
         assert indices.shape[0] == 2 and indices.max() < model.codes
         torch.testing.assert_close(model.decode_indices(indices), model(images).sample)
     values = {"pretrained": str(summary["export"]), **UNSET}
-    again = Trainer(small_config(photographs, tmp_path / "more", model=values), AutoencoderTask)
+    again = Trainer(small_config(photographs, tmp_path, model=values), AutoencoderTask)
     torch.testing.assert_close(again.task.vae(images).sample, trainer.task.exported(images).sample)
 
 
@@ -188,21 +198,21 @@ def test_classes_without_labels_are_refused(photographs, tmp_path):
         trainer.fit()
 
 
-def test_a_pretrained_bottleneck_is_not_configured_again(photographs, tmp_path):
-    _, summary = run(config_of("vq", photographs, tmp_path / "run"))
+def test_a_pretrained_bottleneck_is_not_configured_again(photographs, whole, tmp_path):
+    _, _, summary = whole("vq")
     values = {"pretrained": str(summary["export"]), **UNSET, "bottleneck": {"kind": "fsq", "levels": [4, 4]}}
     with pytest.raises(ValueError, match="model.bottleneck: given beside model.pretrained"):
-        Trainer(small_config(photographs, tmp_path / "more", model=values), AutoencoderTask)
+        Trainer(small_config(photographs, tmp_path, model=values), AutoencoderTask)
 
 
-def test_the_commands_read_it(photographs, tmp_path, capsys):
+def test_the_commands_read_it(photographs, whole, tmp_path, capsys):
     from kl_autoencoder.cli import main
 
-    _, summary = run(config_of("fsq", photographs, tmp_path / "run"))
+    folder, _, summary = whole("fsq")
     picture = sorted(photographs.iterdir())[0]
     assert main(["info", str(summary["export"])]) == 0
     target = tmp_path / "again.png"
-    assert main(["reconstruct", str(picture), "--model", str(tmp_path / "run"), "-o", str(target)]) == 0
+    assert main(["reconstruct", str(picture), "--model", str(folder), "-o", str(target)]) == 0
     assert load_image(target).shape == load_image(picture).shape
     capsys.readouterr()
     other = OtherAutoencoder(

@@ -15,3 +15,10 @@ def evaluate(models, photos, output, *more):
             "-o", str(output), "--study-images", "2", "--batch-size", "2", "--lpips", NET or "alex", *more,
         ]
     )  # fmt: skip
+
+
+def evaluate_one(models, photos, output, *more):
+    """The same of one model at the least size."""
+    few = "--size", "64", "--study-images", "1", "--lpips", NET or "alex"
+    paths = f"--model={models / 'second'}", f"--data={photos}", f"--output={output}"
+    return main(["evaluate", *paths, *few, *more])

@@ -18,7 +18,7 @@ from kl_autoencoder.data.image_dataset import Photographs
 from kl_autoencoder.data.image_io import load_image, tensor_to_images
 from kl_autoencoder.evaluation import runner
 from kl_autoencoder.evaluation.methods import Model, short_names
-from tests.evaluated import NET, SIZE, evaluate
+from tests.evaluated import NET, SIZE, evaluate, evaluate_one
 from tests.processes import finish, start, start_ranks, wait_until
 
 
@@ -245,27 +245,26 @@ def evaluate_failing_on_rank_1(*arguments):
 
 
 def test_a_killed_evaluation_leaves_nothing_in_the_way(two_models, five_photos, tmp_path):
-    arguments = (two_models, five_photos, tmp_path / "report", "--save-images", "--study-images", "1")
-    process = start(tmp_path / "log", evaluate, *arguments)
+    arguments = (two_models, five_photos, tmp_path / "report", "--save-images")
+    process = start(tmp_path / "log", evaluate_one, *arguments)
     started = tmp_path / ".report.unfinished" / "images" / "original"
     assert wait_until(lambda: started.is_dir() and any(started.iterdir()), process)
     process.kill()
     assert finish(process) == [-signal.SIGKILL]
     assert not (tmp_path / "report").exists()
-    assert finish(start(tmp_path / "log", evaluate, *arguments)) == [0]
+    assert finish(start(tmp_path / "log", evaluate_one, *arguments)) == [0]
     assert {path.name for path in tmp_path.iterdir()} == {"log", "report"}
     assert len([*(tmp_path / "report" / "images" / "original").iterdir()]) == 5
 
 
 def test_an_existing_folder_keeps_what_is_not_replaced(two_models, five_photos, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep me")
-    few = "--study-images", "1", "--limit"
-    assert evaluate(two_models, five_photos, tmp_path, *few, "1", "--json") == 0
+    assert evaluate_one(two_models, five_photos, tmp_path, "--limit", "1", "--json") == 0
     before = (tmp_path / "metrics.json").read_text()
     assert capsys.readouterr().out == before
-    assert evaluate(two_models, five_photos, tmp_path, *few, "3") == 2
+    assert evaluate_one(two_models, five_photos, tmp_path, "--limit", "3") == 2
     assert (tmp_path / "metrics.json").read_text() == before
-    assert evaluate(two_models, five_photos, tmp_path, *few, "3", "--overwrite") == 0
+    assert evaluate_one(two_models, five_photos, tmp_path, "--limit", "3", "--overwrite") == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["data"]["images"] == 2  # one is broken
     names = {"mine.txt", "metrics.json", "images.csv", "report.html"}
     assert {path.name for path in tmp_path.iterdir()} == names

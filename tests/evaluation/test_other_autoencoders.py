@@ -42,7 +42,7 @@ MADE = {
 
 def evaluate(models, photographs, output):
     arguments = [word for model in models for word in ("--model", str(model))]
-    more = [
+    more = (
         "--data",
         str(photographs),
         "--size",
@@ -50,10 +50,10 @@ def evaluate(models, photographs, output):
         "--limit",
         "2",
         "--study-images",
-        "2",
+        "1",
         "--device",
         "cpu",
-    ]
+    )
     return command(["evaluate", *arguments, *more, "-o", str(output)])
 
 

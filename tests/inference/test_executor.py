@@ -340,13 +340,16 @@ for name in calls:
     setattr(triton_group_norm, name, counted(name, getattr(triton_group_norm, name)))
 
 torch.manual_seed(0)
-for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-    vae = KLAutoencoder(block_out_channels=(8, 16), norm_num_groups=4).to(dtype)
+vae = KLAutoencoder(block_out_channels=(8, 16), norm_num_groups=4)
+for network, x, dtype, tolerance in (
+    (vae.decoder, torch.randn(2, 4, 9, 5), torch.float32, 1e-5),
+    (vae.encoder, torch.randn(1, 3, 14, 50), torch.bfloat16, 0.05),
+):
+    network, x = network.to(dtype), x.to(dtype)
     with torch.no_grad():
-        for network, x in ((vae.decoder, torch.randn(2, 4, 9, 5)), (vae.encoder, torch.randn(1, 3, 14, 50))):
-            whole = network(x.to(dtype))
-            difference = (infer_in_pieces(network, x.to(dtype), rows=4) - whole).abs().max() / whole.abs().max()
-            assert difference <= tolerance, (dtype, difference)
+        whole = network(x)
+        difference = (infer_in_pieces(network, x, rows=4) - whole).abs().max() / whole.abs().max()
+    assert difference <= tolerance, (dtype, difference)
 y, residual = torch.randn(2, 70, 41, 72) + 30, torch.randn(2, 70, 41, 72)
 total = (y + residual).double()
 pixels, mean, variance = triton_group_norm.measure(y, residual)
@@ -356,7 +359,7 @@ merged = (share * mean).sum(0)
 torch.testing.assert_close(merged.double(), total.mean((1, 2)), rtol=1e-5, atol=0)
 spread = (share * (variance + (mean - merged).square())).sum(0)
 torch.testing.assert_close(spread.double(), total.var((1, 2), correction=0), rtol=1e-3, atol=0)
-assert min(calls.values()) > 20, calls
+assert min(calls.values()) > 10, calls
 """
 
 

@@ -47,7 +47,7 @@ def distance_from_normal(model):
 
 def test_latents_of_an_adversarial_autoencoder_are_ten_times_nearer_to_the_prior(tmp_path):
     """Makhzani et al. 2015; with the recipe's network, optimizer and discriminator."""
-    steps = ("train.steps=400",)
+    steps = ("train.steps=200",)
     prior = "model.bottleneck={kind: adversarial, prior: normal}"
     adversarial = distance_from_normal(trained("aae_digits", tmp_path / "aae", *steps, prior))
     plain = distance_from_normal(

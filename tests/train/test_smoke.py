@@ -1,4 +1,4 @@
-"""`python -m train CONFIG --smoke`: every shipped recipe through all of its phases, tiny, on a CPU, offline."""
+"""`python -m train CONFIG --smoke`: each kind of recipe through all of its phases, tiny, on a CPU, offline."""
 
 import re
 import socket
@@ -13,7 +13,9 @@ from train import __main__ as program
 from train.config import load_config
 from train.smoke import STEPS, shrink
 
-CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+# test_configs takes every recipe through its phases, as these do; these differ from another in numbers alone
+ALIKE = {"finetune_small", "kl_f8_compact", "kl_f8_compact_part2", "kl_f8_compact_part3", "sd3_f8c16"}
+CONFIGS = [path for path in sorted(ROOT.glob("configs/*.yaml")) if path.stem not in ALIKE]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_passes_on_a_cpu_offline_and_leaves_nothing(path, elsewhere, monkeypatch, capsys):
+def test_recipes_pass_on_a_cpu_offline_and_leave_nothing(path, elsewhere, monkeypatch, capsys):
     kept = []
     monkeypatch.setattr(program, "print_summary", kept.append)
     assert program.main([str(path), "--smoke"]) == 0

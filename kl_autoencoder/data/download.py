@@ -18,12 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def local_copies(files: Sequence[str], key: str) -> list[str]:
-    """Download those of `files` that are URLs, unless the cache of `datasets` has a copy; return all local paths.
+    """Return local paths of `files`, in order; those that are URLs are downloaded unless they have been before.
 
-    Number and size of the files are logged before. One process of a machine downloads a file while others wait.
-    Raises FileNotFoundError for a file that is not there and ValueError for one that cannot be fetched.
+    Copies are kept in the cache of `datasets` (HF_DATASETS_CACHE). How many files of what size are downloaded is
+    logged first. Of several processes on a machine one downloads a file and the others wait. Raises
+    FileNotFoundError for a file that does not exist and ValueError for one that cannot be fetched; `key`, the
+    option or configuration key of the source, begins the message.
     """
-    targets = {file: _target(file) for file in files if is_url(file)}
+    targets = {file: _cache_path(file) for file in files if is_url(file)}
     missing = [file for file, target in targets.items() if not target.exists()]
     if missing:
         _announce(missing, key)
@@ -38,7 +40,8 @@ def local_copies(files: Sequence[str], key: str) -> list[str]:
     return [str(targets.get(file, file)) for file in files]
 
 
-def _target(url: str) -> Path:
+def _cache_path(url: str) -> Path:
+    """Where the copy of a URL is kept."""
     name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + os.path.basename(url)
     return Path(datasets.config.HF_DATASETS_CACHE) / "files" / name
 
@@ -46,7 +49,7 @@ def _target(url: str) -> Path:
 def _announce(files: Sequence[str], key: str) -> None:
     try:
         sizes = [size_of(file) for file in files]
-    except Exception:  # the download itself will report it
+    except Exception:  # the download itself will report the error
         sizes = [None]
     total = "of unknown size" if None in sizes else f"{sum(sizes) / 1e9:.3g} GB"
     log.warning(

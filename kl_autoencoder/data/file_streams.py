@@ -1,4 +1,4 @@
-"""Sources that are read in sequence: a number of files (shards), each a sequence of records."""
+"""Sources that are read in sequence: a list of files (shards), each a sequence of records."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,39 +7,45 @@ from typing import Protocol
 
 import datasets
 
-from .parquet_files import as_record, read_column, read_parquet, rows_in
+from .parquet_files import as_record, read_column, read_parquet, row_count
 from .remote import is_url, read_with_retries, size_of
 from .tar_files import read_tar
 
-BATCH = 16  # records of a hub data set that are read at a time
+HUB_BATCH = 16  # records that are read at a time from a hub data set
 
 
 class Stream(Protocol):
-    """A source that `open_stream` opened: `num_shards` shards (files), each a sequence of records."""
+    """A source opened by `open_stream`: shards (files) 0 ... `num_shards` - 1, each a sequence of records."""
 
     num_shards: int
 
     def name(self, shard: int) -> str:
-        """A name that tells a shard from the others, the same in every run."""
+        """A name that identifies a shard, the same in every run."""
 
     def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
-        """The records {"bytes", "path"} of a shard from number `start` on; None for a record without an image.
+        """Yield the records {"bytes", "path"} of a shard from number `start` on; None for one without an image.
 
-        Where columns are kept beside the image, {"columns": {name: value}} is in the record, too.
+        If columns are kept beside the image, a record also has {"columns": {name: value}}. Raises OSError for a
+        file that cannot be read.
         """
 
     def length(self, shard: int) -> int | None:
-        """The number of records of a shard; None where it can only be found by reading the shard."""
+        """The number of records of a shard; None if finding out would take reading the whole shard."""
 
     def size(self, shard: int) -> int | None:
-        """The bytes of a shard; None where only a request to a server would tell."""
+        """The size of a shard in bytes; None if finding out would take a request to a server."""
 
     def values(self, name: str) -> list | None:
-        """A whole column that is kept beside the images; None where all images would have to be read for it."""
+        """All values of a kept column; None if finding them out would take reading all images."""
 
 
 class FileStream:
-    """Tar or parquet files, local or remote. Reading goes on where a remote file failed."""
+    """A `Stream` of parquet or tar files, local or remote; `kind` is "parquet" or "webdataset".
+
+    If reading a remote file fails, it is opened again and read on from the next record (`read_with_retries`).
+    `column`: the image column; `keep`: other columns that records have under "columns". Reading raises OSError, one
+    line that names the file.
+    """
 
     def __init__(self, kind: str, paths: Sequence[str], column: str, keep: Sequence[str] = ()):
         self.kind, self.paths, self.column, self.keep = kind, list(paths), column, tuple(keep)
@@ -58,11 +64,11 @@ class FileStream:
 
     def length(self, shard: int) -> int | None:
         path = self.paths[shard]
-        return rows_in(path) if self.kind == "parquet" and not is_url(path) else None
+        return row_count(path) if self.kind == "parquet" and not is_url(path) else None
 
     def size(self, shard: int) -> int | None:
         path = self.paths[shard]
-        # each URL would take a request, and there may be thousands of files
+        # A URL would take a request, and there may be thousands of files.
         return None if is_url(path) else size_of(path)
 
     def values(self, name: str) -> list | None:
@@ -72,7 +78,7 @@ class FileStream:
 
 
 class HubStream:
-    """A data set of the hub, as `datasets` streams it."""
+    """A `Stream` of a hub data set, read through `datasets`; its lengths, sizes and values are unknown."""
 
     def __init__(self, images: datasets.IterableDataset, column: str, keep: Sequence[str] = ()):
         self.images, self.column, self.num_shards = images, column, images.num_shards
@@ -82,8 +88,8 @@ class HubStream:
         return str(shard)
 
     def read(self, shard: int, start: int = 0) -> Iterator[dict | None]:
-        # iter(), because a plain loop would divide the shard's records among the loader's workers
-        batches = self.images.shard(num_shards=self.num_shards, index=shard).iter(BATCH)
+        # Not a plain loop: inside a DataLoader worker it would yield only that worker's share of the shard.
+        batches = self.images.shard(num_shards=self.num_shards, index=shard).iter(HUB_BATCH)
         rows = (
             row
             for batch in batches

@@ -1,16 +1,16 @@
-"""Kinds of files: which suffixes are read as images, how each is written, what marks a file of latents."""
+"""File formats: suffixes that are read as images, how each is written, and the key that marks a file of latents."""
 
 from pathlib import Path
 from typing import Any
 
-LATENTS_KEY = "kl_autoencoder.latents"  # in the metadata of a .safetensors file: it holds latents
-# The suffixes that a folder is searched for, and one of which a named file must have. AVIF, HEIC and JPEG 2000 are
-# read where the installed Pillow can read them.
+LATENTS_KEY = "kl_autoencoder.latents"  # metadata key of the .safetensors files that hold latents
+# A folder is searched for files with these suffixes, and a file given by name must have one of them. AVIF, HEIC and
+# JPEG 2000 can be read only if the installed Pillow supports them.
 READABLE = (
     ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".tga",
     ".avif", ".heic", ".heif", ".jp2",
 )  # fmt: skip
-# Pillow's options for each suffix. JPEG at 95 without chroma subsampling; WebP and TIFF without loss.
+# Suffix -> options of Pillow's `save`: JPEG at quality 95 without chroma subsampling, all others without loss.
 WRITERS: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},

@@ -1,4 +1,4 @@
-"""The images of a source for evaluation and validation: numbered, and cropped and scaled alike each time."""
+"""Numbered images of a source for evaluation and validation, cropped and scaled the same way each time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,26 +10,27 @@ from .image_io import load_image, open_image
 from .sources import Keys, encoded_file, open_source, record_name
 
 DATA = Keys("--data", "--image-column")
-SMALLEST = 64  # pixels a side: below, LPIPS has no pixels left in its last layers
+SMALLEST = 64  # pixels a side; in smaller images nothing is left for the last layers of LPIPS
 
 
 class Photograph(NamedTuple):
-    """An image of a source, as it is measured."""
+    """An image of a source, cropped and scaled as it is evaluated."""
 
-    number: int  # its place in the source
-    name: str
+    number: int  # among the images of `Photographs`, from 0
+    name: str  # for reports and messages
     image: Tensor  # (1, C, H, W), float32 in [-1, 1]
-    label: int | None = None  # number of its class, where the images have classes
+    label: int | None = None  # number of its class, from 0; None where images have no classes
 
 
 class Photographs:
-    """The images in the rows `rows` (None: all) of an opened source, at one size.
+    """The images of an opened source, at one size.
 
-    `records`: of `open_source`, or any sequence of {column: record}. `size` N scales the short side to N
-    (bicubic, antialiased) and crops the centre square; None keeps every pixel. Images of less than `smallest`
-    pixels a side are left out. `channels`: C of the images, 1 (gray), 3 (RGB) or 4 (RGBA).
-    `label`: from a record with {"columns": its row} to the number of its class. `change`: what becomes of an image,
-    from it and its row.
+    `records`: rows as `open_source` returns them, or any sequence of {column: record}; `rows` selects row numbers
+    (None: all). `source`: the name of the source; if it is a folder, images are named by their path in it. `size` N
+    scales the short side to N pixels (bicubic, antialiased) and crops the centre square; None keeps every pixel.
+    Images with a side below `smallest` pixels are left out. `channels`: 1 (gray), 3 (RGB) or 4 (RGBA).
+    `label(record)` returns the number of a record's class; the record has its whole row under "columns".
+    `transform(image, row)` is applied to each image (1, C, H, W) in [-1, 1].
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class Photographs:
         smallest: int = SMALLEST,
         channels: int = 3,
         label: Callable[[dict], int] | None = None,
-        change: Callable[[Tensor, int], Tensor] | None = None,
+        transform: Callable[[Tensor, int], Tensor] | None = None,
     ):
         self.records, self.source, self.size, self.column = records, source, size, column
-        self.channels, self.label, self.change = channels, label, change
+        self.channels, self.label, self.transform = channels, label, transform
         self.rows = range(len(records)) if rows is None else rows
         self.count, self.smallest = len(self.rows), smallest
         self.skipped: dict[int, str] = {}  # number -> why it cannot be used
@@ -59,9 +60,9 @@ class Photographs:
         split: str = "validation",
         limit: int | None = None,
     ) -> "Photographs":
-        """The first `limit` images (None: all) of what --data names, to compare models on.
+        """Open the source that --data names, to compare models on its first `limit` images (None: all).
 
-        Raises as `open_source`; ValueError for a size below `SMALLEST`.
+        `size` as in the class. Raises the errors of `open_source`, and ValueError for a size below `SMALLEST`.
         """
         if size is not None and size < SMALLEST:
             raise ValueError(f"--size: {size}; allowed: native, or a number from {SMALLEST} on")
@@ -70,7 +71,7 @@ class Photographs:
 
     @property
     def rule(self) -> str:
-        """A phrase for reports that says how the images of the source are cropped and scaled."""
+        """How images are cropped and scaled, as a phrase for reports."""
         if self.size is None:
             return "every pixel as it is"
         return (
@@ -78,11 +79,11 @@ class Photographs:
         )
 
     def __getitem__(self, number: int) -> Photograph:
-        """Image `number`. Raises ValueError or OSError if it cannot be read or is too small."""
+        """Read image `number`. Raises ValueError if it is too small, ValueError or OSError if it cannot be read."""
         return self.at(number, self.size)
 
     def at(self, number: int, size: int | None) -> Photograph:
-        """Image `number`, cropped and scaled by the same rule to another size (None: every pixel)."""
+        """Read image `number` at another `size`, None for every pixel; otherwise as `[number]`."""
         row = int(self.rows[number])
         values = self.records[row]
         record = values[self.column]
@@ -93,20 +94,20 @@ class Photographs:
             height, width = image.shape[2:]
             raise ValueError(f"{name}: {width}x{height} pixels; allowed: {self.smallest} a side and more")
         label = None if self.label is None else self.label({**record, "columns": values})
-        return Photograph(number, name, self.change(image, row) if self.change else image, label)
+        return Photograph(number, name, self.transform(image, row) if self.transform else image, label)
 
     def _name(self, record: dict, row: int) -> str:
-        """The path within the source, if that is a folder; else as in `record_name`."""
+        """The image's path relative to the source if that is a folder; else its `record_name`."""
         path, folder = (record or {}).get("path"), Path(self.source).expanduser()
         if path and Path(path).is_relative_to(folder):
             return Path(path).relative_to(folder).as_posix()
         return record_name(record, f"row {row}")
 
     def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Photograph]]:
-        """Every `ranks`-th batch from number `rank` on. Images that cannot be used are left out, see `skipped`.
+        """Yield the batches of one rank: batches `rank`, `rank + ranks` ... of `size` images each.
 
-        The number of ranks does not change which images form a batch, and so does not change the numbers computed
-        of them. Images at their native sizes form batches of one.
+        Images at their native sizes form batches of one. Which images form a batch does not depend on `ranks`, so
+        neither does what is computed from them. Images that cannot be used are left out and noted in `skipped`.
         """
         size = 1 if self.size is None else size
         starts = range(0, self.count, size)

@@ -1,4 +1,4 @@
-"""Parquet files: read rows in sequence, or those of local files by number, memory-mapped and without a copy."""
+"""Read parquet files: rows in sequence, or rows of local files by number (memory-mapped, without a copy)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,19 +12,21 @@ from .remote import is_url, open_file
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
-    """A local file memory-mapped, a URL through fsspec."""
+    """Open a parquet file: a local one memory-mapped, a URL through fsspec."""
     return pq.ParquetFile(path, memory_map=True) if not is_url(path) else pq.ParquetFile(open_file(path))
 
 
 def schema_of(path: str) -> datasets.Features:
+    """The columns of a file and their types."""
     with open_parquet(path) as file:
         return datasets.Features.from_arrow_schema(file.schema_arrow)
 
 
 def read_parquet(path: str, column: str, start: int = 0, keep: Sequence[str] = ()) -> Iterator[dict | None]:
-    """The records {"bytes", "path"} of a column from row `start` on; row groups before it are not read.
+    """Yield the records {"bytes", "path"} of an image column from row `start` on; None for a row without an image.
 
-    With {"columns": those in `keep`} beside them.
+    With `keep`, a record also has {"columns": {name: value}} of these columns. Row groups that end before `start`
+    are not read.
     """
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
@@ -38,18 +40,19 @@ def read_parquet(path: str, column: str, start: int = 0, keep: Sequence[str] = (
 
 
 def read_column(path: str, name: str) -> list[Any]:
-    """A whole column, without the others."""
+    """All values of a column; the other columns are not read."""
     with open_parquet(path) as file:
         return file.read(columns=[name], use_threads=False).column(name).to_pylist()
 
 
-def rows_in(path: str) -> int:
+def row_count(path: str) -> int:
+    """The number of rows of a file, from its footer."""
     with open_parquet(path) as file:
         return file.metadata.num_rows
 
 
-def bytes_of_groups(paths: Sequence[str], column: str) -> float:
-    """Mean bytes of the column in a row group, in memory: the cost of reading a single row."""
+def mean_group_bytes(paths: Sequence[str], column: str) -> float:
+    """Mean size in bytes of `column` in a row group, uncompressed: what has to be read for a single row."""
     sizes = []
     for path in paths:
         with open_parquet(path) as file:
@@ -66,9 +69,10 @@ def bytes_of_groups(paths: Sequence[str], column: str) -> float:
 
 
 def as_record(value: Any, kept: Mapping[str, Any] | None = None) -> dict | None:
-    """A value of an image column (a struct of bytes and path, encoded bytes, or a path) -> {"bytes", "path"}.
+    """Convert a value of an image column to a record {"bytes", "path"}; None where there is no image.
 
-    With {"columns": kept} beside them where columns are kept; None where there is no image.
+    The value is a struct of bytes and path, encoded bytes, or a path. With `kept`, the record also has
+    {"columns": kept}.
     """
     if isinstance(value, bytes):
         value = {"bytes": value, "path": None}
@@ -78,21 +82,27 @@ def as_record(value: Any, kept: Mapping[str, Any] | None = None) -> dict | None:
 
 
 class ParquetRows:
-    """The rows of local parquet files by number: `rows[n]` -> {name: value}, without a copy.
+    """The rows of local parquet files by number, without a copy: `rows[n]` -> {name: value}.
 
-    `column` comes as a record {"bytes", "path"}. The row group that was read last stays in memory, so that rows in
-    sequence read each group once.
+    The value of `column` is a record {"bytes", "path"}; the columns `keep` are as stored. A row costs reading its
+    whole row group; the last group stays in memory, so that reading rows in sequence reads each group once. Raises
+    IndexError for a row out of range.
     """
 
     def __init__(self, paths: Sequence[str], column: str, keep: Sequence[str] = ()):
-        self.paths, self.fields, self.groups = list(paths), [column, *keep], []
+        self.paths, self.fields = list(paths), [column, *keep]
+        self.groups: list[
+            tuple[int, int, int]
+        ] = []  # (number of the file, of the group in it, rows of the group)
         for number, path in enumerate(self.paths):
             with open_parquet(path) as file:
                 metadata = file.metadata
             self.groups += [
                 (number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)
             ]
-        self.starts = np.cumsum([0, *(rows for _, _, rows in self.groups)])
+        self.starts = np.cumsum(
+            [0, *(rows for _, _, rows in self.groups)]
+        )  # first row of each group, then the end
         self._last: tuple[int, pa.Table] | None = None
 
     def __len__(self) -> int:
@@ -109,13 +119,13 @@ class ParquetRows:
 
     def _group(self, group: int) -> pa.Table:
         if self._last is None or self._last[0] != group:
-            number, inside, _ = self.groups[group]
-            with open_parquet(self.paths[number]) as file:
-                self._last = group, _read_group(file, inside, self.fields)
+            file_number, group_in_file, _ = self.groups[group]
+            with open_parquet(self.paths[file_number]) as file:
+                self._last = group, _read_group(file, group_in_file, self.fields)
         return self._last[1]
 
     def image_names(self) -> list[str | None]:
-        """The path of each row's image, None where it has none; contents are not read for it."""
+        """The path of each row's image, None where it has none; the images themselves are not read."""
         column, names = self.fields[0], []
         for path in self.paths:
             with open_parquet(path) as file:
@@ -134,7 +144,7 @@ class ParquetRows:
         return names
 
     def values(self, name: str) -> list[Any]:
-        """A whole column that is kept beside the images."""
+        """All values of a column."""
         return [value for path in self.paths for value in read_column(path, name)]
 
     @property
@@ -147,5 +157,5 @@ class ParquetRows:
 
 
 def _read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
-    # In a forked worker pyarrow's pool of threads is gone: reading with it would wait for ever.
+    # A forked worker does not inherit the threads of pyarrow's pool: reading with them would wait forever.
     return file.read_row_group(group, columns=list(columns), use_threads=False)

@@ -1,4 +1,4 @@
-"""Open files that URLs and patterns name: object storage and web servers through fsspec, braces, globs."""
+"""Expand patterns (braces, globs) to file names, and open local files and URLs of any protocol of fsspec."""
 
 import glob
 import os
@@ -15,25 +15,26 @@ from ..files import one_line
 Record = TypeVar("Record")
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-BLOCK = 4 * 2**20  # bytes that are read ahead of a remote file at a time
-ATTEMPTS = 4  # failures in a row, with no record in between, after which reading a remote file is given up
+READ_AHEAD = 4 * 2**20  # bytes of a remote file that are fetched at a time
+ATTEMPTS = 4  # failures in a row, without a record in between, after which a remote file is given up
 
-_kept: list[AsyncFileSystem] = []
+_kept_alive: list[AsyncFileSystem] = []
 
 
 def _keep_file_systems() -> None:
-    """Keep the file systems of this process, while it forks, alive in the child, which does not use them.
+    """Before a fork, add references to all asynchronous file systems, so that the child never closes them.
 
-    The two share an epoll instance: where fsspec drops them in the child, closing their connections takes the
-    parent's own connections out of it, and the parent's next read waits until aiohttp gives up, 300 s.
+    Parent and child share one epoll instance. fsspec drops its cached file systems in the child; if that closed
+    their connections, the parent's connections would be removed from the epoll instance too, and the parent's next
+    read would hang until aiohttp's timeout of 300 s. The parent drops the references after the fork.
     """
     classes = [AsyncFileSystem]
     for cls in classes:
         classes += cls.__subclasses__()
-        _kept.extend(cls._cache.values())
+        _kept_alive.extend(cls._cache.values())
 
 
-os.register_at_fork(before=_keep_file_systems, after_in_parent=_kept.clear)
+os.register_at_fork(before=_keep_file_systems, after_in_parent=_kept_alive.clear)
 
 
 def is_url(path: str) -> bool:
@@ -42,11 +43,12 @@ def is_url(path: str) -> bool:
 
 
 def expand(source: str, key: str) -> list[str]:
-    """The files that a pattern names, sorted: braces as in `shard-{000..099}.tar`, then `*`, `?` and `**`.
+    """Expand a pattern to the sorted names of its files: braces as in `shard-{000..099}.tar`, then `*`, `?`, `**`.
 
-    An empty list if nothing local has that name. Where braces name local files, each of them must exist. Raises
-    FileNotFoundError for one that does not, ValueError for a protocol whose package is not installed and for braces
-    that do not close.
+    Returns an empty list if no local file matches; a URL without a glob is returned unchecked. If braces list
+    several local files and some exist, all must. Raises FileNotFoundError for one that does not, and ValueError for
+    braces that do not close and for an unknown protocol or one whose package is not installed; `key`, the option or
+    configuration key that named the pattern, begins the message.
     """
     if not is_url(source) and os.path.exists(source):
         return [source]
@@ -56,7 +58,7 @@ def expand(source: str, key: str) -> list[str]:
         raise ValueError(
             f"{key}: {source}: its braces do not close; allowed: such as shard-{{000..099}}.tar"
         ) from None
-    found = [file for name in names for file in _matching(name, key)]
+    found = [file for name in names for file in _expand_glob(name, key)]
     if len(names) > 1 and found and not is_url(source):
         for name in names:
             if not glob.has_magic(name) and not os.path.exists(name):
@@ -64,7 +66,7 @@ def expand(source: str, key: str) -> list[str]:
     return sorted(found)
 
 
-def _matching(name: str, key: str) -> list[str]:
+def _expand_glob(name: str, key: str) -> list[str]:
     if not is_url(name):
         return [file for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
     if not glob.has_magic(name):
@@ -74,7 +76,7 @@ def _matching(name: str, key: str) -> list[str]:
 
 
 def files_below(folder: str, suffixes: tuple[str, ...], key: str) -> list[str]:
-    """The files with one of the suffixes anywhere below a folder that a URL names, without hidden ones, sorted."""
+    """Sorted URLs of all files with these suffixes (lower case) below a remote folder, except hidden ones."""
     system = file_system(folder, key)
     names = [system.unstrip_protocol(name) for name in system.find(folder)]
     below = len(folder.rstrip("/")) + 1
@@ -87,7 +89,7 @@ def files_below(folder: str, suffixes: tuple[str, ...], key: str) -> list[str]:
 
 
 def file_system(url: str, key: str) -> fsspec.AbstractFileSystem:
-    """The file system of a URL. Raises ValueError naming the package that is missing, or the unknown protocol."""
+    """The fsspec file system of a URL. Raises ValueError for an unknown protocol or a missing package."""
     try:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
@@ -95,15 +97,15 @@ def file_system(url: str, key: str) -> fsspec.AbstractFileSystem:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a local file or a URL for reading; of a URL, blocks are read ahead, for reading in sequence."""
+    """Open a local file or a URL for reading in binary; a URL is fetched in blocks, ahead of sequential reads."""
     if not is_url(path):
         return open(path, "rb")
     system, name = fsspec.core.url_to_fs(path)
-    return system.open(name, "rb", block_size=BLOCK, cache_type="readahead")
+    return system.open(name, "rb", block_size=READ_AHEAD, cache_type="readahead")
 
 
 def size_of(path: str) -> int | None:
-    """Bytes of a file, None where a server does not say."""
+    """Size of a local or remote file in bytes; None if the server does not tell."""
     if not is_url(path):
         return os.path.getsize(path)
     system, name = fsspec.core.url_to_fs(path)
@@ -113,11 +115,11 @@ def size_of(path: str) -> int | None:
 def read_with_retries(
     read: Callable[[int], Iterator[Record]], path: str, start: int, wait: Callable[[int], None]
 ) -> Iterator[Record]:
-    """Yield the records `start`, `start + 1` ... of a file; where a remote one fails, read on from the next record.
+    """Yield the records `start`, `start + 1` ... of a file; if reading a remote one fails, read on from there.
 
-    `read(n)` yields the records from number n on; `wait(k)` is called after k failures in a row, before the next
-    attempt. Raises OSError, one line that names the file, after `ATTEMPTS` failures in a row, and at once for a
-    local file and for one that does not exist.
+    `read(n)` yields the records from number n on; `wait(k)` is called after the k-th failure in a row, before the
+    next attempt. Raises OSError, one line that names the file, after `ATTEMPTS` failures in a row; for a local file
+    and a file that does not exist, after the first.
     """
     position, attempt = start, 0
     while True:

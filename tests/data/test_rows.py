@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kl_autoencoder.data.parquet_files import ParquetRows, bytes_of_groups
+from kl_autoencoder.data.parquet_files import ParquetRows, mean_group_bytes
 from kl_autoencoder.data.sources import Keys, open_source
 from kl_autoencoder.data.tar_files import TarRows
 from tests.file_server import write_tar
@@ -58,7 +58,7 @@ def test_large_row_groups_are_copied_for_rows_in_any_order_and_not_for_rows_in_o
     pq.write_table(
         pa.table({"image": records}), tmp_path / "a.parquet", compression="none", use_dictionary=False
     )
-    assert bytes_of_groups([str(tmp_path / "a.parquet")], "image") > 8 * 2**18
+    assert mean_group_bytes([str(tmp_path / "a.parquet")], "image") > 8 * 2**18
     keys = Keys("data.train", "data.image_column")
     assert isinstance(open_source(str(tmp_path / "a.parquet"), keys, in_order=True), ParquetRows)
     assert not (tmp_path / "cache").exists()

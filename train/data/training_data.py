@@ -186,7 +186,7 @@ class TrainingData:
         size = config.held_out_side
         read = {"smallest": 1, "channels": config.channels, "label": self.labels}
         if config.binarize:
-            read["change"] = partial(binarised_once, kind=config.binarize)
+            read["transform"] = partial(binarised_once, kind=config.binarize)
         if config.validation is None:
             return Photographs(self.images, config.train, size, column, self.held_out_rows, **read)
         if config.streaming and (head := self._head(wanted)) is not None:

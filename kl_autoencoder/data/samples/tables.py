@@ -1,4 +1,4 @@
-"""The rows of a data set that needs no download: `rows[n]` -> {"image": {"bytes", "path"}, column: value, ...}."""
+"""Rows of the data sets that need no download: `rows[n]` -> {"image": {"bytes", "path"}, column: value, ...}."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -13,24 +13,28 @@ from PIL import Image
 from .installed import FACES, digits, face_patches
 from .shapes import KINDS, Shape, draw, shape
 
-SHAPES = (8192, 1024)  # to train on, and for validation
-DIGITS = 1500  # to train on, of 1,797
-PATCHES = 80  # of a hundred faces, or strangers, to train on
+TRAIN_SHAPES, VALIDATION_SHAPES = 8192, 1024
+TRAIN_DIGITS = 1500  # of 1,797; the others are for validation
+TRAIN_PATCHES = 80  # of 100 faces, and of 100 other patches; the others are for validation
 
 
 class Sample(NamedTuple):
-    """A data set: which numbers are in a split, the pixels and the columns of a number."""
+    """A data set of numbered images.
+
+    splits: the numbers in each split. pixels(number): (H, W) gray or (H, W, 3) RGB. values(number): {column: value}
+    of the columns in `features`, which holds their types.
+    """
 
     splits: dict[str, range]
-    pixels: Callable[[int], NDArray[np.uint8]]  # (H, W) gray or (H, W, 3)
+    pixels: Callable[[int], NDArray[np.uint8]]
     values: Callable[[int], dict[str, Any]] = lambda number: {}
     features: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
 class SampleRows:
-    """A split of a data set as rows; each image is encoded when it is first asked for, and then kept.
+    """The rows of a split of data set `name`; an image is encoded as PNG when it is first read, and then kept.
 
-    `columns`: the names of those beside the image; `keep` are some of them.
+    `column`: the name of the image column; `keep`: those of the other columns (`columns` has all of them) in a row.
     """
 
     def __init__(self, name: str, split: Literal["train", "validation"], column: str, keep: Sequence[str]):
@@ -52,7 +56,7 @@ class SampleRows:
         return [self._path(number) for number in self.numbers]
 
     def values(self, name: str) -> list[Any]:
-        """A whole column that is kept beside the images."""
+        """All values of a column."""
         return [self.sample.values(number)[name] for number in self.numbers]
 
     @property
@@ -71,6 +75,7 @@ class SampleRows:
 
 
 def _split(start: int, middle: int, end: int) -> dict[str, range]:
+    """The numbers from `start` up to `middle` for training, from there up to `end` for validation."""
     return {"train": range(start, middle), "validation": range(middle, end)}
 
 
@@ -82,19 +87,19 @@ def _shape(number: int) -> Shape:
 _NUMBER = datasets.Value("float64")
 SAMPLES = {
     "sample-digits": Sample(
-        _split(0, DIGITS, 1797),
+        _split(0, TRAIN_DIGITS, 1797),
         lambda number: digits()[0][number],
         lambda number: {"label": int(digits()[1][number])},
         {"label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])},
     ),
     "sample-shapes": Sample(
-        _split(0, SHAPES[0], sum(SHAPES)),
+        _split(0, TRAIN_SHAPES, TRAIN_SHAPES + VALIDATION_SHAPES),
         lambda number: draw(_shape(number)),
         lambda number: _shape(number)._asdict(),
         {"kind": datasets.ClassLabel(names=list(KINDS)), **dict.fromkeys(Shape._fields[1:], _NUMBER)},
     ),
-    "sample-faces": Sample(_split(0, PATCHES, FACES), lambda number: face_patches()[number]),
+    "sample-faces": Sample(_split(0, TRAIN_PATCHES, FACES), lambda number: face_patches()[number]),
     "sample-strangers": Sample(
-        _split(FACES, FACES + PATCHES, 2 * FACES), lambda number: face_patches()[number]
+        _split(FACES, FACES + TRAIN_PATCHES, 2 * FACES), lambda number: face_patches()[number]
     ),
 }

@@ -1,4 +1,4 @@
-"""`DataConfig`, the section `data` of a configuration: batches, sources, crops, held-out images."""
+"""`DataConfig`, the section `data` of a configuration: sources, batches, crops, held-out images."""
 
 from typing import Annotated, Literal
 
@@ -12,80 +12,86 @@ Resolution = Annotated[Whole, Field(ge=1, le=8192)]
 
 @section
 class BatchesConfig:
-    """What the data of every task have."""
+    """The keys of `data` that every task has."""
 
     batch_size: int = key(8, "images per device and forward pass", low=1, high=10**4)
 
 
 @section
 class DataConfig(BatchesConfig):
-    """What is trained on. Sources are folders, files and data sets, see `kl_autoencoder.data.locating.KINDS`."""
+    """The images to train on and to validate with. `kl_autoencoder.data.locating.KINDS` lists possible sources."""
 
     train: str = key(..., "the source of the images: a folder, parquet or webdataset files, a hub id ...")
     validation: str | None = key(
         None,
-        "a source of held-out images; null holds some of data.train out, chosen by a hash of their names",
+        "the source of the held-out images; null: some images of data.train, chosen by a hash of their names",
     )
     image_column: str = key(
-        "image", "of parquet, saved and hub sources; of webdatasets the suffix, such as jpg"
+        "image",
+        "the image column of parquet, saved and hub sources; of webdatasets the suffix of the images, such as jpg",
     )
     label_column: str | None = key(
         None,
-        "the column of the classes, whole numbers from 0 on or names, which are numbered in sorted order; of "
-        "webdatasets the suffix, such as cls",
+        "the column of the classes: whole numbers from 0 on, or names, which are numbered in sorted order; of "
+        "webdatasets the suffix of the classes, such as cls",
     )
     labels: Literal["folders"] | None = choice(
         None,
-        "the class of an image of a folder is the name of the folder that it lies in, numbered in sorted order",
+        "folders: the class of an image is the folder that it lies in; folders are numbered in sorted order",
     )
     split: str = key("train", "the split of a hub or saved source that is trained on")
     validation_split: str = key("validation", "the split of a hub or saved source that is held out")
     channels: Literal[1, 3, 4] = choice(
         3,
-        "images are read as 1, gray; 3, RGB; or 4, RGBA: what the network's in_channels and out_channels are",
+        "read images as gray (1), RGB (3) or RGBA (4); the network's in_channels and out_channels are the same",
     )
     binarize: Literal["fixed", "dynamic"] | None = choice(
         None,
-        "make gray images black and white: at a half, or each pixel white by the chance that its gray is, drawn "
-        "anew for each sample (Burda et al. 2016); held-out images once",
+        "make gray images black and white. fixed: white from half brightness on; dynamic: each pixel is white with "
+        "a probability equal to its gray value, drawn anew for each sample (Burda et al. 2016), once for held-out "
+        "images",
     )
     resolution: Resolution | tuple[Resolution, ...] = choice(
         256,
-        "side in pixels of the square crops; of a list, such as [256, 384, 512], each step has one, all of them in "
-        "turn in an order drawn anew, and one that stands there twice is taken twice as often",
+        "side in pixels of the square crops. Of a list, such as [256, 384, 512], each step takes one entry; a "
+        "cycle of steps takes each once, in an order drawn anew, so an entry given twice is taken twice as often",
     )
     buckets: bool = key(
         False,
-        "crops are rectangles of about resolution^2 pixels, as wide and high as each image is nearly itself: the "
-        "sizes of `encode-dataset --crop buckets`, one a step; the headers of all images are read at the start",
+        "crops are rectangles of about resolution^2 pixels, of nearly the aspect ratio of each image: the sizes of "
+        "`encode-dataset --crop buckets`, one size a step; the headers of all images are read at the start",
     )
     num_workers: int = key(
-        4, "processes a device that decode; 0 decodes in the training process", low=0, high=1024
+        4, "worker processes for each device; 0: images are decoded in the training process", low=0, high=1024
     )
     crop_scale: tuple[Annotated[Number, Field(ge=0, le=1)], ...] = key(
         (0.25, 1.0),
-        "range of the crop's area as a share of the largest square in the image, as torchvision's "
-        "RandomResizedCrop with ratio 1; a crop is at least `resolution` wide; of buckets, the largest rectangle",
+        "range of the crop's area, as a share of the largest square in the image (with buckets, of the largest "
+        "rectangle of its shape), as in torchvision's RandomResizedCrop with ratio 1; a crop is at least "
+        "`resolution` wide",
     )
     too_small: Literal["skip", "enlarge"] = choice(
-        "skip", "leave images out of the training whose short side is below `resolution`, or scale them up"
+        "skip",
+        "images with a short side below `resolution` are left out of the training (skip) or scaled up (enlarge)",
     )
-    horizontal_flip: bool = key(True, "mirror every other crop, by chance")
+    horizontal_flip: bool = key(True, "mirror each crop left to right with probability 1/2")
     validation_images: int | None = key(
         None,
-        "at most so many held-out images are looked at; null: 64, and of data.train an eighth at most",
+        "the largest number of held-out images; null: 64, but at most an eighth of data.train",
         low=1,
         high=10**6,
     )
     validation_resolution: int | None = key(
         None,
-        "side of the held-out images, which are squares; null: resolution, of a list the first",
+        "side in pixels of the held-out images, which are square; null: resolution, or the first of its list",
         low=1,
         high=8192,
     )
-    streaming: bool = key(False, "read parquet, webdataset and hub sources in sequence, see `StreamedImages`")
+    streaming: bool = key(
+        False, "read parquet, webdataset or hub sources in sequence, without downloading them first"
+    )
     shuffle_buffer: int = key(
-        1000, "samples of a stream that are in memory to be shuffled", low=1, high=10**7
+        1000, "encoded images of a stream that are kept in memory to be shuffled", low=1, high=10**7
     )
 
     def __post_init__(self):
@@ -113,20 +119,21 @@ class DataConfig(BatchesConfig):
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Those of the steps: one, or those of the list."""
+        """The sides in pixels of the crops: `resolution` as a tuple."""
         return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
 
     def least_resolution(self, side: int) -> int:
-        """The least resolution of which no crop has a shorter side: of buckets some have sides of half of it."""
+        """The resolution from which on no crop has a side below `side`; sides of buckets go down to half."""
         return side * 2 if self.buckets else side
 
     @property
     def held_out_side(self) -> int:
-        """The side of the held-out images."""
+        """The side in pixels of the held-out images."""
         return self.validation_resolution or self.resolutions[0]
 
     @property
     def crops(self) -> RandomCrops:
+        """How random crops are drawn and read, by these keys."""
         enlarge = self.too_small == "enlarge"
         return RandomCrops(
             tuple(self.crop_scale), self.horizontal_flip, enlarge, self.channels, self.binarize

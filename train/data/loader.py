@@ -1,4 +1,4 @@
-"""Batches from worker processes, as float32 on a device; a worker that fails ends them with `LoaderFailed`."""
+"""`TrainLoader`: batches from worker processes, as float32 on a device; `LoaderFailed` if a worker fails."""
 
 import multiprocessing
 import signal
@@ -13,14 +13,14 @@ from kl_autoencoder.distributed import end_with_the_parent
 
 
 class LoaderFailed(RuntimeError):
-    """The training data cannot be read any further; the message is one line."""
+    """Raised when the training data cannot be read any further; the message is one line."""
 
 
 class TrainLoader:
-    """The batches of a `DataLoader`, whose workers end with the iteration and with this process, however it ends.
+    """The batches of a `DataLoader`; its workers end with the iteration and with this process, however that ends.
 
-    `next` raises LoaderFailed for any failure in a worker, also if a worker was killed. The other workers are then
-    killed: they ignore SIGTERM (see `start_worker`), and multiprocessing would wait for them for ever.
+    Any failure in a worker, being killed included, is raised by `next` as LoaderFailed. The other workers are then
+    killed: they ignore SIGTERM (see `start_worker`), so multiprocessing would wait for them forever.
     """
 
     def __init__(
@@ -31,24 +31,26 @@ class TrainLoader:
         lengths: dict[str, int] | None = None,
     ):
         self.loader, self.dataset, self.device = loader, loader.dataset, torch.device(device)
-        self.parts = parts  # how many parts a batch comes in: of a stream one from each worker
-        self.lengths = {} if lengths is None else lengths  # of the shards that workers have read to the end
+        self.parts = parts  # of a batch; a stream yields one part from each worker
+        # Name -> number of records, of the shards of a stream that were read to the end.
+        self.lengths = {} if lengths is None else lengths
 
     def __iter__(self) -> Iterator[dict]:
         others = multiprocessing.active_children()
         handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(self.loader)
-        # torch's handler would raise a worker's death in the middle of a step; `next` notices within 5 seconds.
+        # torch's handler would raise an error in the middle of a step when a worker dies; without it, `next` raises
+        # within 5 seconds.
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         workers = [child for child in multiprocessing.active_children() if child not in others]
-        # The priority lets it run before multiprocessing, at the end of this process, would wait for the workers.
+        # The priority lets this run, at the end of the process, before multiprocessing waits for the workers.
         end = Finalize(None, _kill, args=(workers,), exitpriority=1)
         try:
             while True:
                 failure = None
                 try:
                     batch = join_parts([next(batches) for _ in range(self.parts)])
-                except Exception as error:  # torch's, for a worker that was killed
+                except Exception as error:  # torch raises it if a worker was killed
                     reason = _one_line(error)
                     failure = f"data.num_workers: a worker ended, of too little memory perhaps ({reason})"
                 if failure or "failure" in batch:
@@ -60,12 +62,12 @@ class TrainLoader:
         raise LoaderFailed(failure or batch["failure"])
 
     def _floats(self, images: Tensor) -> Tensor:
-        """uint8 from a worker -> float32 in [-1, 1] on the device, the same values as `image_to_tensor` gives."""
+        """(B, C, H, W) uint8 from a worker -> float32 in [-1, 1] on the device, the values of `image_to_tensor`."""
         return images.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
 
 
 def join_parts(parts: list[dict]) -> dict:
-    """Join the parts of a micro-batch, in the order of its samples; or return the first failure among them."""
+    """Join the parts of a micro-batch in the order of sample numbers, or return the first failure among them."""
     for part in parts:
         if len(parts) == 1 or "failure" in part:
             return part
@@ -85,13 +87,13 @@ def _kill(workers: list[multiprocessing.Process]) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The last line that is not blank: before it torch puts the traceback of the worker."""
+    """The last line of a message that is not blank; torch puts the traceback of the worker before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def start_worker(worker: int) -> None:
-    """Prepare a worker: ignore SIGINT and SIGTERM, which are for the trainer, and end when the trainer ends."""
+    """Prepare worker number `worker`: ignore SIGINT and SIGTERM, which the trainer handles, and end with it."""
     end_with_the_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler signals every process of a job
+    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler signals all processes of a job
         signal.signal(number, signal.SIG_IGN)

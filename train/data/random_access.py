@@ -1,4 +1,4 @@
-"""Training images by random access: the order of samples, the same for any number of ranks and workers."""
+"""Training images by random access, and the order of samples, the same for any number of ranks and workers."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from kl_autoencoder.data.sources import Rows, record_name
 from .config import DataConfig
 from .labels import Labels
 from .samples import augmentation, failure, permutation, read_sample
-from .sizes import IMAGES, STEPS, Buckets, Sizes, Steps
+from .sizes import PERMUTE_IMAGES, PERMUTE_STEPS, Buckets, Sizes, Steps
 
 
 class Draw(NamedTuple):
@@ -25,12 +25,12 @@ class Draw(NamedTuple):
 
 
 class SampleOrder(Sampler[list[Draw]]):
-    """The micro-batches of one rank, without end: lists of `batch_size` draws.
+    """An endless sequence of the micro-batches of one rank: lists of `batch_size` draws.
 
-    Epoch e is permutation(seed, e) of the images; sample n is image n % length of epoch n // length. Rank r takes
-    samples start_sample + r, start_sample + r + world_size, and so on. An optimizer step on R ranks, each with A
-    micro-batches of B samples, therefore consumes the next R * A * B samples of this one order. A run that
-    continues with another R, A or B starts at the sample after the last that was consumed.
+    Epoch e orders the `length` images by `permutation(length, seed, e)`; sample n is image number n mod `length` of
+    epoch floor(n / `length`). Rank r takes samples start_sample + r, start_sample + r + world_size, and so on. An
+    optimizer step on R ranks, each with A micro-batches of B samples, therefore consumes the next R * A * B samples
+    of this one order, and a run can continue with another R, A or B at the sample after the last one consumed.
     """
 
     def __init__(self, length: int, seed: int, batch_size: int, start_sample=0, rank=0, world_size=1):
@@ -52,19 +52,20 @@ class SampleOrder(Sampler[list[Draw]]):
 
 
 class BucketOrder(Sampler[list[Draw]]):
-    """The micro-batches of one rank, without end, all samples of a step being of one bucket.
+    """An endless sequence of the micro-batches of one rank; all samples of a step are of one bucket.
 
-    An epoch has round(images / samples of a step) steps of each bucket, in an order of its own. The images of a
-    bucket follow one another in epochs of the bucket, so that each is seen as often as any other of it; where one
-    epoch of the bucket ends in the middle of a step, the next begins there. Step k is a function of the sizes of
-    images, the seed, k and the samples of a step; ranks take its samples in turn, as in `SampleOrder`. A run that
-    continues with another number of samples a step goes on after as many samples, in another order.
+    An epoch has round(images / samples of a step) steps of each bucket, at least one, in an order of its own.
+    Within a bucket, images are taken in epochs of the bucket, which may end in the middle of a step, so that all
+    images of the bucket are seen equally often. Step k is a function of the sizes of the images, the seed, k and
+    the number of samples of a step; ranks take its samples in steps_before, as in `SampleOrder`. A run that
+    continues with another number of samples a step starts after the samples that were consumed, but in another
+    order.
     """
 
     def __init__(self, buckets: Buckets, seed: int, batch_size: int, steps: Steps, rank=0, world_size=1):
         self.members, self.seed, self.batch_size = buckets.members(), seed, batch_size
         self.steps, self.rank, self.world_size = steps, rank, world_size
-        self.turns = [max(1, round(len(images) / steps.samples)) for images in self.members]
+        self.steps_per_epoch = [max(1, round(len(images) / steps.samples)) for images in self.members]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         draws = self._draws()
@@ -80,40 +81,43 @@ class BucketOrder(Sampler[list[Draw]]):
             yield Draw(n, int(images[(n - self.steps.first) % self.steps.samples]))
 
     def images_of(self, step: int) -> np.ndarray:
-        """The numbers of the images of a step, (samples of a step,)."""
-        epoch, place = divmod(step, sum(self.turns))
-        order = np.repeat(np.arange(len(self.turns)), self.turns)
-        order = order[permutation(len(order), self.seed, epoch, STEPS)]
+        """The numbers of the images of a step: (samples of a step,)."""
+        epoch, place = divmod(step, sum(self.steps_per_epoch))
+        order = np.repeat(np.arange(len(self.steps_per_epoch)), self.steps_per_epoch)
+        order = order[permutation(len(order), self.seed, epoch, PERMUTE_STEPS)]
         bucket = int(order[place])
-        turn = epoch * self.turns[bucket] + np.count_nonzero(order[:place] == bucket)
-        return self._next_of(bucket, turn * self.steps.samples)
+        # Steps of this bucket that came before, in all epochs.
+        steps_before = epoch * self.steps_per_epoch[bucket] + np.count_nonzero(order[:place] == bucket)
+        return self._images_at(bucket, steps_before * self.steps.samples)
 
-    def _next_of(self, bucket: int, first: int) -> np.ndarray:
-        """The images of a bucket from place `first` of its epochs on, as many as a step has."""
+    def _images_at(self, bucket: int, first: int) -> np.ndarray:
+        """The images of a bucket for one step: (samples of a step,), from place `first` of its joined epochs on."""
         images, wanted = self.members[bucket], range(first, first + self.steps.samples)
         epochs = range(wanted[0] // len(images), wanted[-1] // len(images) + 1)
-        orders = [permutation(len(images), self.seed, epoch, IMAGES, bucket) for epoch in epochs]
+        orders = [permutation(len(images), self.seed, epoch, PERMUTE_IMAGES, bucket) for epoch in epochs]
         start = first - epochs[0] * len(images)
         return images[np.concatenate(orders)[start : start + len(wanted)]]
 
 
 def replacements(index: int, length: int, rng: random.Random) -> Iterator[int]:
-    """Yield `index`, then every other index once, to be read in place of unreadable ones; `rng` chooses the stride.
+    """Yield `index`, then all other indices below `length` once, as replacements of an image that cannot be used.
 
-    With a stride of 1, the first image after a damaged shard would replace all images of that shard.
+    They follow at a stride drawn by `rng`: with a stride of 1, the first image after a damaged shard would replace
+    every image of that shard.
     """
     yield index
     stride = 1 + int(rng.random() * length)
-    while math.gcd(stride, length) != 1:
+    while math.gcd(stride, length) != 1:  # else it would not reach all indices
         stride = stride % length + 1
     yield from ((index + k * stride) % length for k in range(1, length))
 
 
 class TrainImages(Dataset):
-    """The training images by random access: `dataset[Draw(n, index)]` -> sample n.
+    """The training images by random access: `dataset[Draw(n, index)]` -> sample n, as `read_sample` returns it.
 
-    An image that cannot be read is replaced by another, chosen by the seed and n alone. buckets: of the images,
-    where crops have the shape of a bucket.
+    images: the opened source; rows: the numbers of its rows to train on; sizes: the crop size of each sample;
+    buckets: the bucket of each image, None for square crops. An image that cannot be used is replaced by another,
+    chosen by the seed and n alone. An error is returned as a `failure`, not raised.
     """
 
     def __init__(
@@ -142,15 +146,15 @@ class TrainImages(Dataset):
             return failure(error)
 
     def size(self, draw: Draw) -> tuple[int, int]:
-        """(H, W) of the crop of a sample."""
+        """Size (H, W) in pixels of the crop of a sample."""
         return self.sizes.of(draw.sample, 0 if self.bucket_of is None else int(self.bucket_of[draw.index]))
 
     def some_records(self, most: int) -> list[tuple[dict, str]]:
-        """At most `most` records with their names, spread over the source."""
+        """At most `most` records, each with its name, spread evenly over the training images."""
         return [self.record(i) for i in np.unique(np.linspace(0, len(self) - 1, most).astype(int))]
 
     def record(self, index: int) -> tuple[dict, str]:
-        """The record {"bytes", "path", "columns": its row} of training image `index`, and its name for messages."""
+        """The record {"bytes", "path", "columns": {name: value}} of training image `index`, and its name."""
         row = int(self.rows[index])
         values = self.images[row]
         record = values[self.column]

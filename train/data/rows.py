@@ -1,4 +1,4 @@
-"""Samples that are read by their number, a batch at a time and without workers: latents or codes of images."""
+"""Batches of rows that are read by number, without worker processes: latents or codes of images."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,9 +12,10 @@ from .random_access import SampleOrder
 
 
 class RowBatches:
-    """The training rows of a data set as batches, in the order that images have in `TrainingData`.
+    """The training rows of a data set as batches, ordered by `SampleOrder`, like the images of `TrainingData`.
 
-    read: numbers of rows (B,) -> {name: (B, ...)}. rows: the numbers of the training rows. found: its fingerprint.
+    read: row numbers (B,) -> {name: (B, ...)}. rows: the numbers of the training rows. fingerprint: what
+    `fingerprint()` returns.
     """
 
     def __init__(
@@ -23,18 +24,20 @@ class RowBatches:
         rows: np.ndarray,
         batch_size: int,
         seed: int,
-        found: dict[str, Any],
+        fingerprint: dict[str, Any],
     ):
-        self.read, self.rows, self.batch_size, self.seed, self.found = read, rows, batch_size, seed, found
-        self.lengths: dict[str, int] = {}  # nothing is found out while reading
+        self.read, self.rows, self.batch_size, self.seed = read, rows, batch_size, seed
+        self._fingerprint = fingerprint
+        self.lengths: dict[str, int] = {}  # those of shards, which only a stream has
 
     def fingerprint(self) -> dict[str, Any]:
-        return self.found
+        """What identifies the data set, for comparison with a checkpoint's."""
+        return self._fingerprint
 
     def loader(
         self, start_sample: int = 0, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
     ) -> Iterator[dict]:
-        """The micro-batches of a rank, without end: what `read` gives, "sample" (B,) and "skipped", always []."""
+        """Yield the endless micro-batches of a rank: what `read` returns, "sample": (B,) int64, "skipped": []."""
         order = SampleOrder(len(self.rows), self.seed, self.batch_size, start_sample, rank, world_size)
         for draws in order:
             batch = self.read(self.rows[[draw.index for draw in draws]])
@@ -43,10 +46,11 @@ class RowBatches:
 
 
 def split_by_name(names: Sequence[str], held_out: int | None, most: int, key: str) -> tuple[np.ndarray, ...]:
-    """Rows to train on and rows held out: those whose names have the smallest hashes, the same in every run.
+    """Split rows by their names: the numbers of the rows to train on and of the rows held out, both ascending.
 
-    Rows of one name stay together. held_out: how many names are held out; None: `most`, and an eighth at most.
-    Raises ValueError naming `key` if nothing would be left to train on.
+    Held out are the names with the smallest hashes, the same in every run; rows with the same name stay together.
+    held_out: how many names; None: an eighth of the names, at least 1 and at most `most`. Raises ValueError, naming
+    `key`, if no name would be left to train on.
     """
     hashes = {name: hashlib.sha256(b"held out " + name.encode()).digest() for name in names}
     wanted = held_out or max(1, min(most, len(hashes) // 8))
@@ -58,7 +62,7 @@ def split_by_name(names: Sequence[str], held_out: int | None, most: int, key: st
 
 
 def digest_of(names: Iterable[bytes]) -> str:
-    """SHA-256 over the names of a source's samples, for a fingerprint."""
+    """SHA-256 (hexadecimal) over the names of a source's samples and their lengths, for a fingerprint."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(len(name).to_bytes(8, "big") + name)

@@ -1,4 +1,4 @@
-"""One training sample: an encoded image -> a random crop, as a function of the seed and its number."""
+"""One training sample: an encoded image -> a random crop, a function of the seed and the number of the sample."""
 
 import logging
 import random
@@ -18,32 +18,34 @@ from kl_autoencoder.files import one_line
 
 from .labels import ClassOutOfRange, Labels
 
-ATTEMPTS = 1000  # images in a row that cannot be used, after which a source counts as unreadable
-WARNED = 5  # skipped images that are named in the log at once
-REMEMBERED = 1000  # skipped images that are told apart; a checkpoint holds them
-PRINTED = 20  # skipped images that are named at the end
+ATTEMPTS = 1000  # images in a row that cannot be used, after which the run ends
+WARNED = 5  # the first skipped images are named in the log at once
+REMEMBERED = 1000  # skipped images that are kept by name, and held in checkpoints
+PRINTED = 20  # skipped images that are named at the end of a run
 
 log = logging.getLogger(__name__)
 
 
 def permutation(length: int, *key: int) -> np.ndarray:
-    """0 ... length-1 in an order that depends on `key` alone, whichever version of numpy is installed.
+    """A permutation of 0 ... length-1, (length,), that depends on `key` alone, not on the version of numpy.
 
-    (RandomState and SeedSequence are the generators whose output numpy promises not to change, NEP 19.)
+    numpy promises not to change the output of RandomState and SeedSequence (NEP 19).
     """
     return np.random.RandomState(np.random.SeedSequence(key).generate_state(8)).permutation(length)
 
 
 def augmentation(seed: int, sample: int) -> random.Random:
-    return random.Random(f"{seed}/{sample}")  # Python promises that text seeds alike in all versions
+    """The random generator of a sample, from which its crop and all else that is random about it is drawn."""
+    return random.Random(f"{seed}/{sample}")  # a text seeds alike in all versions of Python
 
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Crops whose scale is uniform in `scale`; `flip` mirrors half of them.
+    """How crops are drawn and read.
 
-    Images that do not cover the size of a sample are skipped, or with `enlarge` scaled up. `channels`: 1 reads
-    gray, 3 RGB, 4 RGBA. `binarize`: gray becomes black and white, see `binarised`.
+    scale: range (low, high) of `Crop.scale`, within (0, 1], drawn uniformly. flip: mirror with probability 1/2.
+    enlarge: scale up images that do not cover the size of a sample; otherwise they are skipped. channels: read gray
+    (1), RGB (3) or RGBA (4). binarize: None, or the `kind` of `binarised`.
     """
 
     scale: tuple[float, ...]
@@ -53,20 +55,22 @@ class RandomCrops:
     binarize: str | None = None
 
     def draw(self, rng: random.Random) -> Crop:
+        """Draw a crop by four numbers of `rng`."""
         low, high = self.scale
-        # random() alone is promised by Python to give the same sequence in later versions.
+        # Of Python's generators only random() is promised to give the same numbers in later versions.
         share, x, y, mirror = (rng.random() for _ in range(4))
         return Crop(low + (high - low) * share, x, y, self.flip and mirror < 0.5)
 
 
 def binarised(levels: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
-    """Gray levels, uint8 -> 0 and 255: from 128 on ("fixed"), or by chance ("dynamic").
+    """Make gray levels black and white: uint8, 0 to 255, any shape -> uint8, 0 or 255, the same shape.
 
-    By chance, a pixel is 255 with probability level / 255 (Burda et al. 2016, section 5), by one number of `rng`.
+    `kind` "fixed": 255 from level 128 on. "dynamic": 255 with probability level / 255 (Burda et al. 2016, section
+    5); one number of `rng` seeds the draw.
     """
     if kind == "fixed":
         return np.where(levels >= 128, np.uint8(255), np.uint8(0))
-    # of numpy's generators RandomState is the one that never changes (NEP 19)
+    # RandomState is the one generator of numpy whose output never changes (NEP 19).
     chance = np.random.RandomState(int(rng.random() * 2**32)).random_sample(levels.shape)
     return np.where(chance < levels / 255, np.uint8(255), np.uint8(0))
 
@@ -79,10 +83,12 @@ def read_sample(
     records: Iterable[tuple[dict, str]],
     labels: Labels | None = None,
 ) -> dict:
-    """Sample number `sample`, of `size` (H, W), from the first of `records` that can be used.
+    """Read sample number `sample`, a random crop of `size` (H, W), from the first of `records` that can be used.
 
-    records: (record, name) of the sample's own image, then of those that may replace it. `labels` number the class
-    of a record. Raises ValueError if none of the first `ATTEMPTS` can be used, and for a class out of range.
+    records: (record, name) of the sample's own image, then of those that may replace it. labels: gives the number
+    of a record's class. Returns {"image": (H, W, C) uint8, "sample": number, "skipped": [(name, reason), ...], and,
+    with `labels`, "label": int}. Raises ValueError if none of the first `ATTEMPTS` records can be used, and
+    ClassOutOfRange for a class out of range.
     """
     crop, skipped = crops.draw(rng), []
     for record, name in islice(records, ATTEMPTS):
@@ -94,7 +100,7 @@ def read_sample(
             raise
         except TooSmall as error:
             skipped.append((name, f"too small: {error}"))
-        except Exception as error:  # decoders fed with damaged bytes raise nearly everything
+        except Exception as error:  # on damaged bytes, decoders may raise anything
             message = getattr(error, "strerror", None) or str(error).removeprefix(f"{name}: ")
             message = message or type(error).__name__
             skipped.append((name, f"unreadable: {message}"))
@@ -106,10 +112,10 @@ def read_sample(
 
 
 def failure(error: Exception) -> dict:
-    """Return {"failure": one line}, which a worker passes on in place of a sample.
+    """Return {"failure": one line}, which a worker passes on in place of a sample or batch.
 
-    An exception would end the worker, and its traceback would keep the loader alive. The traceback is printed for
-    errors that are not ValueError or OSError: data do not explain those.
+    Raising the error would end the worker, and the traceback would keep the loader alive. The traceback of errors
+    other than ValueError and OSError is printed, since bad data do not explain them.
     """
     if not isinstance(error, (ValueError, OSError)):
         traceback.print_exc()
@@ -118,12 +124,16 @@ def failure(error: Exception) -> dict:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Collate samples to a batch, with images as uint8; or return the first failure among them."""
+    """Collate the results of `read_sample` to a batch, or return the first failure among them.
+
+    The batch is {"images": (B, C, H, W) uint8, or None without samples, "sample": (B,) int64, "skipped": [(name,
+    reason), ...] of all samples and, where they have labels, "labels": (B,) int64}.
+    """
     for sample in samples:
         if "failure" in sample:
             return sample
     batch = {
-        "images": _stacked([sample["image"] for sample in samples]) if samples else None,
+        "images": _stack([sample["image"] for sample in samples]) if samples else None,
         "sample": torch.tensor([sample["sample"] for sample in samples], dtype=torch.int64),
         "skipped": [image for sample in samples for image in sample["skipped"]],
     }
@@ -132,7 +142,7 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-def _stacked(images: list[np.ndarray]) -> Tensor:
+def _stack(images: list[np.ndarray]) -> Tensor:
     """Images (H, W, C) -> (B, C, H, W), uint8."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
 
@@ -144,9 +154,11 @@ def check_images(
     targets: Sequence[tuple[int, int]],
     records: list[tuple[dict, str]],
 ) -> None:
-    """Refuse, before any work starts, a training source that is unreadable or too small for the crops.
+    """Refuse, before any work starts, a training source that cannot be read or is too small for the crops.
 
-    targets: the sizes (H, W) of crops at the largest `resolution`, of which an image takes the nearest in shape.
+    records: (record, name) of some of its images. targets: the sizes (H, W) of crops at the largest `resolution`;
+    an image takes the one of nearest aspect ratio. Raises ValueError if none of the images can be read, or all are
+    too small and not to be enlarged; warns if some are.
     """
     sizes, errors = [], []
     for record, name in records:
@@ -180,17 +192,18 @@ def check_images(
 
 
 class SkippedImages:
-    """The images that could not be used in a run: unreadable, or too small.
+    """The images that could not be used in a run because they are unreadable or too small.
 
-    The first few are warned of. At most `REMEMBERED` are kept by name, however long the run, and a few are printed.
+    At most `REMEMBERED` are kept by name. The first `WARNED` are logged when they are met; `summary` names
+    `PRINTED`.
     """
 
     def __init__(self):
-        self.reasons: dict[str, str] = {}  # name: "too small: ..." or "unreadable: ..."
-        self.more = False  # whether there were more than `REMEMBERED`
+        self.reasons: dict[str, str] = {}  # name -> "too small: ..." or "unreadable: ..."
+        self.more = False  # whether more than `REMEMBERED` images were skipped
 
     def add(self, skipped: Iterable[tuple[str, str]]) -> None:
-        """Add the (name, reason) of the images that a batch skipped."""
+        """Add the images that a batch skipped, as (name, reason)."""
         for name, reason in skipped:
             if name in self.reasons:
                 continue
@@ -205,11 +218,11 @@ class SkippedImages:
         return len(self.reasons)
 
     def state(self) -> dict:
-        """What a checkpoint keeps."""
+        """The state to save in a checkpoint, for `merge`."""
         return {"reasons": self.reasons, "more": self.more}
 
     def merge(self, state: dict) -> None:
-        """Add the `state` of another rank, or of the run before it was interrupted, without warnings."""
+        """Add the `state` of another rank, or of the run before an interruption; nothing is logged."""
         for name, reason in state["reasons"].items():
             if name in self.reasons or len(self.reasons) < REMEMBERED:
                 self.reasons[name] = reason
@@ -218,7 +231,7 @@ class SkippedImages:
         self.more |= state["more"]
 
     def summary(self) -> str:
-        """Their number and kinds, then a line for each of the first; "no images were skipped" without any."""
+        """Text for the end of a run: how many images were skipped and why, and the first `PRINTED` by name."""
         if not self.reasons:
             return "no images were skipped"
         small = sum(reason.startswith("too small") for reason in self.reasons.values())

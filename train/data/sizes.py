@@ -1,7 +1,7 @@
-"""The sizes of training images: one for all samples of a step, by `data.resolution` and `data.buckets`.
+"""Choose the size of training crops, one for all samples of a step, by `data.resolution` and `data.buckets`.
 
-A step has the same size on every rank and in every micro-batch, so that each of its samples counts as much in the
-loss as any other, and no rank waits for one with larger images.
+The size is the same on every rank and in every micro-batch of a step, so that all samples count alike in the loss
+and no rank waits for another with larger images.
 """
 
 from collections import Counter
@@ -20,27 +20,31 @@ from .samples import permutation
 if TYPE_CHECKING:
     from .random_access import TrainImages
 
-RESOLUTIONS, STEPS, IMAGES = 1, 2, 3  # of the keys of permutations: what is permuted
+PERMUTE_RESOLUTIONS, PERMUTE_STEPS, PERMUTE_IMAGES = 1, 2, 3  # in the keys of permutations: what is permuted
 
 Size = tuple[int, int]  # (height, width)
 
 
 class Steps(NamedTuple):
-    """The steps of a run: `samples` each, counted from sample `first`, where the run starts or continues."""
+    """Numbers the optimizer steps of a run.
+
+    samples: samples of a step, over all ranks. first: the sample at which the run starts or continues.
+    """
 
     samples: int
     first: int = 0
 
     def of(self, sample: int) -> int:
-        """The number of the step that takes a sample: the same after a restart with as many samples a step."""
+        """The number, from 0, of the step that takes `sample`; the same in a continued run with equal `samples`."""
         return -(-self.first // self.samples) + (sample - self.first) // self.samples
 
 
 class Sizes:
-    """The size of each sample, a function of the seed, its step and, with buckets, its image.
+    """The crop size of each sample, a function of the seed, its step and, with buckets, the bucket of its image.
 
-    Of several resolutions every cycle of steps has each once, in an order of its own. targets: the buckets that are
-    used, as they are at the first resolution; None for squares. multiple: of which sides have to be.
+    resolutions: sides in pixels; each cycle of len(resolutions) steps takes each once, in an order of its own.
+    targets: the sizes (H, W) of the buckets in use at the first resolution; None for square crops. multiple: sides
+    of buckets are multiples of it.
     """
 
     def __init__(
@@ -52,41 +56,42 @@ class Sizes:
         multiple: int = 1,
     ):
         self.resolutions, self.seed, self.steps, self.targets = resolutions, seed, steps, targets
-        self.scaled = {
+        self._bucket_at = {
             (side, target): nearest_bucket(target, buckets(side, multiple))
             for side in resolutions
             for target in targets or ()
         }
 
     def of(self, sample: int, bucket: int = 0) -> Size:
-        """(H, W) of a sample, whose image is in the bucket of that number."""
+        """Size (H, W) in pixels of the crop of `sample`, if its image is in bucket number `bucket`."""
         side = self._resolution(self.steps.of(sample))
-        return self.scaled[side, self.targets[bucket]] if self.targets else (side, side)
+        return self._bucket_at[side, self.targets[bucket]] if self.targets else (side, side)
 
     def _resolution(self, step: int) -> int:
         sides = self.resolutions
         if len(sides) == 1:
             return sides[0]
         cycle, place = divmod(step, len(sides))
-        return sides[permutation(len(sides), self.seed, cycle, RESOLUTIONS)[place]]
+        return sides[permutation(len(sides), self.seed, cycle, PERMUTE_RESOLUTIONS)[place]]
 
 
 class Buckets(NamedTuple):
-    """The buckets of a source. sizes: (H, W) of each. of_image: (images,) the number of each image's bucket."""
+    """The buckets of a source. sizes: (H, W) of each. of_image: (images,), the bucket number of each image."""
 
     sizes: list[Size]
     of_image: np.ndarray
 
     def members(self) -> list[np.ndarray]:
-        """The numbers of the images of each bucket."""
+        """For each bucket the numbers of its images, (images of the bucket,)."""
         return [np.flatnonzero(self.of_image == number) for number in range(len(self.sizes))]
 
 
 def sort_into_buckets(images: Sequence[Size | None], resolution: int, multiple: int, fewest: int) -> Buckets:
-    """Sort images, by their sizes, into the buckets of nearest aspect ratio that `encode-dataset` has.
+    """Sort images, by their sizes (H, W), into the buckets of nearest aspect ratio.
 
-    Buckets of fewer than `fewest` images, those of a step, are not used, and their images go to the nearest of the
-    others; the fullest bucket is always used. An image whose size is None, since it cannot be read, goes there too.
+    The buckets are `crops.buckets(resolution, multiple)`, as in `encode-dataset`. A bucket with fewer than `fewest`
+    images (the samples of a step) is not used; its images go to the nearest bucket in use. If all have fewer, the
+    fullest is used. An image that cannot be read (size None) goes to the fullest bucket.
     """
     targets = buckets(resolution, multiple)
     full = Counter(nearest_bucket(size, targets) for size in images if size is not None)
@@ -98,19 +103,19 @@ def sort_into_buckets(images: Sequence[Size | None], resolution: int, multiple: 
 
 
 def read_sizes(images: "TrainImages") -> list[Size | None]:
-    """(H, W) of each training image, from its header; None for one that cannot be read."""
+    """Size (H, W) of each training image, from its header; None for one that cannot be read."""
     return [_size_of(*images.record(i)) for i in tracked(range(len(images)), "reading sizes", "images")]
 
 
 def _size_of(record: dict, name: str) -> Size | None:
     try:
         return image_size(encoded_file(record, name))
-    except (ValueError, OSError):  # it is named when its sample is read
+    except (ValueError, OSError):  # reported when its sample is read
         return None
 
 
-def announced(resolutions: Sequence[int], buckets: Buckets | None, samples: int) -> str:
-    """A line for the start of a run: the sizes that its crops have; "" where all are squares of one size."""
+def describe_sizes(resolutions: Sequence[int], buckets: Buckets | None, samples: int) -> str:
+    """A line for the start of a run that names the sizes of crops; "" if all are squares of one size."""
     if buckets is None:
         squares = ", ".join(f"{side}x{side}" for side in resolutions)
         return f"crops of {squares}, one a step in turn" if len(resolutions) > 1 else ""

@@ -1,4 +1,4 @@
-"""Training images read in sequence, from sources too large to convert or to download first."""
+"""Training images read in sequence, from sources that are too large to be downloaded or converted first."""
 
 import math
 from collections import deque
@@ -16,25 +16,24 @@ from .labels import Labels
 from .samples import RandomCrops, augmentation, collate, failure, permutation, read_sample
 from .sizes import Sizes
 
-LANES = 16  # least number of files that are read at the same time, if there are as many
+LANES = 16  # as many files, or more, are read at the same time if there are enough
 
 
 class Reader(NamedTuple):
-    """Worker `worker` of `workers` on rank `rank` of `ranks`."""
+    """Who reads a stream: rank `rank` of `ranks`, each with `workers` workers."""
 
     rank: int = 0
     ranks: int = 1
-    worker: int = 0
     workers: int = 1
 
 
 def lane_count(shards: int, ranks: int, workers: int) -> int:
-    """How many files are read at the same time by all readers together.
+    """Return how many files all readers (ranks * workers) together read at the same time.
 
-    A multiple of the number of readers, ranks * workers, so that no two readers share a file: its odd part times
-    the least power of two that gives at least `LANES` and at least one lane a reader. With fewer shards than that,
-    it is halved until there are enough shards, or as often as it is even; if that is not enough, the largest power
-    of two that there are shards for.
+    With readers = odd * 2^j it is the smallest odd * 2^k that is at least `LANES` and at least the number of
+    readers: a multiple of the number of readers, so that no two readers share a file. With fewer shards, k is
+    lowered until there are as many shards; if even `odd` is too many, it is the largest power of two up to
+    `shards`.
     """
     readers = ranks * workers
     odd = readers // (readers & -readers)
@@ -47,14 +46,14 @@ def lane_count(shards: int, ranks: int, workers: int) -> int:
 
 
 def readers_of_a_file(shards: int, ranks: int, workers: int) -> float:
-    """How many times the source is read in an epoch: 1 where there are as many shards as readers."""
+    """How many readers read each file, on average: 1 if there are enough files, more if readers have to share."""
     return max(1.0, ranks * workers / lane_count(shards, ranks, workers))
 
 
 class StreamedImages(IterableDataset):
-    """The samples `first + rank`, `first + rank + ranks` ... of a streamed source, in parts of batches, for ever.
+    """An endless stream of a rank's samples, `first + rank`, `first + rank + ranks` ..., in parts of micro-batches.
 
-    The shards (files) of all epochs form one sequence, each epoch in an order of its own. They are read as L lanes
+    The shards (files) of all epochs form one sequence, each epoch in an order of its own. They are read in L lanes
     (`lane_count`): file k belongs to lane k % L, and sample n is record n // L of lane n % L. With L = 4:
 
         lane 0: files 0, 4, 8 ...    samples 0, 4, 8 ...
@@ -63,22 +62,22 @@ class StreamedImages(IterableDataset):
         lane 3: files 3, 7, 11 ...   samples 3, 7, 11 ...
 
     The records of a file are shuffled within blocks of shuffle_buffer // L neighbours. An image that cannot be used
-    is replaced by one that follows it.
+    is replaced by another one of its block, or of a later block.
 
-    Resuming: sample n is a function of the source, the seed, n, shuffle_buffer and L. With the same L, a run
-    therefore continues with the very samples that it would have consumed. L is the same for the same numbers of
-    ranks and workers, for the same product of both, and for powers of two with up to 16 readers in all. With
-    another L, the run continues after as many samples as were consumed, but in another order: in the current epoch,
-    some images are then seen once more and some not at all, as many as lie between the places of the lanes then and
-    now.
+    Resuming: sample n is a function of the source, the seed, n, shuffle_buffer and L. With the same L, a continued
+    run therefore takes exactly the samples that it would have taken. For one source, L depends on the number of
+    readers (ranks * workers) alone, and is the same for 1, 2, 4, 8 and 16 of them. With another L, the run
+    continues after as many samples as were consumed, but in another order: some images of the current epoch are
+    then seen twice and some not at all, as many as lie between the positions of the old and the new lanes.
 
-    Costs: each lane is read by one worker of one rank if there are as many files as readers (else by
-    `readers_of_a_file` of them). To start at sample n, a reader skips the files before it whose lengths are known:
-    those of local parquet, and those in `lengths`, which were read to the end before; it reads the others.
-    All readers together keep shuffle_buffer encoded images in memory.
+    Costs: each lane is read by one worker of one rank, or, if there are fewer files than readers, by
+    `readers_of_a_file` of them. To start at sample n, a reader skips earlier files of known length (local parquet
+    files, and those in `lengths`, which were once read to the end) and reads through the others. All readers
+    together keep shuffle_buffer encoded images in memory.
 
-    Worker w of W yields its part of each micro-batch; `TrainLoader` joins the parts. `lengths`: name of a shard ->
-    its number of records; each part holds those that were found since the part before.
+    Each worker yields its part of each micro-batch, the result of `collate` or a `failure`; `TrainLoader` joins the
+    parts. `lengths`: name of a shard -> its number of records; under "lengths", a part has those that were found
+    since the part before.
     """
 
     def __init__(
@@ -94,20 +93,16 @@ class StreamedImages(IterableDataset):
         reader: Reader = Reader(),  # noqa: B008 - immutable
         labels: Labels | None = None,
     ):
-        self.stream, self.crops, self.sizes, self.seed, self.batch_size = (
-            stream,
-            crops,
-            sizes,
-            seed,
-            batch_size,
-        )
+        self.stream, self.crops, self.sizes, self.seed = stream, crops, sizes, seed
+        self.batch_size = batch_size
         self.first, self.reader, self.lengths = first, reader, dict(lengths or {})
         self.labels = labels
         self.shards = stream.num_shards
         self.lanes = lane_count(self.shards, reader.ranks, reader.workers)
         self.block_size = max(1, shuffle_buffer // self.lanes)
-        self._orders: dict[int, np.ndarray] = {}  # those of the last epochs asked for
-        self.found: list[tuple[str, int]] = []  # lengths found since the last part
+        self._shard_orders: dict[int, np.ndarray] = {}  # epoch -> order of its shards, of the last epochs
+        # (name, records) of the shards that were read to the end since the last part
+        self.new_lengths: list[tuple[str, int]] = []
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
@@ -120,43 +115,45 @@ class StreamedImages(IterableDataset):
                     )
                     for n, records in part
                 ]
-                yield collate(samples) | {"lengths": self.found}
-                self.found = []
+                yield collate(samples) | {"lengths": self.new_lengths}
+                self.new_lengths = []
         except Exception as error:
             yield failure(error)
 
     def draws(self, worker: int) -> Iterator[Iterator[tuple[int, Iterator[tuple[dict, str]]]]]:
-        """For each micro-batch, the samples that a worker reads: (number, records) as for `read_sample`.
+        """Yield for each micro-batch the samples that a worker reads, as (number, records) for `read_sample`.
 
-        The samples of a rank visit its lanes in turn, always in the same order. Each worker takes some of the
-        lanes, or, where there are fewer lanes than workers, some of the samples.
+        The samples of a rank come from its lanes in turn, always in the same order. Each worker reads some of the
+        lanes; if there are fewer lanes than workers, it reads some of the samples of a lane.
         """
         ranks, workers = self.reader.ranks, self.reader.workers
-        own = self.lanes // math.gcd(self.lanes, ranks)  # lanes that this rank visits
+        lanes_of_rank = self.lanes // math.gcd(self.lanes, ranks)  # how many of the lanes this rank reads
         lanes: dict[int, Lane] = {}
 
-        def mine(start: int) -> Iterator[tuple[int, Iterator[tuple[dict, str]]]]:
+        def samples_of_batch(start: int) -> Iterator[tuple[int, Iterator[tuple[dict, str]]]]:
             for i in range(start, start + self.batch_size):
-                if (i % own if own >= workers else i) % workers == worker:
+                if (i % lanes_of_rank if lanes_of_rank >= workers else i) % workers == worker:
                     n = self.first + self.reader.rank + i * ranks
                     number = n % self.lanes
                     if number not in lanes:
                         lanes[number] = Lane(self, number)
                     yield n, lanes[number].records_from(n // self.lanes)
 
-        return map(mine, count(0, self.batch_size))
+        return map(samples_of_batch, count(0, self.batch_size))
 
     def epoch_and_shard(self, k: int) -> tuple[int, int]:
-        """(epoch, shard) of file k of the sequence."""
+        """(epoch, shard) of file `k` of the sequence of the files of all epochs."""
         epoch, place = divmod(k, self.shards)
-        if epoch not in self._orders:
-            if len(self._orders) == 4:  # enough, since lanes are at most in neighbouring epochs
-                self._orders.pop(min(self._orders))
-            self._orders[epoch] = permutation(self.shards, self.seed, epoch)
-        return epoch, int(self._orders[epoch][place])
+        if epoch not in self._shard_orders:
+            if (
+                len(self._shard_orders) == 4
+            ):  # enough: at any time the lanes are in at most two neighbouring epochs
+                self._shard_orders.pop(min(self._shard_orders))
+            self._shard_orders[epoch] = permutation(self.shards, self.seed, epoch)
+        return epoch, int(self._shard_orders[epoch][place])
 
     def length(self, shard: int) -> int | None:
-        """The number of records of a shard; None until it has been read to the end, or the stream knows it."""
+        """The number of records of a shard, if the stream knows it or it has been read to the end; else None."""
         name = self.stream.name(shard)
         if name not in self.lengths:
             known = self.stream.length(shard)
@@ -169,11 +166,11 @@ class StreamedImages(IterableDataset):
         """Remember the number of records of a shard that was read to its end."""
         name = self.stream.name(shard)
         if name not in self.lengths:
-            self.found.append((name, length))
+            self.new_lengths.append((name, length))
         self.lengths[name] = length
 
     def blocks(self, shard: int, start: int) -> Iterator[list[tuple[dict, str]]]:
-        """The blocks of a shard, lists of (record, name), from record `start` on, which is the first of a block."""
+        """Yield the blocks of a shard, lists of (record, name), from record `start` on, the first of its block."""
         records, at = self.stream.read(shard, start), start
         while block := list(islice(records, self.block_size)):
             yield [
@@ -184,7 +181,7 @@ class StreamedImages(IterableDataset):
         self.note_length(shard, at)
 
     def some_records(self, most: int) -> list[tuple[dict, str]]:
-        """The first records with their names, at most `most`."""
+        """The first `most` records, or all if there are fewer, each with its name."""
         records = (
             record for shard in range(self.shards) for block in self.blocks(shard, 0) for record in block
         )
@@ -192,34 +189,40 @@ class StreamedImages(IterableDataset):
 
 
 class Lane:
-    """One of the sequences of files that a stream is read as; a file is opened when it is first needed."""
+    """Lane `number` of a stream: files `number`, `number + L` ... in sequence, each opened when it is needed."""
 
     def __init__(self, stream: StreamedImages, number: int):
         self.stream = stream
-        self.file = number  # place of the next file to open in the sequence of all files
-        self.before = 0  # records of the lane in the files before it
-        self.first, self.block = 0, []  # the current block, and the position of its first record in the lane
-        # later blocks, with their positions, that replacements were taken from
-        self.ahead: deque[tuple[int, list[tuple[dict, str]]]] = deque()
+        self.next_file = number  # in the sequence of the files of all epochs
+        self.records_before = 0  # number of records of the lane in the files before the current one
+        # The current block, and the position of its first record in the lane.
+        self.first, self.block = 0, []
+        # Blocks after the current one that were read for replacements, each with its position in the lane.
+        self.later_blocks: deque[tuple[int, list[tuple[dict, str]]]] = deque()
         self.blocks = iter(())
 
     def records_from(self, position: int) -> Iterator[tuple[dict, str]]:
-        """The record at a position of the lane, then those that may replace it: its block, then later blocks.
+        """Yield the record at a position of the lane, then its replacements: its block, then later blocks.
 
         Positions must not decrease from call to call.
         """
         while position >= self.first + len(self.block):
-            self.first, self.block = self.ahead.popleft() if self.ahead else self._next_block(position)
+            self.first, self.block = (
+                self.later_blocks.popleft() if self.later_blocks else self._next_block(position)
+            )
         at = position - self.first
         yield from self.block[at:]
         yield from self.block[:at]
         for later in count():
-            if later == len(self.ahead):
-                self.ahead.append(self._next_block(0))
-            yield from self.ahead[later][1]
+            if later == len(self.later_blocks):
+                self.later_blocks.append(self._next_block(0))
+            yield from self.later_blocks[later][1]
 
     def _next_block(self, position: int) -> tuple[int, list[tuple[dict, str]]]:
-        """The next block and its position in the lane; what ends before `position` may be skipped."""
+        """The position of the next block in the lane, and the block. Blocks before `position` may be skipped.
+
+        Raises ValueError after many files in a row without a record.
+        """
         empty = 0
         while True:
             found = next(self.blocks, None)
@@ -227,22 +230,22 @@ class Lane:
                 return found
             self.blocks = self._open(position)
             empty += 1
-            if empty > 100 * self.stream.shards:  # rather than search for ever
+            if empty > 100 * self.stream.shards:  # rather than search forever
                 raise ValueError(f"data.train: {empty} files in a row without an image")
 
     def _open(self, position: int) -> Iterator[tuple[int, list[tuple[dict, str]]]]:
-        """The shuffled blocks of the lane's next file; none if the file is known to end before `position`."""
-        stream, (epoch, shard) = self.stream, self.stream.epoch_and_shard(self.file)
+        """Yield the shuffled blocks of the lane's next file, none if it is known to end before `position`."""
+        stream, (epoch, shard) = self.stream, self.stream.epoch_and_shard(self.next_file)
         length = stream.length(shard)
-        self.file += stream.lanes
-        if length is not None and position >= self.before + length:
-            self.before += length
+        self.next_file += stream.lanes
+        if length is not None and position >= self.records_before + length:
+            self.records_before += length
             return
-        # A file of unknown length may end before the position: it is read from its beginning.
-        skipped = 0 if length is None else max(0, position - self.before) // stream.block_size
+        # A file of unknown length may end before the position, so it is read from its beginning.
+        skipped = 0 if length is None else max(0, position - self.records_before) // stream.block_size
         at = skipped * stream.block_size
         for number, block in enumerate(stream.blocks(shard, at), skipped):
             order = permutation(len(block), stream.seed, epoch, shard, number)
-            yield self.before + at, [block[i] for i in order]
+            yield self.records_before + at, [block[i] for i in order]
             at += len(block)
-        self.before += at
+        self.records_before += at

@@ -1,9 +1,8 @@
-"""`TrainingData`: from sources to batches (B, C, H, W) in [-1, 1], resumable at any sample, and held-out images.
+"""`TrainingData`: batches (B, C, H, W) in [-1, 1], resumable at any sample, and held-out images.
 
-Sample number n, counted from 0 over the whole run and all ranks, is a pure function of the source, the seed and n:
-which image, which crop, flipped or not. A checkpoint therefore only holds how many samples were consumed, and a run
-continues at the next one on any number of ranks and workers. For streams this holds with the limits that
-`StreamedImages` names.
+Sample n, counted from 0 over the whole run and all ranks, is a function of the source, the seed and n alone: which
+image, which crop, mirrored or not. A checkpoint therefore holds only how many samples were consumed, and a run
+continues at the next one on any number of ranks and workers. `StreamedImages` says how far this holds for streams.
 """
 
 import hashlib
@@ -28,25 +27,26 @@ from .labels import Source, labels_of_rows, labels_of_stream
 from .loader import TrainLoader, start_worker
 from .random_access import BucketOrder, SampleOrder, TrainImages
 from .samples import binarised, check_images, collate, permutation
-from .sizes import Buckets, Sizes, Steps, announced, read_sizes, sort_into_buckets
+from .sizes import Buckets, Sizes, Steps, describe_sizes, read_sizes, sort_into_buckets
 from .streams import Reader, StreamedImages, readers_of_a_file
 
 HELD_OUT = 64  # held-out images where data.validation_images is null
-LOOKED_AT = 32  # images whose headers are read before any work starts
+IMAGES_CHECKED = 32  # training images whose headers are read before any work starts
 TRAIN, VALIDATION = (
     Keys(f"data.{source}", "data.image_column", "data.label_column") for source in ("train", "validation")
 )
-DRAWN = 0  # key of the permutation by which validation images are chosen from a larger source
+PERMUTE_VALIDATION = 0  # key of the permutation that chooses images of data.validation
 
 log = logging.getLogger(__name__)
 
 
 def split_rows(config: DataConfig, images: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training source to train on, and those held out: the same for every seed and run.
+    """Split the training source: its rows to train on and its held-out rows, ascending, the same for every seed.
 
-    Held out are the images with the smallest hashes of their names (of their contents, where they have no names).
-    An image that is added to the source thus replaces at most one held-out image, and no image that was trained on
-    becomes a held-out one, unless a held-out one is removed from the source.
+    Held out are the images with the smallest hashes of their names (of their contents, if they have no names). An
+    image that is added to the source thus replaces at most one held-out image, and an image that was trained on is
+    held out later only if a held-out one is removed. If `data.validation` is given, all rows are
+    trained on. Raises ValueError if no image would be left to train on.
     """
     if config.validation is not None:
         return np.arange(len(images)), np.arange(0)
@@ -65,9 +65,10 @@ def split_rows(config: DataConfig, images: Rows) -> tuple[np.ndarray, np.ndarray
 class TrainingData:
     """The sources of a run, opened once: batches to train on, held-out images, a fingerprint.
 
-    classes: how many the network knows, None for any number. multiple: of which the sides of crops have to be.
-    samples_per_step: over all ranks, None for a micro-batch; samples of a step have one size. Raises ValueError or
-    FileNotFoundError for a training source that cannot be used, and ValueError for classes out of range.
+    classes: the number of classes that the network knows, None for any. multiple: sides of crops in buckets are
+    multiples of it. samples_per_step: over all ranks (None: batch_size); the samples of a step have one size.
+    Raises FileNotFoundError or ValueError for a training source that cannot be used, and ValueError for classes out
+    of range.
     """
 
     def __init__(
@@ -81,54 +82,59 @@ class TrainingData:
         self.config, self.seed, self.multiple = config, seed, multiple
         self.samples_per_step = samples_per_step or config.batch_size
         self.buckets: Buckets | None = None
-        self.lengths: dict[str, int] = {}  # of the shards of a stream that were read to the end
-        self.kept = [] if config.label_column is None else [config.label_column]
+        # Name -> number of records, of the shards of a stream that were read to the end.
+        self.lengths: dict[str, int] = {}
+        self.kept_columns = [] if config.label_column is None else [config.label_column]
         source = Source(config.train, config.image_column, config.label_column, config.labels == "folders")
         if config.streaming:
-            self.stream = open_stream(config.train, TRAIN, config.image_column, config.split, self.kept)
+            self.stream = open_stream(
+                config.train, TRAIN, config.image_column, config.split, self.kept_columns
+            )
             self.labels = labels_of_stream(source, self.stream, classes)
         else:
-            self.images = open_source(config.train, TRAIN, config.image_column, config.split, keep=self.kept)
+            self.images = open_source(
+                config.train, TRAIN, config.image_column, config.split, keep=self.kept_columns
+            )
             self.rows, self.held_out_rows = split_rows(config, self.images)
             self.labels = labels_of_rows(source, self.images, classes)
         largest = max(config.resolutions)
         targets = buckets(largest, multiple) if config.buckets else [(largest, largest)]
-        records = self._dataset().some_records(LOOKED_AT)
+        records = self._dataset().some_records(IMAGES_CHECKED)
         check_images(config.train, config.too_small == "enlarge", largest, targets, records)
         if config.buckets:
-            self.buckets = self._sorted()
+            self.buckets = self._sort_into_buckets()
 
-    def _sorted(self) -> Buckets:
-        """The buckets that the training images are in."""
+    def _sort_into_buckets(self) -> Buckets:
+        """Sort the training images into buckets, by their headers."""
         sizes = read_sizes(self._dataset())
         return sort_into_buckets(sizes, self.config.resolutions[0], self.multiple, self.samples_per_step)
 
     @property
     def number_of_sizes(self) -> int:
-        """How many sizes crops have."""
+        """How many different sizes crops have."""
         return len(set(self.config.resolutions)) * (1 if self.buckets is None else len(self.buckets.sizes))
 
     def announced(self) -> str:
-        """A line that says which sizes crops have; "" where all are squares of one."""
-        return announced(self.config.resolutions, self.buckets, self.samples_per_step)
+        """A line that names the sizes of crops; "" if all are squares of one size."""
+        return describe_sizes(self.config.resolutions, self.buckets, self.samples_per_step)
 
     def loader(
         self, start_sample: int = 0, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
     ) -> TrainLoader:
-        """The micro-batches of rank `rank` of `world_size`, from sample `start_sample` of the run on, without end.
+        """An endless sequence of the micro-batches of rank `rank` of `world_size`, from sample `start_sample` on.
 
-        A batch is {"images": (B, C, H, W) float32 in [-1, 1], "sample": (B,) int64, numbers of its samples,
-        "skipped": [(name, reason), ...], the images met that could not be used, for `SkippedImages`}, and where
-        they have classes "labels": (B,) int64. The numbers
-        of different ranks interleave, see `SampleOrder`. Workers read ahead, so the `start_sample` of a
-        continued run is the number of samples that the trainer has consumed, over all ranks.
+        A batch is {"images": (B, C, H, W) float32 in [-1, 1], "sample": (B,) int64, the numbers of its samples,
+        "skipped": [(name, reason), ...], images that could not be used, for `SkippedImages`, and, if images have
+        classes, "labels": (B,) int64}. The sample numbers of different ranks interleave, see `SampleOrder`. Workers
+        read ahead; the `start_sample` of a continued run is therefore the number of samples that the trainer has
+        consumed, over all ranks, not of those that were read.
 
         Do not pass it to accelerate's `prepare`, which would divide the batches among the ranks a second time.
         """
         config, dataset = self.config, self._dataset(start_sample, rank, world_size)
         parts = max(config.num_workers, 1) if config.streaming else 1
         if config.streaming:
-            order = {"batch_size": None}  # the data set yields parts of batches itself
+            order = {"batch_size": None}  # the data set itself yields parts of batches
             order |= {"prefetch_factor": 2 * parts} if config.num_workers else {}
             self._warn_of_shared_files(rank, world_size, parts)
         else:
@@ -137,7 +143,7 @@ class TrainingData:
             dataset,
             **order,
             num_workers=config.num_workers,
-            collate_fn=_unchanged if config.streaming else collate,
+            collate_fn=_identity if config.streaming else collate,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # without it each new iterator would advance torch's global generator
@@ -176,10 +182,11 @@ class TrainingData:
         )  # fmt: skip
 
     def held_out(self) -> Photographs:
-        """At most `validation_images` images, squares of the validation resolution; the same for every seed.
+        """The held-out images: at most `validation_images`, square, the same for every seed.
 
-        They come from `data.validation`, drawn at random where it has more (of a stream, the first), or are held
-        out of the training source. Raises the same errors as the constructor.
+        Their side is `DataConfig.held_out_side`. They are the held-out rows of the training source, or images of
+        `data.validation`: a random choice if it has more, the first ones if it is streamed. Raises the same errors
+        as the constructor.
         """
         config = self.config
         column, wanted = config.image_column, config.validation_images or HELD_OUT
@@ -189,20 +196,20 @@ class TrainingData:
             read["transform"] = partial(binarised_once, kind=config.binarize)
         if config.validation is None:
             return Photographs(self.images, config.train, size, column, self.held_out_rows, **read)
-        if config.streaming and (head := self._head(wanted)) is not None:
+        if config.streaming and (head := self._first_rows(wanted)) is not None:
             return Photographs(head, config.validation, size, column, **read)
         split = config.validation_split
-        images = open_source(config.validation, VALIDATION, column, split, "validation", self.kept)
-        rows = np.sort(permutation(len(images), DRAWN)[:wanted])
+        images = open_source(config.validation, VALIDATION, column, split, "validation", self.kept_columns)
+        rows = np.sort(permutation(len(images), PERMUTE_VALIDATION)[:wanted])
         return Photographs(images, config.validation, size, column, rows, **read)
 
-    def _head(self, wanted: int) -> list[dict] | None:
-        """The first rows of a validation source that can be streamed; None for one that is read in place."""
+    def _first_rows(self, wanted: int) -> list[dict] | None:
+        """The first `wanted` rows of the validation source, streamed; None for a source that is read in place."""
         config = self.config
         if locate(config.validation, VALIDATION.source, "validation").kind in ("images", "saved", "sample"):
             return None
         stream = open_stream(
-            config.validation, VALIDATION, config.image_column, config.validation_split, self.kept
+            config.validation, VALIDATION, config.image_column, config.validation_split, self.kept_columns
         )
         records = (record for shard in range(stream.num_shards) for record in stream.read(shard))
         return [
@@ -211,11 +218,11 @@ class TrainingData:
         ]
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What tells the training source from another: {"images": their number, "sha256": of their names}.
+        """Identify the training source: {"images": number of images, "sha256": hash of their names}.
 
-        Where images have no names, the hash is of contents, of 64 images spread over the source. Of a stream it is
-        {"files": their number, "sha256": of their names and, if local, sizes}. A folder that was moved or copied
-        has the same fingerprint.
+        If images have no names, the hash is of the contents of 64 of them, spread over the source. For a stream it
+        is {"files": number of files, "sha256": hash of their names and, of local files, sizes}. A folder has the
+        same fingerprint after it was moved or copied.
         """
         if self.config.streaming:
             files = range(self.stream.num_shards)
@@ -231,11 +238,11 @@ class TrainingData:
 
 
 def binarised_once(image: Tensor, row: int, kind: str) -> Tensor:
-    """A held-out gray image (1, 1, H, W) in [-1, 1] -> -1 and 1, by its row: the same each time it is read."""
+    """Make a held-out gray image (1, 1, H, W) in [-1, 1] black (-1) and white (1), the same each time for a row."""
     levels = ((image + 1) * 127.5).round().to(torch.uint8).numpy()
     return torch.from_numpy(binarised(levels, kind, random.Random(f"held out/{row}"))).float() / 127.5 - 1
 
 
-def _unchanged(part: dict) -> dict:
-    """A `collate_fn` for parts that `StreamedImages` has collated already."""
+def _identity(part: dict) -> dict:
+    """The `collate_fn` for the parts of batches of `StreamedImages`, which are collated already."""
     return part

@@ -1,4 +1,4 @@
-"""Shared fixtures: what is beside the project (`../shared`) is used where it is there."""
+"""Shared fixtures; the folder `../shared` beside the project is used where it exists."""
 
 import os
 from pathlib import Path
@@ -8,12 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-# Before torch is imported anywhere, for this process and those it starts. Small networks gain nothing from more
-# threads, and where another program holds a core these wait for one another thousands of times a second.
+# Set before torch is imported anywhere, for this process and those that it starts. Small networks gain nothing from
+# more threads, which on a core shared with another program wait for each other thousands of times a second.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Threads of the tests that have several wait without computing: beside another process that spins for minutes.
+# In tests with several threads the waiting ones sleep: spinning beside another busy process takes minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# LPIPS backbones from beside the project, unless the user has some.
+# The LPIPS backbones of ../shared, unless the user has set TORCH_HOME.
 if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
 
@@ -24,9 +24,28 @@ def backbone_missing(net):
     return not backbone_file(net).is_file()
 
 
+@pytest.fixture
+def nothing_is_small(monkeypatch):
+    """Execute small networks, which are quick to test, in pieces as large ones are."""
+    from kl_autoencoder.inference import dispatch
+
+    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
+
+
+@pytest.fixture
+def two_threads():
+    """Let torch compute with two threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["alex", "squeeze"])
 def lpips_net(request):
-    """A net whose backbone is on this machine; nothing is downloaded."""
+    """The name of an LPIPS net; skips where its backbone is not on this machine, nothing is downloaded."""
     if backbone_missing(request.param):
         pytest.skip(f"the LPIPS backbone {request.param} is not in TORCH_HOME")
     return request.param
@@ -73,7 +92,7 @@ def two_models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def five_photos(tmp_path_factory):
-    """A folder of five photographs of different shapes, and a file that is none."""
+    """A folder of five photographs of different shapes and one file that is not an image, broken.png."""
     from PIL import Image
     from skimage import data
 
@@ -88,7 +107,7 @@ def five_photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def report(two_models, five_photos, tmp_path_factory):
-    """The folder that one process of `evaluate` wrote of them, with all images."""
+    """The folder that `evaluate --save-images` of `two_models` on `five_photos` wrote, in one process."""
     from tests.evaluated import evaluate
 
     output = tmp_path_factory.mktemp("report") / "report"

@@ -1,7 +1,6 @@
-"""Real processes that start in a tenth of a second: forked from one that has imported everything already.
+"""Start real processes in a tenth of a second, by forking one that has already imported everything.
 
-Each can be killed, signalled and joined to others over gloo as a process of `python -m train` can. What it prints
-goes to a file.
+They can be killed, signalled and joined over gloo like processes of `python -m train`. They print to a log file.
 """
 
 import multiprocessing
@@ -34,10 +33,16 @@ _context.set_forkserver_preload(
 
 
 def start(log: Path, function: Callable, *arguments, **environment: str) -> multiprocessing.Process:
-    """A process that runs `function`, of a module's top level, and exits with what it returns."""
+    """Start a process that runs `function(*arguments)` and exits with what that returns.
+
+    Args:
+        log: the file that standard output and error are appended to.
+        function: one of a module's top level, since it is pickled by name.
+        environment: variables that only this process has.
+    """
     ours = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    forkserver.ensure_running()  # inherits these
+    forkserver.ensure_running()  # the server inherits these variables
     os.environ |= {name: value for name, value in ours.items() if value is not None}
     for name in [name for name, value in ours.items() if value is None]:
         del os.environ[name]
@@ -51,16 +56,15 @@ def _run(log: str, environment: dict[str, str], function: Callable, arguments: t
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
-    # as at a terminal: of what runs in the background a shell has SIGINT ignored
+    # as in a terminal: a shell lets its background jobs ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # its workers, as those of a program that was not forked
+    # data-loader workers start as in a program that was not forked itself
+    multiprocessing.set_start_method("fork", force=True)
     sys.exit(function(*arguments))
 
 
 def finish(*processes: multiprocessing.Process) -> list[int]:
-    """Wait for their ends; returns the exit codes, -9 for one killed by SIGKILL."""
+    """Wait until all have ended and return their exit codes, -9 for one killed by SIGKILL."""
     deadline = time.monotonic() + PATIENCE
     try:
         for process in processes:
@@ -73,7 +77,7 @@ def finish(*processes: multiprocessing.Process) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], process: multiprocessing.Process | subprocess.Popen) -> bool:
-    """Whether the condition came true before the process ended."""
+    """Wait until the condition is true or the process has ended; return whether the condition came true."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         ended = (
@@ -87,7 +91,7 @@ def wait_until(condition: Callable[[], bool], process: multiprocessing.Process |
 
 
 def start_ranks(number: int, log: Path, function: Callable, *arguments) -> list[multiprocessing.Process]:
-    """`number` processes that find each other over gloo, as torchrun starts them; the last to end wrote all."""
+    """Start `number` ranks with torchrun's variables, by which they find each other over gloo; one log for all."""
     [port] = free_ports(1)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number),
               "LOCAL_WORLD_SIZE": str(number)}  # fmt: skip

@@ -1,8 +1,8 @@
-"""What runs on a GPU, run without one: torch's fake tensors have a device and a shape, and no numbers.
+"""The GPU's paths without a GPU: torch's fake tensors have a device, a shape and a type, but no numbers.
 
-A tensor that is made on the wrong device, a shape that does not fit, or a type that changes on the way is an error
-there as it would be on a GPU. Triton's kernels are replaced by launchers that look at what they are given; their
-numbers are tested in Triton's interpreter, in test_executor.py.
+A tensor made on the wrong device, a shape that does not fit or a type that changes on the way is an error, as it
+would be on a GPU. Launchers that check their arguments replace Triton's kernels; test_executor.py tests the numbers
+of those in Triton's interpreter.
 """
 
 import pytest
@@ -19,7 +19,7 @@ LEVELS = {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "norm_n
 
 
 class Launcher:
-    """Stands for a Triton kernel: its tensors are on the GPU, and no axis of the grid is 0."""
+    """Stands for a Triton kernel: checks that its tensors are on the GPU and that no axis of the grid is 0."""
 
     def __init__(self):
         self.launches = 0
@@ -73,7 +73,7 @@ def test_pieces_stay_on_the_gpu_and_fit(gpu, dtype, how):
 
 
 def test_shapes_can_be_asked_for_on_the_meta_device():
-    """As with diffusers' class: nothing is computed, and nothing is said to be on a device without autocast."""
+    """As with diffusers' class: nothing is computed, and a device without autocast is no error."""
     with torch.device("meta"):
         vae = KLAutoencoder(**LEVELS)
         latents = vae.encode(torch.empty(1, 3, 64, 72)).latent_dist.mode()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -24,9 +23,10 @@ from kl_autoencoder.inference.dispatch import infer, largest_activation, why_who
 from kl_autoencoder.inference.executor import Executor
 from kl_autoencoder.inference.memory import available_in_control_group, limit_of_control_group
 from kl_autoencoder.networks import convolutional as net
+from tests.conftest import ROOT
 from tests.models.test_autoencoder_kl import images, pair, pipeline, run
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("nothing_is_small")
 
 
 @pytest.fixture
@@ -35,10 +35,14 @@ def vae():
     return KLAutoencoder(block_out_channels=(8, 16), norm_num_groups=4).eval()
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch):
-    """So that small networks, quick to test, are executed in pieces as large ones are."""
-    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
+@pytest.fixture
+def pieces(monkeypatch):
+    """The shape of every input that is executed in pieces, in order."""
+    shapes, execute = [], Executor.run
+    monkeypatch.setattr(
+        Executor, "run", lambda self, network, x: shapes.append(tuple(x.shape)) or execute(self, network, x)
+    )
+    return shapes
 
 
 def latents(*shape):
@@ -68,7 +72,7 @@ def test_in_training_gradients_are_those_of_the_plain_network(vae):
     assert x.grad.abs().sum() > 0
 
 
-def test_without_gradients_it_is_executed_in_pieces(vae):
+def test_without_gradients_the_network_is_executed_in_pieces(vae):
     x = latents(1, 4, 8, 8)
     with torch.no_grad():
         assert not why_whole(vae.decoder, x) and not why_whole(vae.train().decoder, x)
@@ -107,7 +111,7 @@ def parametrized(vae):
 
 
 @pytest.mark.parametrize("change", [circular, hooked, replaced, subclassed, parametrized])
-def test_what_somebody_has_changed_is_respected(vae, change):
+def test_a_network_that_a_user_has_changed_is_executed_whole(vae, change):
     z = latents(1, 4, 8, 8)
     before = whole(vae, z)
     with torch.no_grad():
@@ -118,7 +122,7 @@ def test_what_somebody_has_changed_is_respected(vae, change):
             assert not torch.allclose(whole(vae, z), before)
 
 
-def test_autocast_and_compile_get_the_whole(vae):
+def test_under_autocast_and_compile_the_network_is_executed_whole(vae):
     z = latents(1, 4, 8, 8)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
@@ -129,7 +133,7 @@ def test_autocast_and_compile_get_the_whole(vae):
         torch.testing.assert_close(decode(z), whole(vae, z))
 
 
-def test_accelerates_offloading_is_served_weight_by_weight(vae):
+def test_weights_that_accelerate_offloads_are_fetched_layer_by_layer(vae):
     from accelerate import cpu_offload
 
     z, x = latents(2, 4, 8, 8), images()
@@ -172,7 +176,7 @@ def test_any_memory_format_and_strides_of_the_input(vae):
         )
 
 
-def test_a_wrong_type_is_torchs_error_as_ever(vae):
+def test_a_wrong_type_raises_the_error_of_torch(vae):
     with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
         vae.decode(latents(1, 4, 8, 8).double())
 
@@ -216,10 +220,9 @@ def test_several_threads_may_decode_at_once(vae):
     torch.testing.assert_close(torch.cat(results), wanted)
 
 
-def test_an_error_in_one_thread_reaches_the_caller(vae):
+def test_an_error_in_one_thread_reaches_the_caller(vae, two_threads):
     vae.decoder.up_blocks[1].resnets[1].conv2.bias = torch.nn.Parameter(torch.zeros(3))
-    torch.set_num_threads(2)
-    with torch.no_grad(), pytest.raises(RuntimeError):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected bias"):
         vae.decode(latents(1, 4, 8, 8))
 
 
@@ -242,7 +245,7 @@ def test_the_largest_activation_is_known_beforehand(vae):
 
 @pytest.fixture
 def never_whole(monkeypatch):
-    """Executing a network as a whole, without a graph, is an error; counts how often it happens with one."""
+    """Executing a network whole without building a graph is an error; lists the networks executed with one."""
     with_graph = []
 
     def watched(forward):
@@ -258,9 +261,8 @@ def never_whole(monkeypatch):
     return with_graph
 
 
-def test_the_common_call_is_fast_and_a_backward_pass_right_all_the_same(vae, never_whole):
-    """Trainable parameters, gradients enabled, evaluation mode: as from_pretrained gives it and diffusers' users
-    call it."""
+def test_the_common_call_is_executed_in_pieces_and_its_gradients_are_right(vae, never_whole):
+    """Trainable parameters, gradients enabled, evaluation mode: a model of from_pretrained, called as it is."""
     x = images().requires_grad_()
     out = vae(x).sample
     assert out.requires_grad and never_whole == []
@@ -289,10 +291,8 @@ def test_only_what_is_asked_for_gets_a_gradient(vae, never_whole):
     }
 
 
-def test_what_is_small_is_executed_whole_and_without_a_graph(vae, monkeypatch):
+def test_a_small_network_is_executed_whole_and_without_a_graph(vae, monkeypatch, pieces):
     z = latents(1, 4, 16, 16)
-    pieces, run = [], Executor.run
-    monkeypatch.setattr(Executor, "run", lambda self, of, x: pieces.append(x.shape) or run(self, of, x))
     largest = 16 * 32 * 32 * 4  # bytes, behind the upsampling
     for small, in_pieces in ((largest, 0), (largest - 1, 1)):
         monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", small // torch.get_num_threads())
@@ -309,8 +309,8 @@ def test_what_is_small_is_executed_whole_and_without_a_graph(vae, monkeypatch):
     assert len(pieces) == 2
 
 
-def test_what_is_small_costs_no_look_at_the_memory(vae, monkeypatch):
-    """Which takes as long as a small network."""
+def test_a_small_network_is_executed_without_reading_the_free_memory(vae, monkeypatch):
+    """Reading it takes as long as a small network."""
     monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 1 << 20)
     monkeypatch.setattr(dispatch, "available_host_memory", lambda: pytest.fail("looked at the memory"))
     with torch.no_grad():
@@ -378,9 +378,7 @@ def autocast(vae):
 
 @pytest.mark.parametrize("change, tolerance", [(autocast, 0.05), (lora, 1e-5), (layerwise, 1e-5)])
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "trainable"])
-def test_tiling_is_kept_although_layers_are_more_than_their_weights(
-    change, tolerance, gradients, monkeypatch
-):
+def test_autocast_lora_and_layerwise_casting_are_tiled(change, tolerance, gradients, monkeypatch):
     torch.manual_seed(0)
     vae = KLAutoencoder(block_out_channels=(8, 16), norm_num_groups=4).eval()
     z, x = latents(2, 4, 20, 12), images(40, 24)
@@ -399,7 +397,7 @@ def test_tiling_is_kept_although_layers_are_more_than_their_weights(
 
 
 def test_gradients_under_autocast_and_tiling_are_those_under_autocast(vae):
-    x, found = images(), []
+    found = []
     for tiling in (False, True):
         vae.zero_grad()
         vae.enable_tiling(tiling)
@@ -407,7 +405,7 @@ def test_gradients_under_autocast_and_tiling_are_those_under_autocast(vae):
             out = vae.decode(latents(1, 4, 8, 8)).sample
         out.float().square().mean().backward()
         found.append(vae.decoder.up_blocks[0].resnets[0].conv1.weight.grad.clone())
-    assert found[0].dtype == found[1].dtype == torch.float32 and x is not None
+    assert found[0].dtype == found[1].dtype == torch.float32
     torch.testing.assert_close(*found, rtol=0.05, atol=0.02 * found[0].abs().max().item())
 
 
@@ -460,9 +458,8 @@ def test_vmap_and_jvp_get_the_plain_network(vae):
     vae.requires_grad_(False)
     wanted = torch.stack([whole(vae, one) for one in z])
     torch.testing.assert_close(torch.vmap(lambda z: vae.decode(z).sample)(z), wanted)
-    vae.decoder.mid_block.attentions = (
-        torch.nn.ModuleList()
-    )  # of which torch has no forward derivative on a CPU
+    # torch has no forward derivative of attention on a CPU
+    vae.decoder.mid_block.attentions = torch.nn.ModuleList()
     _, tangent = torch.func.jvp(lambda z: vae.decode(z).sample, (z[0],), (z[1],))
     step = 1e-6
     vae.double()
@@ -482,7 +479,7 @@ def test_global_forward_hooks_see_every_module(vae):
 
 
 @pytest.mark.parametrize("widths", [(8, 16), (64, 64)])
-def test_the_default_device_has_no_part_in_it(widths):
+def test_the_default_device_does_not_matter(widths):
     torch.manual_seed(0)
     vae = KLAutoencoder(block_out_channels=widths, norm_num_groups=4).eval()
     z, x = latents(1, 4, 8, 8), images()
@@ -493,7 +490,7 @@ def test_the_default_device_has_no_part_in_it(widths):
             assert torch.equal(vae.encode(x).latent_dist.parameters, moments)
 
 
-def test_constants_are_on_the_cpu_wherever_they_are_imported():
+def test_constants_are_on_the_cpu_whatever_the_default_device():
     spec = importlib.util.find_spec("kl_autoencoder.inference.winograd")
     with torch.device("meta"):
         again = importlib.util.module_from_spec(spec)
@@ -510,8 +507,8 @@ def write_group(folder, **files):
         (folder / name.replace("__", ".")).write_text(f"{text}\n")
 
 
-def test_a_containers_limit_is_the_memory_there_is(tmp_path):
-    """Version 2: what the narrowest of the groups around this process has left, and its cached files."""
+def test_free_memory_is_bounded_by_the_limits_of_control_groups(tmp_path):
+    """Version 2: the least that a group around this process has left, its cached files counted as free."""
     memberships, groups = tmp_path / "cgroup", tmp_path / "groups"
     memberships.write_text("0::/job/step\n")
     write_group(groups, memory__current=5)  # the root has no limit
@@ -531,7 +528,7 @@ def test_a_containers_limit_is_the_memory_there_is(tmp_path):
     assert available_in_control_group(groups, memberships) == 0
 
 
-def test_a_containers_limit_in_version_1(tmp_path):
+def test_free_memory_is_bounded_by_control_groups_of_version_1(tmp_path):
     memberships, groups = tmp_path / "cgroup", tmp_path / "groups"
     memberships.write_text("5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n")
     unlimited = 2**63 - 4096
@@ -595,12 +592,16 @@ def test_a_decode_that_runs_out_of_memory_is_repeated_tiled_with_one_warning():
     assert done.returncode == 0, done.stderr
 
 
-def test_what_will_not_fit_is_done_one_by_one_from_the_start(vae, monkeypatch):
-    monkeypatch.setattr("kl_autoencoder.inference.dispatch.available_host_memory", lambda: 100_000)
+@pytest.mark.parametrize("available, batches", [(100_000, [1, 1, 1]), (10**9, [3])])
+def test_a_batch_that_will_not_fit_is_decoded_image_by_image_from_the_start(
+    vae, monkeypatch, pieces, available, batches
+):
+    monkeypatch.setattr(dispatch, "available_host_memory", lambda: available)
     z = latents(3, 4, 16, 16)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(vae.decode(z).sample, whole(vae, z))
+    assert [shape[0] for shape in pieces] == batches
 
 
 # ---------------------------------------------------------------- what pipelines and their users call
@@ -644,14 +645,14 @@ def test_an_argument_that_does_not_exist_is_named(vae):
         vae.enable_tiling(ofload=True)
 
 
-def test_the_attributes_of_diffusers_tiles_are_there():
+def test_the_tile_attributes_equal_those_of_diffusers():
     ours, theirs = pair()
     for name in ("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"):
         assert getattr(ours, name) == getattr(theirs, name)
 
 
-def test_a_pipeline_with_tiling_gives_the_image_it_gives_without():
-    """While diffusers' own tiles change it."""
+def test_tiling_does_not_change_the_image_of_a_pipeline():
+    """diffusers' own tiling does."""
     ours, theirs = pair()
     for vae, exact in ((ours, True), (theirs, False)):
         if not exact:
@@ -668,12 +669,12 @@ def test_a_pipeline_with_tiling_gives_the_image_it_gives_without():
 
 
 def tiling(pipe, on):
-    """As pipelines have it until diffusers 0.40, and as they have it since."""
+    """Switch tiling on or off, by the pipeline until diffusers 0.40 and by its autoencoder since."""
     name = "enable" if on else "disable"
     getattr(pipe, f"{name}_vae_tiling", getattr(pipe.vae, f"{name}_tiling"))()
 
 
-def test_infer_reads_diffusers_networks_as_well():
+def test_infer_takes_networks_of_diffusers_too():
     _, theirs = pair()
     z = latents(1, 4, 8, 8)
     with torch.no_grad():

@@ -1,10 +1,9 @@
-"""The network executed in pieces gives what the whole gives: sizes, strips, widths, types, threads, kernels."""
+"""Executing a network in pieces equals executing it whole: sizes, strips, widths, types, threads, kernels."""
 
 import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,19 +25,11 @@ from kl_autoencoder.inference.winograd import (
     WinogradUpsample,
 )
 from kl_autoencoder.inference.workers import Workers
+from tests.conftest import ROOT
 from tests.published import PUBLISHED, reduced
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-WIDTHS = [(8,), (8, 16), (64, 64), (16, 8, 24), (8, 72, 64), (8, 8, 8, 16)]  # from 64 on as Winograd
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+WIDTHS = [(8,), (8, 16), (64, 64), (16, 8, 24), (8, 72, 64), (8, 8, 8, 16)]  # Winograd from 64 channels on
 
 
 def random_case(seed):
@@ -96,7 +87,7 @@ def test_pieces_equal_the_whole_to_the_last_digits_of_float64(two_threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_no_further_from_the_truth_than_the_whole(dtype, two_threads):
+def test_in_half_precision_the_errors_are_no_larger_than_those_of_the_whole(dtype, two_threads):
     errors = []
     for seed in (1, 4, 7, 402, 405):
         vae, images, rows = random_case(seed)
@@ -112,8 +103,8 @@ def test_in_half_precision_no_further_from_the_truth_than_the_whole(dtype, two_t
     assert max(errors) <= 2, errors
 
 
-def test_winograd_in_half_precision(two_threads, monkeypatch):
-    """Where it pays depends on the processor; it must be right everywhere."""
+def test_winograd_is_right_in_half_precision(two_threads, monkeypatch):
+    """The processor decides where Winograd is profitable, so here it is used wherever it can be."""
     monkeypatch.setattr(
         "kl_autoencoder.inference.winograd.is_profitable",
         lambda conv, *_, **__: min(conv.weight.shape[:2]) >= 8,
@@ -160,7 +151,7 @@ def test_the_same_bits_every_time(two_threads):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_an_odd_number_of_rows_is_downsampled_as_torch_does(two_threads):
+def test_an_odd_number_of_rows_is_downsampled_as_in_torch(two_threads):
     torch.manual_seed(0)
     vae = KLAutoencoder(block_out_channels=(8, 8, 16), norm_num_groups=4)
     images = torch.randn(2, 3, 45, 27)
@@ -183,7 +174,7 @@ def held(arena):
 
 @pytest.fixture(params=["encoder", "decoder"])
 def watched_run(request, two_threads, monkeypatch):
-    """The kind of network, the arena after it has run, and the bytes of its largest activation."""
+    """(encoder or decoder, the arena after the network has run, the bytes of its largest activation)."""
     monkeypatch.setattr("kl_autoencoder.inference.memory.CHUNK_BYTES", 1 << 18)
     torch.manual_seed(0)
     vae = KLAutoencoder(block_out_channels=(16, 16), norm_num_groups=4, mid_block_add_attention=False)
@@ -196,7 +187,7 @@ def watched_run(request, two_threads, monkeypatch):
 
 
 def test_everything_is_freed_and_little_is_held(watched_run):
-    """Two activations of the largest kind; at the end of an encoder, those of its last level."""
+    """At most two of the largest activations at once; after an encoder little more than one is kept."""
     kind, arena, largest = watched_run
     assert not arena.used
     assert 2 * largest <= arena.most <= 2.3 * largest
@@ -225,7 +216,7 @@ def padded(x, before=1):
         ),
     ],
 )
-def test_kernels_are_the_convolutions_they_stand_for(kernel, reference, shape):
+def test_kernels_equal_the_convolutions_that_they_replace(kernel, reference, shape):
     torch.manual_seed(0)
     stride = 2 if kernel is DirectDownsample else 1
     conv, work = nn.Conv2d(24, 40, 3, stride=stride).double(), Workspace(CPU)
@@ -277,7 +268,7 @@ def test_more_rows_take_no_more_scratch_memory_of_a_winograd_kernel(two_threads)
 
 @pytest.mark.parametrize("products", [BatchedProducts, GroupedProducts, SeparateProducts])
 @pytest.mark.parametrize("n, pixels", [(6, (2, 3, 5)), (3, (1, 1, 1)), (3, (1, 7, 1))])
-def test_products_are_those_at_each_position(products, n, pixels):
+def test_products_equal_the_matrix_product_at_each_position(products, n, pixels):
     generator, work = torch.Generator().manual_seed(0), Workspace(CPU)
     filters = torch.randn(n * n, 40, 24, generator=generator)
     x = torch.randn(n, n, *pixels, 24, generator=generator)

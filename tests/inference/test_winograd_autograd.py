@@ -1,4 +1,4 @@
-"""The convolutions of training in fewer products: values and every gradient are those of the definition."""
+"""Winograd convolutions in training: values and all gradients equal those of the plain convolutions."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ def layers(into, out, groups=4):
 
 
 def run(function, parameters, x, dy):
-    """[the result, then every gradient]"""
+    """[result, gradient of x, gradients of the parameters]"""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     for p in parameters:
         p.grad = None
@@ -92,7 +92,7 @@ def test_the_same_bits_every_time(products):
             assert torch.equal(a, b)
 
 
-def test_where_it_does_not_pay_it_is_the_plain_way():
+def test_where_winograd_is_not_profitable_the_plain_convolution_is_used():
     norm, conv = layers(32, 32)
     x, dy = torch.randn(2, 32, 40, 40), torch.randn(2, 32, 40, 40)
     parameters = [*norm.parameters(), *conv.parameters()]

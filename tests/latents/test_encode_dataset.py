@@ -39,7 +39,7 @@ def encode(model, source, output, *more, size=32):
 
 
 def contents(folder):
-    """Of all files, but for the lock."""
+    """Path -> bytes of every file but the lock."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if name != ".lock"}
 
@@ -127,7 +127,7 @@ def test_samples_are_of_the_moments(model, photographs, tmp_path):
     [("--workers", "2"), ("--store", "float16"), ("ranks",), ("threads",)],
     ids=["workers", "again", "ranks", "threads"],
 )
-def test_the_way_there_changes_nothing(model, parquet, undisturbed, tmp_path, change):
+def test_rows_do_not_depend_on_workers_ranks_or_threads(model, parquet, undisturbed, tmp_path, change):
     settings = ("--keep", "caption", "kind", "--flip", "--crop", "buckets")
     output = tmp_path / "out"
     if change == ("ranks",):
@@ -146,8 +146,8 @@ def encode_with_threads(threads, *arguments):
     return encode(*arguments)
 
 
-def test_killed_again_and_again(model, parquet, undisturbed, tmp_path):
-    """Two ranks, killed five times at moments that chance chooses; complete shards are never written again."""
+def test_kills_change_no_byte(model, parquet, undisturbed, tmp_path):
+    """Two ranks are killed five times, at random moments; a complete shard is never written again."""
     settings = ("--keep", "caption", "kind", "--flip", "--crop", "buckets", "--workers", "1")
     arguments, rng, complete = (
         (str(model), str(parquet), str(tmp_path / "out"), *settings),
@@ -220,7 +220,7 @@ def claim_all(folder, target):
     return 0
 
 
-def test_random_crops_are_the_seeds(model, photographs, tmp_path):
+def test_random_crops_depend_on_the_seed(model, photographs, tmp_path):
     crops = {}
     for seed in ("0", "1"):
         Image.fromarray(data.coffee()).save(tmp_path / "wide.png")
@@ -229,7 +229,7 @@ def test_random_crops_are_the_seeds(model, photographs, tmp_path):
     assert crops["0"] != crops["1"] and crops["0"][3] - crops["0"][1] == 400
 
 
-def test_latents_that_are_not_finite_are_no_result(tmp_path, photographs, capsys):
+def test_latents_that_are_not_finite_are_an_error(tmp_path, photographs, capsys):
     vae = tiny()
     vae.quant_conv.bias.data.fill_(1e5)  # fits into float32, not into float16
     vae.save_pretrained(tmp_path / "vae")
@@ -240,7 +240,7 @@ def test_latents_that_are_not_finite_are_no_result(tmp_path, photographs, capsys
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_workers_end_with_their_parent(model, tmp_path, number):
-    """Each photograph is larger than a pipe, so that the workers are blocked as they hand one over."""
+    """Each photograph is larger than a pipe's buffer, so that a worker is blocked while it hands one over."""
     (tmp_path / "in").mkdir()
     Image.fromarray(data.astronaut()).save(tmp_path / "in" / "0.jpg")
     for i in range(1, 400):

@@ -67,7 +67,7 @@ def test_batches_are_of_one_shape_and_hold_everything_once(undisturbed):
         assert batch["latents"].ndim == 4 and len(batch["caption"]) == len(batch["latents"]) <= 4
 
 
-def test_workers_that_are_running_hear_of_the_epoch(undisturbed):
+def test_running_workers_take_over_the_new_epoch(undisturbed):
     dataset = LatentDataset(undisturbed, SCALING)
     loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
     for epoch in (0, 5):
@@ -75,7 +75,7 @@ def test_workers_that_are_running_hear_of_the_epoch(undisturbed):
         assert torch.equal(next(iter(loader))["latents"], dataset[0]["latents"])
 
 
-def test_what_is_no_finished_data_set_is_named(tmp_path):
+def test_a_folder_without_a_finished_data_set_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data set of latents"):
         LatentDataset(tmp_path, SCALING)
     (tmp_path / "manifest.json").write_text(json.dumps({"settings": {}}))

@@ -1,4 +1,4 @@
-"""Autoencoder: its config and files, and the VQModel of diffusers that one of codes is."""
+"""Autoencoder: its config and files, and diffusers' VQModel made of one with a code book."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_export_writes_a_vq_model_and_refuses_what_it_cannot_write(tmp_path, cap
     "config", [{"bottleneck": {"kind": "none"}, **CONV}, {"bottleneck": VQ, "classes": 2, **CONV},
                {"bottleneck": VQ, "network": "mlp", "sample_size": 8}],
 )  # fmt: skip
-def test_others_are_no_vq_model(config):
+def test_other_models_are_no_vq_model(config):
     with pytest.raises(ValueError, match="allowed for a VQModel: conv, vq and 0"):
         Autoencoder(**config).to_vq_model()
 

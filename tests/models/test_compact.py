@@ -42,7 +42,7 @@ def reconstruction(vae, astronaut):
 
 @pytest.fixture
 def photo(tmp_path, monkeypatch):
-    """In the working directory, on a machine that reaches no other."""
+    """A photograph in the working directory; connecting to a network is an error."""
 
     def refuse(*_):
         raise AssertionError("the network was asked")

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.inference import dispatch
 from tests.models.test_autoencoder_kl import images, pair, pipeline, run
 from tests.published import PUBLISHED, reduced
 
@@ -23,16 +22,8 @@ class Derived(KLAutoencoder):
         return self(self(x).sample).sample
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """How often a network was executed in pieces."""
-    calls, execute = [], dispatch.infer_in_pieces
-    monkeypatch.setattr(dispatch, "infer_in_pieces", lambda *a, **k: (calls.append(1), execute(*a, **k))[1])
-    return calls
-
-
 @pytest.mark.parametrize("cls", [KLAutoencoder, Derived])
-def test_from_pipe_takes_it_over(cls, tmp_path):
+def test_from_pipe_hands_on_the_same_autoencoder(cls, tmp_path):
     from diffusers import AutoPipelineForInpainting, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
     vae = cls(**reduced(PUBLISHED["sd"]))
@@ -106,27 +97,27 @@ class Learned(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*attentions.0 has hooks, another attention processor")
 @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0, Doubling, Learned])
-def test_a_processor_computes_the_block(processor, counted):
+def test_a_processor_computes_the_block(processor, pieces):
     ours, theirs = pair()
     ours.enable_tiling()  # in pieces, small as it is
     x, z = images(), torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = ours.decode(z).sample
-        assert len(counted) == 1
+        assert len(pieces) == 1
         for vae in (ours, theirs):
             vae.set_attn_processor(processor())
         torch.testing.assert_close(ours.decode(z).sample, theirs.decode(z).sample)
         torch.testing.assert_close(ours(x).sample, theirs(x).sample)
-        assert len(counted) == 1  # not in pieces, which know nothing of it
+        assert len(pieces) == 1  # not in pieces, which know nothing of it
         if processor in (Doubling, Learned):
             assert (ours.decode(z).sample - before).abs().max() > 1e-3
         ours.set_default_attn_processor()
         torch.testing.assert_close(ours.decode(z).sample, before)
-        assert len(counted) == 2
+        assert len(pieces) == 2
     assert ours.state_dict().keys() == AutoencoderKL.from_config(ours.config).state_dict().keys()
 
 
-def test_projections_are_fused_and_parted_again():
+def test_projections_are_fused_and_unfused_again():
     ours, theirs = pair()
     x = images()
     with torch.no_grad():
@@ -141,7 +132,7 @@ def test_projections_are_fused_and_parted_again():
     assert not any("to_qkv" in name for name in ours.state_dict())
 
 
-def test_from_diffusers_takes_everything_over(counted):
+def test_from_diffusers_takes_everything_over(pieces):
     _, theirs = pair()
     theirs.fuse_qkv_projections()
     theirs.enable_tiling()
@@ -149,10 +140,10 @@ def test_from_diffusers_takes_everything_over(counted):
     ours = KLAutoencoder.from_diffusers(theirs)
     assert ours.use_tiling and ours.use_slicing and not ours.training
     with torch.no_grad():
-        assert len(counted) == 0
+        assert len(pieces) == 0
         x = images()
         torch.testing.assert_close(ours(x).sample, theirs(x).sample, rtol=1e-4, atol=1e-4)
-        assert len(counted) == 4  # two images, each encoded and decoded, by the network's own attention
+        assert len(pieces) == 4  # two images, each encoded and decoded, by the network's own attention
         theirs.unfuse_qkv_projections()
         theirs.set_attn_processor(Doubling())
         torch.testing.assert_close(KLAutoencoder.from_diffusers(theirs)(x).sample, theirs(x).sample)

@@ -1,4 +1,4 @@
-"""float16: what overflows is measured as it is, and the rescaled model is the same function without overflow."""
+"""float16: activations that overflow are measured, and the rescaled model is the same function without them."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from kl_autoencoder.models.half_precision import float16, float16_check
 from kl_autoencoder.networks.convolutional import NORM_EPS
 from tests.published import PUBLISHED, reduced
 
-STREAM = 1e5  # not a power of two: what the fix undoes is not what made it
+STREAM = 1e5  # not a power of two, as the factors of the fix are
 
 
 def model(published="sd", widths=(16, 32, 32), layers=1, **config):
@@ -32,7 +32,7 @@ def model(published="sd", widths=(16, 32, 32), layers=1, **config):
 
 
 def enlarge(vae, stream=STREAM, inside=3e4):
-    """The same function (but for eps), its residual streams `stream` times larger and what conv1 gives `inside`."""
+    """Make the residual streams `stream` and conv1's outputs `inside` times larger; but for eps nothing changes."""
     for name, parameter in vae.named_parameters():
         into_stream = ("coder.conv_in.", ".conv2.", ".to_out.0.")
         along_stream = (".conv_shortcut.bias", "samplers.0.conv.bias")
@@ -134,7 +134,7 @@ class TestRescaled:
         ],
         ids=lambda places: next(iter(places)),
     )
-    def test_every_other_place(self, images, places):
+    def test_an_overflow_in_any_other_layer_is_repaired(self, images, places):
         vae, images = model(), images[:2]
         for name, by in places.items():
             layer, _, leaf = name.rpartition(".weight")
@@ -177,7 +177,7 @@ class TestRescaled:
         ratio = conv.weight[:4] / repaired.decoder.mid_block.resnets[0].conv1.weight[:4]
         assert ratio.unique().numel() == 1 and ratio.unique().log2().frac() == 0
 
-    def test_what_silu_reads_stays(self, images):
+    def test_an_overflow_before_silu_cannot_be_repaired(self, images):
         vae = model()
         vae.decoder.conv_norm_out.weight.mul_(1e5)
         assert float16.measure(fixed(vae, images), images.split(1)).unsafe()[0] == "decoder.conv_norm_out"
@@ -369,7 +369,7 @@ class TestCommand:
         stuck = model()
         stuck.decoder.conv_norm_out.weight.mul_(1e5)
         stuck.save_pretrained(tmp_path / "stuck")
-        # Far from zero, and hardly varying around there: what eps is for, and lost in float16 in any case.
+        # activations far from zero that hardly vary: eps decides what the norm gives, and float16 loses them
         flat = model()
         flat.decoder.mid_block.resnets[0].conv1.weight.mul_(0.01)
         flat.decoder.mid_block.resnets[0].conv1.bias.fill_(1e5)

@@ -47,15 +47,15 @@ def test_a_jpeg_that_declares_more_than_its_bytes_can_hold(tmp_path, capsys):
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 1, "optimize": True}])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_even_images_of_one_colour_are_no_such(options, mode):
-    """The smallest files that libjpeg writes of an image."""
+def test_the_small_files_of_images_of_one_colour_are_read(options, mode):
+    """These are the smallest files that libjpeg writes of an image."""
     file = io.BytesIO()
     Image.new(mode, (3000, 2000)).save(file, "JPEG", **options)
     assert image_size(file) == (2000, 3000)
 
 
-def test_what_will_not_fit_is_told_before_it_is_decoded(tmp_path, capsys, monkeypatch):
-    """A sound PNG of 81 million pixels, on a machine with 4 GB to spare; the photograph beside it is done."""
+def test_an_image_too_large_for_the_memory_is_refused_before_it_is_decoded(tmp_path, capsys, monkeypatch):
+    """A sound PNG of 81 million pixels on a machine with 4 GB free; a small image beside it is reconstructed."""
     (tmp_path / "in").mkdir()
     Image.new("1", (9000, 9000)).save(tmp_path / "in" / "huge.png")
     Image.fromarray(data.astronaut()[:32, :32]).save(tmp_path / "in" / "small.png")
@@ -80,7 +80,7 @@ def test_large_images_are_tiled_and_small_ones_are_not():
         assert vae.use_tiling == tiled
 
 
-def test_what_is_needed_is_what_is_foreseen(tmp_path):
+def test_the_memory_needed_is_at_most_what_was_foreseen(tmp_path):
     vae = small()
     vae.save_pretrained(tmp_path / "vae")
     photo = Image.fromarray(data.astronaut()).resize((2100, 2000))
@@ -93,9 +93,8 @@ def test_what_is_needed_is_what_is_foreseen(tmp_path):
 
 
 def reconstruct_and_measure(photo, model, output):
-    main(
-        ["reconstruct", "--size", "64", photo, "--model", model, "-o", output]
-    )  # what is needed of any image
+    # first what any image needs
+    main(["reconstruct", "--size", "64", photo, "--model", model, "-o", output])
     before = psutil.Process().memory_info().rss
     code = main(["reconstruct", photo, "--model", model, "-o", output, "--overwrite"])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)

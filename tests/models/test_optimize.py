@@ -14,15 +14,10 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 
 from kl_autoencoder import KLAutoencoder, optimize, restore
-from kl_autoencoder.inference import dispatch
 from tests.models.test_autoencoder_kl import images
 from tests.models.tiny_pipelines import FAMILIES, run_pipeline, tiny_pipeline, tiny_vae
 
-
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch):
-    """So that small networks, quick to test, are executed in pieces as large ones are."""
-    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
+pytestmark = pytest.mark.usefixtures("nothing_is_small")
 
 
 @pytest.fixture(autouse=True)
@@ -31,19 +26,6 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(not optimized|not tiled)")
         yield
-
-
-@pytest.fixture
-def pieces(monkeypatch):
-    """One entry for every network that was executed in pieces: whether in the least memory."""
-    calls, execute = [], dispatch.infer_in_pieces
-
-    def counted(network, x, least=False, *arguments):
-        calls.append(least)
-        return execute(network, x, least, *arguments)
-
-    monkeypatch.setattr(dispatch, "infer_in_pieces", counted)
-    return calls
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +152,7 @@ def test_pipelines_make_the_same_images(situation, family, plain, pieces):
         for _ in range(1 if in_pieces else 2):
             torch.testing.assert_close(run_pipeline(pipe, family), plain[family], rtol=0, atol=1e-4)
     told = [str(w.message) for w in caught if "not optimized" in str(w.message)]
-    networks = (
-        2 if "image" in FAMILIES[family][3] else 1
-    )  # the decoder, and the encoder where it gets an image
+    networks = 2 if "image" in FAMILIES[family][3] else 1  # the decoder, and the encoder if it gets an image
     if in_pieces:
         assert len(pieces) >= networks and not told
         assert set(pieces) == {situation == "tiling"}
@@ -260,7 +240,7 @@ def test_tiles_are_exact_and_obey_three_switches(shape, pieces):
         pieces.clear()
 
 
-def test_gradients_are_diffusers(vae):
+def test_gradients_equal_those_of_diffusers(vae):
     x = images().requires_grad_()
     for training in (False, True):
         results = []
@@ -275,16 +255,16 @@ def test_gradients_are_diffusers(vae):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4 * float(theirs.abs().max()) + 1e-8)
 
 
-def test_gradient_checkpointing_stays(vae):
+def test_gradient_checkpointing_still_works(vae):
     optimize(vae).train().enable_gradient_checkpointing()
     x = images().requires_grad_()
     with pytest.warns(UserWarning, match="in training mode gradients need all activations"):
         vae(x).sample.mean().backward()
-    assert x.grad.abs().max() > 0
+    assert x.grad.abs().max() > 0 and vae.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types(vae, dtype, pieces):
+def test_bfloat16_and_float64(vae, dtype, pieces):
     x = images()
     expected = reconstruct(vae, x)
     ours = reconstruct(optimize(vae).to(dtype), x.to(dtype))
@@ -308,7 +288,7 @@ def test_autocast_and_inference_mode(vae, pieces):
 
 
 def test_sizes_that_leave_a_remainder(vae, pieces):
-    """diffusers drops what is beyond a multiple of 8; so does it when optimized."""
+    """diffusers drops the rows and columns beyond a multiple of 8, and still does when optimized."""
     x = images(45, 67)
     with torch.no_grad():
         expected = vae.encode(x).latent_dist.mode()
@@ -347,7 +327,7 @@ def activated(vae):
 
 
 @pytest.mark.parametrize("change", [doubled, hooked, circular, scaled, activated])
-def test_what_somebody_has_changed_is_respected(vae, change, pieces):
+def test_a_network_that_a_user_has_changed_is_executed_whole(vae, change, pieces):
     x = images()
     before = reconstruct(vae, x)
     change(vae)
@@ -403,7 +383,7 @@ def test_compiled_before_and_after(vae, pieces):
     assert len(pieces) == 1  # the encoder
 
 
-def test_ours_in_a_pipeline_is_only_switched():
+def test_optimize_only_switches_the_tiling_of_our_class():
     pipe = tiny_pipeline("sd")
     pipe.register_modules(vae=KLAutoencoder.from_diffusers(pipe.vae))
     assert optimize(pipe, tiling=True).vae.use_tiling and type(pipe.vae.decoder).__name__ == "Decoder"

@@ -23,7 +23,6 @@ from diffusers.models.autoencoders import vae
 from diffusers.models.modeling_utils import ModelMixin
 
 from kl_autoencoder import optimize, restore
-from kl_autoencoder.inference import dispatch
 from tests.conftest import ROOT
 from tests.models.test_autoencoder_kl import images
 
@@ -99,22 +98,19 @@ ASYMMETRIC = {
     ],
     ids=["VQModel", "VQModel, spatial", "AsymmetricAutoencoderKL"],
 )
-def test_others_give_the_same_in_pieces(make, networks, monkeypatch):
-    calls, execute = [], dispatch.infer_in_pieces
-    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
-    monkeypatch.setattr(dispatch, "infer_in_pieces", lambda *a, **k: (calls.append(1), execute(*a, **k))[1])
+def test_other_autoencoders_give_the_same_in_pieces(make, networks, nothing_is_small, pieces):
     torch.manual_seed(0)
     model, x = make().eval(), images()
     with torch.no_grad():
         expected = model(x).sample
         torch.testing.assert_close(optimize(model)(x).sample, expected, rtol=0, atol=5e-5)
-        assert len(calls) == networks
+        assert len(pieces) == networks
         if isinstance(model, AsymmetricAutoencoderKL):
             image, mask = images(64, 64), torch.ones(2, 1, 64, 64)
             mask[:, :, 20:] = 0
             z = torch.randn(2, 4, 32, 32)
             inpainted = model.decode(z, image=image, mask=mask).sample
-            assert len(calls) == networks
+            assert len(pieces) == networks
             torch.testing.assert_close(restore(model).decode(z, image=image, mask=mask).sample, inpainted)
 
 
@@ -133,13 +129,13 @@ def test_others_give_the_same_in_pieces(make, networks, monkeypatch):
     ],
     ids=["temporal", "consistency"],
 )
-def test_others_have_an_encoder_to_optimize(make, monkeypatch):
-    monkeypatch.setattr(dispatch, "SMALL_BYTES_A_THREAD", 0)
+def test_the_encoder_alone_is_executed_in_pieces(make, nothing_is_small, pieces):
     torch.manual_seed(0)
     model, x = make().eval(), images()
     with torch.no_grad():
         expected = model.encode(x).latent_dist.mode()
         torch.testing.assert_close(optimize(model).encode(x).latent_dist.mode(), expected, rtol=0, atol=5e-5)
+    assert len(pieces) == 1
 
 
 if __name__ == "__main__":

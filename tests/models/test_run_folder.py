@@ -1,4 +1,4 @@
-"""A run that has not ended, or was killed, is a model: that of its newest whole checkpoint."""
+"""The folder of a run that has not ended, or was killed, loads as the model of its newest whole checkpoint."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def finished(photographs, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """As after a kill between steps 6 and 8 of a run that has never exported."""
+    """A run's folder as a kill between steps 6 and 8 leaves it, before any export."""
     folder = tmp_path / "run"
     shutil.copytree(finished / "run", folder)
     shutil.rmtree(folder / "export")
@@ -46,7 +46,7 @@ def assert_weights(vae, path, prefix=""):
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
 
 
-def test_a_killed_run_is_its_newest_checkpoints_average(run, capsys):
+def test_a_killed_run_loads_as_the_moving_average_of_its_newest_checkpoint(run, capsys):
     vae = load_model(str(run), "cpu", None)
     assert_weights(vae, run / "checkpoints" / "step-000006" / "ema.safetensors")
     assert vae.config.norm_num_groups == 4 and vae.config.latent_channels == 2  # which no tensor tells
@@ -55,7 +55,7 @@ def test_a_killed_run_is_its_newest_checkpoints_average(run, capsys):
     assert_weights(older, run / "checkpoints" / "step-000004" / "ema.safetensors")
 
 
-def test_without_a_moving_average_it_is_the_weights(finished, tmp_path, capsys):
+def test_a_run_without_a_moving_average_loads_as_its_weights(finished, tmp_path, capsys):
     run = tmp_path / "bare"
     shutil.copytree(finished / "bare", run)
     shutil.rmtree(run / "export")

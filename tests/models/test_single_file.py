@@ -1,4 +1,4 @@
-"""LDM and diffusers names, configs read from tensors, and files that nobody should trust."""
+"""Names of LDM and diffusers, configs read from tensors, and files that are damaged or hostile."""
 
 import json
 import os
@@ -232,7 +232,7 @@ class TestSingleFile:
         assert load_single_file(tmp_path / "vae.safetensors", scaling_factor=0.5)[0]["scaling_factor"] == 0.5
 
     def test_diffusers_reads_it(self, tmp_path, config):
-        """Issue 2, done when 3: in diffusers' from_single_file, and back, bit-equal."""
+        """By its from_single_file, with every bit the same; and so is the file that is written of that again."""
         model = AutoencoderKL(**config)
         model.save_pretrained(tmp_path / "folder")
         save_single_file(tmp_path / "vae.safetensors", model.state_dict(), dict(model.config))

@@ -10,7 +10,6 @@ from torch import nn
 from tests.conftest import backbone_missing
 from tests.processes import finish, start_ranks
 from tests.train.test_trainer import make, records, small_config, weights
-from train.autoencoder import task
 from train.autoencoder.adversarial import losses
 from train.autoencoder.adversarial.discriminator import PatchDiscriminator
 
@@ -39,7 +38,7 @@ def test_hinge_and_logistic_losses_are_those_of_their_papers():
 
 
 @pytest.mark.parametrize("kind", ["hinge", "logistic"])
-def test_the_two_players_pull_a_logit_apart(kind):
+def test_the_two_losses_push_the_logits_of_fakes_in_opposite_directions(kind):
     real, fake = (x.requires_grad_() for x in logits(1))
     losses.discriminator_loss(kind, real, fake).backward()
     assert (real.grad <= 0).all() and (fake.grad >= 0).all() and real.grad.any() and fake.grad.any()
@@ -48,7 +47,7 @@ def test_the_two_players_pull_a_logit_apart(kind):
     assert (fake.grad < 0).all()
 
 
-def test_losses_of_halves_are_computed_in_float32():
+def test_losses_of_half_precision_logits_are_computed_in_float32():
     real, fake = (x.half() for x in logits(2))
     for kind in ("hinge", "logistic"):
         for loss in (
@@ -62,7 +61,7 @@ def test_losses_of_halves_are_computed_in_float32():
     )
 
 
-def test_lecam_draws_each_kind_towards_the_others_average():
+def test_lecam_pulls_real_and_fake_logits_towards_each_others_average():
     real, fake = logits(3)
     expected = (real - -0.25).pow(2).mean() + (fake - 0.5).pow(2).mean()
     ours = losses.lecam(real, fake, torch.tensor(0.5), torch.tensor(-0.25))
@@ -114,7 +113,7 @@ def test_r1_and_its_gradient_against_finite_differences():
 
 
 def test_the_adaptive_weight_is_clamped_and_finite():
-    three, four, zero = torch.full((9,), 1.0), torch.full((4,), 2.0), torch.zeros(5)
+    three, four, zero = torch.full((9,), 1.0), torch.full((4,), 2.0), torch.zeros(5)  # named by their norms
     assert losses.adaptive_weight(three, four, 9.0).item() == pytest.approx(3 / (4 + 1e-4))
     assert losses.adaptive_weight(three, four, 0.5).item() == 0.5
     assert losses.adaptive_weight(three, zero, 9.0).item() == 9
@@ -126,12 +125,6 @@ def test_the_adaptive_weight_is_clamped_and_finite():
 
 
 # ------------------------------------------------------------------ against one plain graph
-
-
-@pytest.fixture
-def small(photographs, monkeypatch):
-    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
-    return partial(small_config, photographs)
 
 
 def adversarial(**values):
@@ -149,7 +142,7 @@ def all_parameters(run):
 
 
 def keep_gradients(run):
-    """Leave the gradients of a step where they are, for a test to look at."""
+    """Take the optimizers' updates out of a run, so that a step leaves its gradients for the test to read."""
 
     def norm_alone(player):
         return {player.gradient_norm: torch.ones(())} if run.accelerator.sync_gradients else {}
@@ -168,7 +161,7 @@ ANCHORS = [0.3, -0.2]
 
 
 def lively(run):
-    """Larger weights in the discriminator, so that its terms are not lost beside the others."""
+    """Give the discriminator larger weights, lest its terms be lost beside the others, and LeCam its anchors."""
     torch.manual_seed(7)
     for p in run.task.adversary.player.parameters:
         p.data.normal_(0, 0.15)
@@ -177,7 +170,7 @@ def lively(run):
 
 
 def whole_graph(run, images, noise):
-    """The objective written down once more, all terms in one graph; returns it and the adaptive weight."""
+    """The objective written again, in one graph; returns it, the adaptive weight and the reconstruction."""
     config, vae, network = run.config.loss, run.task.vae, run.task.adversary.player.network
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -189,7 +182,7 @@ def whole_graph(run, images, noise):
     kl = 0.5 * (posterior.mean**2 + variance - 1 - posterior.logvar).sum() / images.numel()
     fooled = -network(output).mean()
     last, d = vae.decoder.conv_out.weight, images[0].numel()
-    # latent diffusion: the nll is a sum over an image, the clamp 1e4; all is divided by d afterwards
+    # as in latent diffusion the nll is a sum over an image and the clamp is 1e4; then all is divided by d
     norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll * d, fooled)]
     adaptive = min((norms[0] / (norms[1] + 1e-4)).item(), 1e4) / d if config.adversarial.adaptive else 1.0
     total = nll + config.kl.weight * kl + config.adversarial.weight * adaptive * fooled
@@ -242,9 +235,8 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
     expected = 0.5 * (each(margin - real).mean() + each(margin + fake).mean())
     expected = expected + 0.1 * ((real - fake_anchor) ** 2).mean() + 0.1 * ((fake - real_anchor) ** 2).mean()
     (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
-    expected = expected + 0.1 * 16 * 0.5 * slope.square().sum() / len(
-        x
-    )  # R1 every 16th step, 16 times as strong
+    # R1 comes every 16th step, 16 times as strong
+    expected = expected + 0.1 * 16 * 0.5 * slope.square().sum() / len(x)
     gradients = torch.autograd.grad(expected, run.task.adversary.player.parameters)
     with run.accelerator.accumulate(run.task.autoencoder.network, run.task.adversary.player.network):
         _, reconstruction, *_ = run.task.autoencoder_step(run.step, images, noise)
@@ -261,8 +253,8 @@ def test_the_discriminators_gradients_are_those_of_one_whole_graph(small, tmp_pa
 
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": "blocks"}],
                          ids=lambda options: next(iter(options), "plain"))  # fmt: skip
-def test_no_gradient_crosses(small, tmp_path, options):
-    """In either step: what the other network holds stays, None stays None, and no bit of a gradient changes."""
+def test_neither_step_touches_the_gradients_of_the_other_network(small, tmp_path, options):
+    """What the other network's `.grad` holds stays the same to the bit, and None stays None."""
     run = lively(keep_gradients(make(small(tmp_path, loss=loss_section(), train=options))))
     images, noise = inputs(run, next(iter(run.loader)))
     for left in (None, 3.0):
@@ -302,7 +294,7 @@ def count_calls(run):
 
 
 def test_before_its_start_the_discriminator_costs_nothing(small, tmp_path):
-    """It is not called, nothing of it moves, and the autoencoder's weights are those of a run without one."""
+    """The discriminator is not called and does not move; the autoencoder trains as in a run without one."""
     train = {"steps": 4, "gradient_accumulation": 2}
     run = make(small(tmp_path / "with", loss=loss_section(disc_start=3), train=train))
     first, calls = [p.clone() for p in run.task.adversary.player.parameters], count_calls(run)
@@ -330,7 +322,7 @@ def test_before_its_start_the_discriminator_costs_nothing(small, tmp_path):
 
 
 def test_the_discriminator_trains_alone_before_the_autoencoder_feels_it(small, tmp_path):
-    """Its weights move from disc_start on; the autoencoder's are a plain run's until disc_warmup_steps later."""
+    """The discriminator moves from disc_start on; the autoencoder is a plain run's for disc_warmup_steps more."""
     values = {"disc_start": 1, "disc_warmup_steps": 2, "ramp_steps": 3}
     train = {"steps": 8}
     run = make(small(tmp_path / "with", loss=loss_section(**values), train=train))
@@ -355,7 +347,7 @@ def test_the_discriminator_trains_alone_before_the_autoencoder_feels_it(small, t
 
 
 def test_the_ramp_multiplies_what_the_autoencoder_feels(small, tmp_path):
-    """The adversarial share of the gradient at the output, at a third of the ramp and at its end."""
+    """The adversarial gradient at the output: a third, two thirds and all of it over a ramp of two steps."""
     config = small(tmp_path, loss=loss_section(ramp_steps=2, adaptive=False, r1_weight=0.0))
     shares = []
     for step in (0, 1, 2, 50):
@@ -368,7 +360,7 @@ def test_the_ramp_multiplies_what_the_autoencoder_feels(small, tmp_path):
     assert shares == pytest.approx([shares[3] / 3, shares[3] * 2 / 3, shares[3], shares[3]], rel=1e-5)
 
 
-def test_a_learning_rate_of_its_own(small, tmp_path):
+def test_the_discriminator_can_have_its_own_learning_rate(small, tmp_path):
     run = make(small(tmp_path, loss=loss_section(learning_rate=5e-4)))
     for player in run.task.players:
         player.begin(run.step)
@@ -383,7 +375,7 @@ def test_a_learning_rate_of_its_own(small, tmp_path):
 
 
 def both_gradients(run, batches):
-    """Of a step over these micro-batches."""
+    """The gradients of a step over these micro-batches, of both networks by name."""
     keep_gradients(lively(run)).train_step(batches)
     networks = {
         "autoencoder": run.task.model,
@@ -393,7 +385,7 @@ def both_gradients(run, batches):
 
 
 def assert_near(ours, expected, tolerance):
-    """Relative to each tensor's norm, or to 1e-3 where it is smaller: a bias whose terms cancel is rounding."""
+    """Compare relative to each tensor's norm, or to 1e-3 if it is less: a bias whose terms cancel is rounding."""
     assert ours.keys() == expected.keys()
     for name, wanted in expected.items():
         scale = max(wanted.norm().item(), 1e-3)
@@ -405,8 +397,8 @@ def split(batch, parts):
     return [{"images": images, "sample": sample, "skipped": []} for images, sample in pieces]
 
 
-def test_micro_batches_are_one_large_batch(small, tmp_path):
-    """Where the terms are means over images: all but the adaptive weight. LeCam's anchors move once a step."""
+def test_micro_batches_give_the_gradients_of_one_large_batch(small, tmp_path):
+    """True of terms that are means over images: all but the adaptive weight. LeCam's anchors move once a step."""
     loss = loss_section(adaptive=False)
     one = make(small(tmp_path / "one", loss=loss))
     batch = next(iter(one.loader))
@@ -428,7 +420,7 @@ def test_the_ways_to_run_a_step_give_the_same_gradients(small, tmp_path, options
         config = small(tmp_path / name, loss=loss_section(adaptive=False), train={"steps": 6, **more})
         run = make(config)
         found.append(both_gradients(run, [next(iter(run.loader))]))
-    if "mixed_precision" in options:  # a single tensor's may be rounding for the most part
+    if "mixed_precision" in options:  # the gradient of a single tensor may be mostly rounding
         found = [{network: whole(gradients, network) for network in NETWORKS} for gradients in found]
     assert_near(*found, tolerance)
 
@@ -455,7 +447,7 @@ def test_r1_is_float32_under_autocast(small, tmp_path):
 
 
 def test_the_adaptive_weight_survives_half_precision(small, tmp_path):
-    """The gradient of a mean over a real batch, some 1e-7, is nothing in float16."""
+    """The gradient of a mean over a real batch is some 1e-7, which is 0 in float16."""
     run = make(small(tmp_path, loss=loss_section()))
     images, noise = inputs(run, next(iter(run.loader)))
     output = run.task.autoencoder.network(images, noise)
@@ -472,7 +464,7 @@ def test_the_adaptive_weight_survives_half_precision(small, tmp_path):
 
 
 def test_a_gradient_scaler_and_accumulation_go_together(small, tmp_path):
-    """As in fp16 on a GPU: each network's micro-batches are divided once, by the scale that they were made with."""
+    """As in fp16 on a GPU: each network's gradients are divided once, by the scale that they were computed with."""
     train, ends = {"steps": 2, "gradient_accumulation": 2}, []
     for name in ("plain", "scaled"):
         scaler = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=1) if name == "scaled" else None
@@ -501,7 +493,7 @@ def gradients_of_a_rank(photographs, folder, batch_size, accumulation, loss):
 
 
 def assert_ranks_are_one_process(photographs, scratch, ranks, batch, accumulation, loss):
-    """All gradients of a step, over `ranks` batches, against those of one process with the batch of all of them."""
+    """Compare a step's gradients on `ranks` ranks with those of one process that has the batches of them all."""
     found, log = {}, scratch / "log.txt"
     for processes, images in ((1, ranks * batch), (ranks, batch)):
         folder = scratch / str(processes)
@@ -515,13 +507,13 @@ def assert_ranks_are_one_process(photographs, scratch, ranks, batch, accumulatio
 
 @pytest.mark.parametrize("ranks, batch, accumulation", [(4, 2, 1), (2, 2, 2)])
 def test_ranks_give_the_gradients_of_one_process(photographs, tmp_path, ranks, batch, accumulation):
-    """Of both networks; the adaptive weight is on, its norms are those of the mean gradient over all ranks."""
+    """The gradients of both networks; the adaptive weight is of the norms of the gradient averaged over ranks."""
     assert_ranks_are_one_process(photographs, tmp_path, ranks, batch, accumulation, loss_section())
 
 
 def test_compiled_steps_are_the_plain_ones(small, tmp_path, monkeypatch):
-    """Forward and backward traced ahead of time, run by torch's own kernels: the adaptive weight starts in the
-    second step, when the traced backward's buffers have been given away once."""
+    """Forward and backward traced ahead of time, run by torch's own kernels. The adaptive weight starts in the
+    second step, after the traced backward has freed its buffers once."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     ends = []
     for on in (False, True):
@@ -533,7 +525,7 @@ def test_compiled_steps_are_the_plain_ones(small, tmp_path, monkeypatch):
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_all_is_logged(small, tmp_path):
+def test_every_adversarial_term_is_logged(small, tmp_path):
     make(small(tmp_path, loss=loss_section(), train={"steps": 2})).fit()
     own = [f"discriminator/{name}" for name in ("loss", "r1", "logits_real", "logits_fake", "gradient_norm")]
     for name in ("adversarial", "adaptive_weight", "gradient_norm", *own):

@@ -1,4 +1,4 @@
-"""A run that goes on says what has changed, and refuses what would make it another run."""
+"""A run that continues prints what has changed in its configuration, and refuses other data."""
 
 import math
 import shutil
@@ -7,15 +7,13 @@ import pytest
 import yaml
 
 from tests.train.test_trainer import make, small_config, weights
-from train.autoencoder import task
 from train.config import to_yaml
 from train.loop.checkpoints.changes import compare
 
 
 @pytest.fixture
-def run(photographs, tmp_path, monkeypatch):
-    """A run of two steps, and how to start it again with other sections."""
-    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
+def run(photographs, tmp_path):
+    """Take a run of two steps; the fixture is the function that configures it again, with other sections."""
 
     def again(**sections):
         sections = {"train": {"steps": 2}, "optimizer": {"schedule": "cosine", "warmup_steps": 0}} | sections
@@ -34,7 +32,7 @@ def test_nothing_is_said_of_the_same_command(run, tmp_path, capsys):
 
 
 def test_what_has_changed_is_printed_by_key(run, tmp_path, capsys):
-    """And the learning rate: of a cosine over 2 steps nothing is left at step 2, of one over 8 steps 85 %."""
+    """The learning rate too: at step 2 a cosine over 2 steps has fallen to 0, one over 8 steps to 85 %."""
     capsys.readouterr()
     changed = make(run(train={"steps": 8}, loss={"kl": {"weight": 0.5}}, data={"batch_size": 2}))
     lines = capsys.readouterr().out.splitlines()
@@ -95,8 +93,7 @@ def test_a_folder_that_was_moved_is_the_same_data(run, photographs, tmp_path, ca
     assert line.endswith(str(moved)[-40:]) and " -> " in line
 
 
-def test_a_folder_with_other_images_is_other_data(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
+def test_a_folder_with_other_images_is_other_data(photographs, tmp_path):
     folder = copied(photographs, tmp_path / "growing", 40)
     make(small_config(folder, tmp_path / "run", train={"steps": 1})).fit()
     shutil.copy(sorted(photographs.iterdir())[-1], folder)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, verified when read, rotated."""
+"""Checkpoints on disk: each is whole or absent, is verified when it is read, and is deleted in rotation."""
 
 import hashlib
 import json
@@ -11,7 +11,6 @@ import torch
 
 from tests.processes import finish, start
 from tests.train.test_trainer import make, small_config
-from train.autoencoder import task
 from train.loop.checkpoints.files import (
     checkpoints,
     damage,
@@ -175,7 +174,7 @@ def test_rotation(tmp_path, keep_last, keep_every, kept):
     assert all(damage(path) is None for path in checkpoints(tmp_path))
 
 
-def test_they_are_ordered_by_number(tmp_path):
+def test_checkpoints_are_ordered_by_number(tmp_path):
     save(tmp_path, 1_000_000, 999_999, 5)
     (tmp_path / "step-000007.damaged").mkdir()
     (tmp_path / "step-1").mkdir()
@@ -187,9 +186,8 @@ def test_they_are_ordered_by_number(tmp_path):
 
 def refuse_large_files(size):
     """The kernel refuses to write more than `size` bytes into a file of this process, as it does on a full disk."""
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)
-    )  # Python ignores its signal, SIGXFSZ
+    # Python ignores SIGXFSZ, the signal of this limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def save_one_too_large(root):
@@ -229,8 +227,8 @@ def steps(layer, optimizer, *seeds):
         optimizer.zero_grad()
 
 
-def test_moments_lie_in_memory_as_their_parameters_do(tmp_path):
-    """Else the fused kernel, which walks both side by side, pairs each weight with another one's moments."""
+def test_loaded_moments_have_the_memory_layout_of_their_parameters(tmp_path):
+    """The fused kernel walks weights and moments side by side: in another layout it would pair them wrongly."""
     layer, optimizer = convolution()
     steps(layer, optimizer, 1, 2)
     path = save_checkpoint(tmp_path, 2, {"m": layer.state_dict(), "o": optimizer_tensors(optimizer)}, {})
@@ -265,9 +263,8 @@ def test_the_state_of_other_parameters_is_refused():
     ("loss", {"adversarial": {"weight": 0.5, "disc_start": 1, "channels": 8}}, "size mismatch"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_configuration_is_refused_and_kept(
-    photographs, tmp_path, monkeypatch, section, values, message
+    photographs, tmp_path, section, values, message
 ):
-    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     first = {
         "loss": {
             "perceptual": {"weight": 0.0},

@@ -1,4 +1,4 @@
-"""Every shipped recipe with its own switches, compilation included: its phases, and a restart between any two."""
+"""Every shipped recipe, tiny but with its own switches, compilation included: a whole run, and one restarted."""
 
 import shutil
 from dataclasses import replace
@@ -20,9 +20,9 @@ CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/family/*.yam
 
 
 def fit(path, folder):
-    """A whole run at the sizes of `--smoke`, then the rest of it once more from the checkpoint in the middle.
+    """A whole run at the sizes of `--smoke`, then its second half again, from the checkpoint in the middle.
 
-    Compiled by aot_eager: traced as for inductor, forward and backward, and run by torch's own kernels.
+    Compiled with aot_eager: forward and backward are traced as for inductor, but run by torch's own kernels.
     """
     recipe = load_config(path)
     small = shrink(recipe, folder / "whole")
@@ -39,9 +39,9 @@ def fit(path, folder):
 
 
 def compiled(small, folder):
-    """The same run, traced: of a network of two levels, one residual block in each, since tracing takes seconds.
+    """The same run compiled, with a network of two levels of one residual block each: tracing takes seconds.
 
-    Such a level has all that is in one of four; `--smoke` runs them all.
+    Every kind of layer is in it; `--smoke` runs the recipe's own number of levels.
     """
     two_levels = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1}
     model = small.model
@@ -61,7 +61,7 @@ def discrete_model(folder):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_ends_and_continues_with_its_own_switches(path, tmp_path):
+def test_every_recipe_trains_to_the_end_and_a_restart_gives_the_same_weights(path, tmp_path):
     recipe, log = load_config(path), tmp_path / "log.txt"
     assert finish(start(log, fit, path, tmp_path)) == [0], log.read_text()
     last = f"checkpoints/step-{STEPS:06d}"
@@ -79,7 +79,7 @@ def test_every_recipe_ends_and_continues_with_its_own_switches(path, tmp_path):
     assert kept == recipe.export.training_state
 
 
-def test_kl_f8_512_goes_on_with_the_discriminator_that_kl_f8_keeps():
+def test_kl_f8_512_continues_with_the_discriminator_that_kl_f8_exports():
     first, then = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("kl_f8", "kl_f8_512"))
     before, after = first.loss.adversarial, then.loss.adversarial
     assert first.export.training_state and then.model.pretrained == f"{first.output_dir}/export"

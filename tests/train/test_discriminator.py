@@ -71,7 +71,7 @@ def test_samples_do_not_see_each_other(small):
     assert x.grad[0].any() and not x.grad[1:].any()
 
 
-def test_one_forward_over_real_and_fake_is_two(small):
+def test_one_forward_over_real_and_fake_equals_two(small):
     real, fake = images(2), images(2).flip(-1)
     both = small(torch.cat([real, fake]))
     torch.testing.assert_close(both, torch.cat([small(real), small(fake)]), rtol=1e-5, atol=1e-7)

@@ -25,12 +25,7 @@ from train.loop.trainer import Trainer
 
 COLOURS = ("red", "green", "blue", "white", "black", "gray")
 SORTED = sorted(COLOURS)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def png(colour: str) -> bytes:
@@ -46,7 +41,7 @@ def colour_of(image: torch.Tensor) -> str:
 
 
 def table(values) -> datasets.Dataset:
-    """48 images of six colours, a label beside each: `values(colour)`."""
+    """48 images of six colours with their labels; `values`: the labels' feature, and a function colour -> label."""
     rows = [COLOURS[i % 6] for i in range(48)]
     records = [{"bytes": png(colour), "path": f"{i:03d}.png"} for i, colour in enumerate(rows)]
     features = datasets.Features({"image": datasets.Image(decode=False), "class": values[0]})
@@ -129,7 +124,7 @@ def test_labels_of_streams_over_ranks_workers_and_restarts(make, values, tmp_pat
     source, keys = make(tmp_path, values)
     keys |= {"streaming": True}
     alone = take(config(source, **keys), 96, classes=6)
-    changing = take(config(source, **keys, num_workers=2), 48, ranks=1) | take(config(source, **keys), 48, 48)
+    changing = take(config(source, **keys, num_workers=2), 48, ranks=2) | take(config(source, **keys), 48, 48)
     assert changing == alone
 
 

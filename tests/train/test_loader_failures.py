@@ -1,4 +1,4 @@
-"""A worker that cannot go on, or is killed, ends all ranks: one line, a checkpoint, nobody left behind."""
+"""A data-loader worker that fails or is killed ends all ranks, with one line, a checkpoint and no process left."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ STEPS = 12
 
 
 def disturbed(kind, folder, rank, step, arguments):
-    """`python -m train` in which, on a rank and in the middle of a step, something befalls its data or workers."""
+    """`python -m train` in which a rank calls FAULTS[kind] in the middle of a step."""
     original, moments = AutoencoderTask.micro_batch, [step]
 
     def micro_batch(self, step, batch):

@@ -1,20 +1,13 @@
 """export.push_to: a run that ends on the hub, against a stand-in for it on this machine."""
 
-from functools import partial
-
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 
 from kl_autoencoder.models.autoencoder_kl import COMPACT
 from tests.hub_stand_in import StandIn
-from tests.train.test_trainer import make, small_config, weights
+from tests.train.test_trainer import make, weights
 from train.config import ExportConfig
-
-
-@pytest.fixture
-def small(photographs):
-    return partial(small_config, photographs)
 
 
 @pytest.fixture

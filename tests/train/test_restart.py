@@ -48,6 +48,7 @@ FILES = {"model", "ema", "discriminator", "optimizer", "discriminator_optimizer"
 
 
 def everything(photographs, folder, steps=STEPS, every=1, keep_last=2, **data):
+    """The configuration of a run with EVERYTHING; `every` and `keep_last` are of its checkpoints."""
     return small_config(
         photographs,
         folder,
@@ -85,7 +86,7 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def undisturbed(photographs, tmp_path_factory):
-    """A run that nothing happens to, in a process of its own; all of its checkpoints are kept."""
+    """A run without interruption, in a process of its own; all of its checkpoints are kept."""
     folder = tmp_path_factory.mktemp("undisturbed")
     arguments = command(everything(photographs, folder / "run", keep_last=STEPS), folder / "config.yaml")
     assert finish(start(folder / "log.txt", train, arguments)) == [0], (folder / "log.txt").read_text()
@@ -93,10 +94,10 @@ def undisturbed(photographs, tmp_path_factory):
 
 
 def test_every_step_continues_to_the_same_weights(photographs, undisturbed, tmp_path):
-    """Before the discriminator starts, as it starts, before it is felt and while, after every kind of R1 step.
+    """Resume before the discriminator starts, before and after it is felt, and after steps with and without R1.
 
-    Each in a process of its own, as the undisturbed run was: in one that has run other tests a convolution may
-    round otherwise.
+    Each resumes in a process of its own, as the undisturbed run had one: in a process that has run other tests a
+    convolution may round differently.
     """
     log = tmp_path / "log.txt"
     for step in range(1, STEPS):
@@ -109,12 +110,12 @@ def test_every_step_continues_to_the_same_weights(photographs, undisturbed, tmp_
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_twenty_kills_change_nothing(photographs, tmp_path, workers):
-    """SIGKILL while it starts, between steps, in steps, and while a checkpoint is written.
+    """SIGKILL while the run starts, in its steps, and while it writes a checkpoint; three kills with a worker.
 
-    A run that comes to its end before it is killed is held to the undisturbed one and another is begun.
+    A run that ends before it is killed is compared with the whole one, and the next starts afresh.
     """
-    kills, steps, rng, log = (KILLS, 30, random.Random(20), tmp_path / "log.txt") if not workers else (
-        3, 6, random.Random(3), tmp_path / "log.txt")  # fmt: skip
+    kills, steps = (3, 6) if workers else (KILLS, 30)
+    rng, log = random.Random(kills), tmp_path / "log.txt"
     config = partial(everything, photographs, steps=steps, every=2, num_workers=workers)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert finish(start(log, train, command(config(whole), tmp_path / "whole.yaml"))) == [0]
@@ -144,20 +145,23 @@ def test_twenty_kills_change_nothing(photographs, tmp_path, workers):
 
 
 def while_starting(process, folder, rng):
-    """Anywhere from the first instruction to the first step."""
+    """Wait for a time that may end anywhere from the first instruction to the first checkpoint."""
     until, saved = time.monotonic() + rng.uniform(0, 0.8), len(list_checkpoints(folder))
     wait_until(lambda: time.monotonic() > until or len(list_checkpoints(folder)) > saved, process)
 
 
 def while_stepping(process, folder, rng):
-    """In the steps that follow the next checkpoint."""
+    """Wait for the next checkpoint, then for a part of the steps after it."""
     saved = list_checkpoints(folder)
     wait_until(lambda: list_checkpoints(folder) not in (saved, []), process)
     time.sleep(rng.uniform(0, 0.15))
 
 
 def while_writing(process, folder, rng):
-    """In the next checkpoint but one, or the one before it; what an earlier kill has left is cleared away first."""
+    """Wait until the next checkpoint, or the one after it, is being written.
+
+    What an earlier kill has left half written is cleared away first.
+    """
     for _ in range(rng.choice((1, 2))):
         wait_until(lambda: not half_written(folder), process)
         wait_until(lambda: half_written(folder), process)
@@ -179,7 +183,7 @@ def half_written(folder):
 
 
 def signalled(number, times, step, rank, arguments):
-    """`python -m train` in which a rank receives a signal in the middle of a step."""
+    """`python -m train` in which `rank` sends itself signal `number`, `times` times, in the middle of `step`."""
     original, moments = AutoencoderTask.micro_batch, [step] * times
     launch.ASK_EVERY = 0.0  # after each step
 
@@ -200,7 +204,9 @@ def test_a_signal_finishes_the_step_and_saves(photographs, undisturbed, tmp_path
     arguments, log = command(config, tmp_path / "config.yaml"), tmp_path / "log.txt"
     assert finish(start(log, signalled, number, 1, 3, 0, arguments)) == [STOPPED]
     [events] = (tmp_path / "run" / "logs").rglob("events.out.tfevents*")
-    assert events.read_bytes().count(b"train/loss") == 4  # TensorBoard keeps two minutes of them in memory
+    assert (
+        events.read_bytes().count(b"train/loss") == 4
+    )  # flushed, though TensorBoard writes every two minutes
     said = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
     assert f"{said} at step 4; the same command continues from there" in log.read_text()
     assert list_checkpoints(tmp_path / "run") == ["step-000004"]
@@ -211,7 +217,7 @@ def test_a_signal_finishes_the_step_and_saves(photographs, undisturbed, tmp_path
 
 
 def interrupted_outside_of_the_steps(method, arguments):
-    """`python -m train` with Ctrl-C as it opens the data, or as it measures the latents for the export."""
+    """`python -m train` with Ctrl-C when it opens the data, or when it measures the latents for the export."""
     owner = task.TrainingData if method == "held_out" else AutoencoderTask
     original = getattr(owner, method)
 
@@ -251,7 +257,10 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(photographs, tmp_path)
 
 
 def ask_for_stops(folder):
-    """Forty steps by a clock on which the second rank is half as fast; a signal to the first rank in step 8."""
+    """Up to forty steps of 0.1 s on the first rank and 0.2 s on the second; a signal to the first in step 8.
+
+    Each rank writes down the step at which it stopped, and the steps in which the ranks asked each other.
+    """
     accelerator, rank, clock = Accelerator(cpu=True), int(os.environ["RANK"]), [0.0]
     launch.time = SimpleNamespace(monotonic=lambda: clock[0])
     asked, agree = [], launch.StopRequest._agree
@@ -266,15 +275,15 @@ def ask_for_stops(folder):
     (folder / str(rank)).write_text(json.dumps([step, asked]))
 
 
-def test_ranks_ask_once_a_second_of_the_slowest_and_stop_at_the_same_step(tmp_path):
+def test_ranks_ask_each_other_once_a_second_of_the_slowest_and_stop_at_the_same_step(tmp_path):
     log = tmp_path / "log.txt"
     assert finish(*start_ranks(2, log, ask_for_stops, tmp_path)) == [0, 0], log.read_text()
     first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert first == second == [11, [1, 6, 11]]
 
 
-def test_a_launcher_may_pass_on_what_all_have_received(photographs, tmp_path):
-    """Ctrl-C and SLURM signal every process of a job, and torchrun then signals its own once more."""
+def test_a_signal_that_a_launcher_passes_on_does_not_count_as_a_second_one(photographs, tmp_path):
+    """Ctrl-C and SLURM signal every process of a job, and torchrun then signals its ranks once more."""
     arguments = command(everything(photographs, tmp_path / "run", every=100), tmp_path / "config.yaml")
     log = tmp_path / "log.txt"
     assert finish(*start_ranks(1, log, signalled, signal.SIGTERM, 2, 3, 0, arguments)) == [STOPPED]
@@ -292,7 +301,7 @@ def test_a_second_signal_ends_at_once(photographs, tmp_path):
 
 
 def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photographs, tmp_path):
-    """`accelerate launch`, SIGKILLed alone, must leave nobody behind; at once its two ranks a second time."""
+    """Only `accelerate launch` gets a SIGKILL: its ranks stop by themselves, and two new ones continue."""
     config = partial(everything, photographs, steps=16)
     log, arguments = tmp_path / "log.txt", command(config(tmp_path / "run"), tmp_path / "run.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
@@ -312,13 +321,14 @@ def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photograp
 
 
 def keep(folder):
+    """Hold the lock of an output folder until the process is killed."""
     lock = hold(folder, print)
     (folder / "held").touch()
     time.sleep(PATIENCE)
     lock.close()
 
 
-def test_a_folder_is_one_runs_alone(photographs, tmp_path):
+def test_an_output_folder_belongs_to_one_run_at_a_time(tmp_path):
     process, said = start(tmp_path / "log.txt", keep, tmp_path), []
     wait_until((tmp_path / "held").exists, process)
     with pytest.raises(ValueError, match=f"output_dir: another run is writing to {tmp_path}; allowed: "):
@@ -332,7 +342,7 @@ def test_a_folder_is_one_runs_alone(photographs, tmp_path):
 
 
 def recorded(arguments, folder, life):
-    """`python -m train` that writes down which samples each step consumes, and what was in them."""
+    """`python -m train` that writes down the samples that each step consumes, with a hash of their pixels."""
     original = trainer.Trainer.train_step
 
     def train_step(self, micro_batches):
@@ -375,7 +385,7 @@ def test_other_numbers_of_ranks_consume_the_same_samples_in_the_same_order(photo
 
 
 def test_images_skipped_on_other_ranks_and_before_a_restart_are_in_the_summary(tmp_path):
-    """An epoch on two ranks meets all four damaged files; the one process that goes on meets few of them again."""
+    """Two ranks read a whole epoch with every damaged file; the one process that continues meets few of them."""
     damaged, log = write_odd_images(tmp_path / "odd"), tmp_path / "log.txt"
     for ranks, steps in ((2, 3), (1, 4)):
         config = small_config(
@@ -394,7 +404,7 @@ def test_images_skipped_on_other_ranks_and_before_a_restart_are_in_the_summary(t
 # ------------------------------------------------------------------ damage
 
 
-def test_a_run_that_has_lost_its_metrics_ends_all_the_same(photographs, tmp_path, monkeypatch, capsys):
+def test_a_run_that_has_lost_its_metrics_file_still_finishes(photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
     path = tmp_path / "config.yaml"
     assert main(command(small_config(photographs, tmp_path / "run", train={"steps": 1}), path)) == 0

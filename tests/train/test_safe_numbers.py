@@ -1,8 +1,7 @@
-"""Numbers that are not finite: the step is skipped, counted, logged; too many end the run; what can be seen."""
+"""Steps with numbers that are not finite are skipped, counted and logged, and too many of them end the run."""
 
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -15,16 +14,8 @@ from tests.train.test_adversarial import all_parameters
 from tests.train.test_restart import command, everything, train
 from tests.train.test_trainer import make, records, small_config, weights
 from train.__main__ import main
-from train.autoencoder import task
 from train.loop import trainer
 from train.loop.trainer import TooManyBadSteps
-
-
-@pytest.fixture
-def small(photographs, monkeypatch):
-    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
-    return partial(small_config, photographs)
-
 
 ADVERSARIAL = {"weight": 0.5, "disc_start": 0, "channels": 4, "lecam_weight": 0.1, "r1_weight": 0.1}
 LOSS = {"perceptual": {"weight": 0.0}, "adversarial": ADVERSARIAL}
@@ -66,13 +57,13 @@ def test_a_bad_step_moves_nothing(small, tmp_path, value, place):
     run.loader = poisoned(run.loader, {9 if place == "first" else 14}, value)  # both of step 1
     steps = run.batches()
     run.train_step(next(steps))
-    run.task.ema.network.load_state_dict(
-        run.task.vae.state_dict()
-    )  # an average of what does not move does not move
+    # the average of weights that do not move does not move either
+    run.task.ema.network.load_state_dict(run.task.vae.state_dict())
     before = state(run)
+    # the moments are there
     assert len(before) > 3 * (
         len(run.task.autoencoder.parameters) + len(run.task.adversary.player.parameters)
-    )  # the moments are there
+    )
     run.train_step(next(steps))
     after = state(run)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -82,8 +73,7 @@ def test_a_bad_step_moves_nothing(small, tmp_path, value, place):
     assert all(tensor.isfinite().all() for tensor in state(run))
 
 
-def test_a_loss_that_is_not_finite_with_a_gradient_that_is(small, tmp_path):
-    """A loss that overflows where its gradient, for once, does not: the step is skipped too."""
+def test_a_step_with_an_infinite_loss_and_a_finite_gradient_is_skipped(small, tmp_path):
     run = make(small(tmp_path, loss=LOSS))
     kl = bottlenecks.kl_per_dimension
     steps = run.batches()
@@ -122,7 +112,7 @@ def test_bad_steps_are_counted_logged_and_survive_a_restart(small, tmp_path, cap
     assert "NaN" not in text and "Infinity" not in text
     means = records(
         tmp_path, "train/loss"
-    )  # of the steps that were taken: one bad step does not hide the others
+    )  # of the steps that were taken: a bad one does not hide the others
     assert set(means) == {5, 8} and all(0 < value < 10 for value in means.values())
 
 

@@ -1,4 +1,4 @@
-"""What a configuration would need is known, and refused where there is not so much, before it is made."""
+"""The memory that a configuration would need is estimated, and refused where there is less, before any work."""
 
 import math
 
@@ -37,8 +37,8 @@ def test_the_estimate_is_what_training_holds(ema, copies):
         check_weights(config(model=sd, ema={"enabled": ema}), wanted - 1)
 
 
-def test_the_least_that_a_step_keeps_is_what_a_step_keeps():
-    """One input a ResNet block: no more than the autograd graph of a real step holds in its saved tensors."""
+def test_a_step_keeps_at_least_what_is_estimated():
+    """The estimate is one input for each ResNet block; the saved tensors of a real step's graph are more."""
     given = config(
         model={"block_out_channels": [8, 16], "norm_num_groups": 4},
         data={"train": "photos", "batch_size": 2, "resolution": 32},

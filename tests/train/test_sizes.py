@@ -12,7 +12,7 @@ from PIL import Image
 
 from kl_autoencoder.data.crops import Crop, buckets, nearest_bucket, read_crop
 from tests.processes import finish, start_ranks
-from tests.train.test_data import cache, config, flat, folder_of, which
+from tests.train.test_data import config, flat, folder_of, which
 from tests.train.test_family import last, run
 from tests.train.test_trainer import small_config
 from train.config import build
@@ -20,7 +20,7 @@ from train.config.autoencoder import AutoencoderConfig
 from train.data.sizes import Sizes, Steps, sort_into_buckets
 from train.data.training_data import TrainingData
 
-__all__ = ["cache"]  # a fixture
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 LANDSCAPE, PORTRAIT, PANORAMA = (96, 64), (64, 96), (200, 50)  # width and height, as PIL has them
 WHOLE = Crop(1.0, 0.0, 0.0, False)

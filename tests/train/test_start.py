@@ -1,4 +1,4 @@
-"""What a new network begins as."""
+"""The first weights of a new network with `start: enlargement`: it averages and enlarges images."""
 
 import pytest
 import torch
@@ -57,8 +57,8 @@ def test_its_latents_are_the_colours_of_blocks(astronaut):
     assert posterior.std.max() < 0.06
 
 
-def test_every_weight_but_the_silenced_ones_learns(astronaut):
-    """After one step in the direction of the gradient, as convolutions that begin at zero hold others back."""
+def test_every_weight_learns(astronaut):
+    """From the second step on: in the first, convolutions that begin at zero hold back the gradients of others."""
     vae = enlargement().train()
     optimizer = torch.optim.SGD(vae.parameters(), 1e-3)
     for _ in range(2):

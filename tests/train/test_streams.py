@@ -12,16 +12,18 @@ import torch
 from kl_autoencoder.data.file_streams import FileStream
 from kl_autoencoder.data.remote import read_with_retries
 from tests.file_server import FileServer, write_tar
-from tests.train.test_data import assert_same, cache, config, flat, parquet, png, take, tar, which  # noqa: F401
+from tests.train.test_data import assert_same, config, flat, parquet, png, take, tar, which
 from train.data.config import DataConfig
 from train.data.samples import RandomCrops
 from train.data.sizes import Sizes, Steps
 from train.data.streams import Reader, StreamedImages, lane_count, readers_of_a_file
 from train.data.training_data import TrainingData
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 
 class Counted:
-    """A stream of `shards` files with `length` records each that counts what is read of it."""
+    """A stream of `shards` files of `length` records each, which counts the records read and the files opened."""
 
     def __init__(self, shards: int, length: int):
         self.num_shards, self.records, self.read_records, self.opened = shards, length, 0, Counter()
@@ -43,7 +45,7 @@ class Counted:
 
 
 def used(stream, ranks, workers, batches, batch_size=4, first=0, lengths=None, seed=0):
-    """Sample number -> the record that it is made of, for `batches` micro-batches of every rank."""
+    """Sample number -> path of the record it is made of, for `batches` micro-batches of every rank."""
     found = {}
     for rank in range(ranks):
         reader = Reader(rank, ranks, workers=workers)
@@ -63,7 +65,7 @@ def used(stream, ranks, workers, batches, batch_size=4, first=0, lengths=None, s
     [(8, 8, 128), (8, 8, 100), (8, 6, 96), (3, 4, 36), (1, 1, 5), (64, 8, 1024)],
 )
 def test_each_record_is_read_once_however_many_readers_there_are(ranks, workers, shards):
-    """Before: 7.9 records read for each that was used at 8 x 8, 31 at 64 x 8."""
+    """A simpler reader read 7.9 records for each one used with 8 ranks of 8 workers, 31 with 64 ranks."""
     records = 50 if shards < 1000 else 20  # so many that few of them are read ahead of the end
     stream = Counted(shards, records)
     batches = max(6 - ranks // 16, 60 // shards) * shards * records // (ranks * 4)
@@ -79,7 +81,7 @@ def test_an_epoch_of_equal_files_holds_each_record_once():
     assert len(twice) == 1000 and max(twice.values()) <= 3
 
 
-def test_fewer_files_than_readers_are_shared_by_as_few_as_can_be():
+def test_when_files_are_fewer_than_readers_each_has_as_few_readers_as_possible():
     assert lane_count(10, 8, 8) == 8 and readers_of_a_file(10, 8, 8) == 8
     stream = Counted(10, 40)
     found = used(stream, 8, 8, 50)
@@ -100,15 +102,15 @@ def test_a_restart_skips_the_files_whose_lengths_are_known(first):
     lengths = {whole.name(shard): 40 for shard in range(20)}
     found = used(again, 1, 2, 20, first=first, lengths=lengths)
     assert all(found[n] == expected[n] for n in found)
-    # 16 lanes, blocks of 62 neighbours: a lane reads at most the file it is in and those it draws from.
+    # besides the samples themselves each of the 16 lanes may read two files of 40 records
     assert again.read_records <= 80 + 2 * 16 * 40
     blind = Counted(20, 40)
     assert used(blind, 1, 2, 20, first=first) == found
     assert again.read_records <= blind.read_records
 
 
-def test_lengths_are_found_out_and_kept(tmp_path):
-    """The second epoch's loader knows how long the files are, and reads nothing of those before its sample."""
+def test_lengths_are_counted_and_a_restart_that_knows_them_has_the_same_samples(tmp_path):
+    """After an epoch the lengths of all files are known."""
     for i in range(4):
         tar(tmp_path / f"{i}.tar", range(10 * i, 10 * i + 3 + i))
     data = config(tmp_path / "*.tar", image_column="png", streaming=True, num_workers=2)
@@ -124,8 +126,8 @@ def test_lengths_are_found_out_and_kept(tmp_path):
             assert image.equal(seen[n])
 
 
-def test_small_images_in_a_row_do_not_end_a_stream(tmp_path):
-    """A block of neighbours none of which can be used: those that follow replace them."""
+def test_many_unusable_images_in_a_row_do_not_end_a_stream(tmp_path):
+    """Where no image of a block can be used, images of the following blocks replace them."""
     entries = [(f"{i}.png", png(flat(i, (12, 10) if i < 4 else (4, 4)))) for i in range(64)]
     write_tar(tmp_path / "a.tar", entries)
     stream = config(tmp_path / "a.tar", image_column="png", streaming=True, shuffle_buffer=8)
@@ -162,7 +164,7 @@ def test_remote_shards_read_by_number_are_downloaded_once_and_announced(shard_se
     assert all(method == "HEAD" for method, *_ in shard_server.requests[asked:])
 
 
-def test_a_shard_that_breaks_off_is_read_again_from_there(tmp_path):
+def test_a_shard_whose_download_breaks_off_is_read_on_from_there(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{i}.png", png(flat(i, (40, 40)))) for i in range(9)])
     with FileServer(tmp_path) as server:
         path, waits = f"{server.url}/a.tar", []
@@ -186,7 +188,7 @@ def test_a_shard_that_breaks_off_is_read_again_from_there(tmp_path):
         assert len(waits) == 4  # a file that is not there is not asked for again
 
 
-def test_fsspecs_memory(tmp_path):
+def test_tars_tables_and_images_are_read_from_an_fsspec_file_system(tmp_path):
     memory = fsspec.filesystem("memory")
     for i in range(3):
         memory.pipe(f"/bucket/{i}.tar", tar(tmp_path / f"{i}.tar", range(4 * i, 4 * i + 4)).read_bytes())

@@ -7,7 +7,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
-from tests.train.test_trainer import make, records, small  # noqa: F401
+from tests.train.test_trainer import make, records
 from train.config import Config, LogConfig, build
 
 PLUGIN = """
@@ -47,7 +47,7 @@ def notebook(tmp_path, monkeypatch):
     sys.modules.pop("notebook_tracker", None)
 
 
-def test_a_tracker_of_a_plugin_gets_scalars_pictures_and_the_configuration(small, notebook, tmp_path, capsys):  # noqa: F811
+def test_a_tracker_of_a_plugin_gets_scalars_pictures_and_the_configuration(small, notebook, tmp_path, capsys):
     __import__("notebook_tracker")
     trainer = make(small(tmp_path / "run", log={"tensorboard": True, "trackers": ["notebook"]}))
     trainer.fit()
@@ -63,7 +63,7 @@ def test_a_tracker_of_a_plugin_gets_scalars_pictures_and_the_configuration(small
     assert said.count("WARNING: notebook: cannot be written (ConnectionError: the notebook is closed)") == 1
 
 
-def test_mlflow_in_a_folder(small, tmp_path, monkeypatch):  # noqa: F811
+def test_mlflow_in_a_folder(small, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     before = mlflow.get_tracking_uri()
@@ -101,7 +101,7 @@ def test_how_the_two_keys_meet(tensorboard, trackers, wanted):
     ("wandbb", r"log\.trackers: 'wandbb'; allowed: aim, .*wandb, and what a plugin registers"),
     ("comet_ml", r"log\.trackers: 'comet_ml' is not installed; pip install comet-ml"),
 ])  # fmt: skip
-def test_a_tracker_that_is_not_there(small, name, told, tmp_path, monkeypatch):  # noqa: F811
+def test_a_tracker_that_is_not_there(small, name, told, tmp_path, monkeypatch):
     monkeypatch.setattr("train.loop.trackers.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=told):
         make(small(tmp_path / "run", log={"trackers": [name]}))

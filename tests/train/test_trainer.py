@@ -30,9 +30,9 @@ RECORDED = Path(__file__).parent / "recorded_losses.json"
 
 
 def make(config, statistics_samples=16):
-    """A Trainer as in a new process: accelerate keeps its settings for the life of one.
+    """A Trainer as in a new process, with the settings that accelerate keeps for a whole process reset.
 
-    `statistics_samples`: so few that the scaling factor is a rough one.
+    `statistics_samples`: crops that the scaling factor is measured from; 16 are quick, and give a rough one.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     return Trainer(config, partial(AutoencoderTask, statistics_samples=statistics_samples))
@@ -40,13 +40,8 @@ def make(config, statistics_samples=16):
 
 @pytest.fixture
 def few_statistics(monkeypatch):
-    """What `main` trains has its scaling factor of 16 crops too."""
+    """Let `main` measure the scaling factor from 16 crops as well."""
     monkeypatch.setattr(task, "STATISTICS_SAMPLES", 16)
-
-
-@pytest.fixture
-def small(photographs):
-    return partial(small_config, photographs)
 
 
 def small_config(photographs, folder, **sections):
@@ -71,6 +66,7 @@ def small_config(photographs, folder, **sections):
 
 
 def records(folder, key):
+    """The values of a key in a run's metrics.jsonl: step -> value."""
     lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line[key] for line in lines if key in line}
 
@@ -83,7 +79,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_leaves_what_it_promises(small, photographs, tmp_path):
+def test_a_run_writes_its_metrics_pictures_checkpoints_and_export(small, photographs, tmp_path):
     config = small(tmp_path, log={"tensorboard": True})
     summary = make(config).fit()
     for name in ("config.yaml", "metrics.jsonl", "samples/step-000006.png", "checkpoints/step-000006"):
@@ -133,7 +129,7 @@ def test_one_batch_is_learned(small, tmp_path, kind):
     assert error() < before / 2
 
 
-def test_the_first_fifty_losses_are_those_on_record(small, tmp_path):
+def test_the_first_fifty_losses_equal_the_recorded_ones(small, tmp_path):
     """A refactor changes no number. To record anew after a change of mathematics: delete the file, run, say why."""
     make(
         small(tmp_path, train={"steps": 50, "gradient_accumulation": 2}, optimizer={"learning_rate": 3e-4})
@@ -183,9 +179,9 @@ def test_decoder_only_leaves_the_encoder_and_the_scaling_alone(small, tmp_path):
     {"mixed_precision": "bf16"}, {"gradient_checkpointing": "no"}, {"gradient_checkpointing": "blocks"},
     {"compile": True},
 ], ids=str)  # fmt: skip
-@torch._inductor.config.patch({"cpp.simdlen": 0})  # without vectors a quarter less to compile
+@torch._inductor.config.patch({"cpp.simdlen": 0})  # unvectorized, there is a quarter less to compile
 def test_the_ways_to_run_a_step_agree(small, tmp_path, options):
-    # inductor compiles C++ for seconds a kernel; test_configs and test_convolutional trace all kinds of layers
+    # inductor takes seconds for each C++ kernel; test_configs and test_convolutional trace every kind of layer
     few_kernels = {"block_out_channels": [8], "layers_per_block": 1, "mid_block_add_attention": False}
     model, losses = few_kernels if "compile" in options else {}, []
     for name, more in (("plain", {}), ("other", options)):
@@ -195,7 +191,7 @@ def test_the_ways_to_run_a_step_agree(small, tmp_path, options):
     np.testing.assert_allclose(*losses, rtol=3e-2 if "mixed_precision" in options else 1e-4)
 
 
-def test_validation_is_no_part_of_the_images_a_second(small, tmp_path, monkeypatch):
+def test_images_per_second_leave_out_the_time_of_validation(small, tmp_path, monkeypatch):
     run, clock = make(small(tmp_path)), [0.0]
     monkeypatch.setattr(journal, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     run.journal.start_window(step=0)
@@ -210,7 +206,7 @@ def test_validation_is_no_part_of_the_images_a_second(small, tmp_path, monkeypat
     assert run.journal.close_window(step=10)[1] == 5 / 10
 
 
-def test_threads_that_other_programs_stand_in_the_way_of_are_named():
+def test_the_announced_threads_come_with_the_cores_that_other_programs_use():
     assert launch.say_threads(2, 1, 2, 0.2) == "2 torch threads a rank (OMP_NUM_THREADS) on 2 cores"
     assert launch.say_threads(1, 1, 2, 9.0) == "1 torch thread a rank (OMP_NUM_THREADS) on 2 cores"
     assert ", 1.4 of which other programs use: OMP_NUM_THREADS=1" in launch.say_threads(2, 1, 2, 1.4)
@@ -220,8 +216,8 @@ def test_threads_that_other_programs_stand_in_the_way_of_are_named():
 @pytest.mark.parametrize("given, expected", [
     ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
 ])  # fmt: skip
-def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise(given, expected):
-    """libgomp reads the variable as torch is imported, which comes after."""
+def test_waiting_threads_soon_sleep_unless_the_user_has_set_otherwise(given, expected):
+    """libgomp reads GOMP_SPINCOUNT when torch is imported, so it has to be set before that."""
     program = ("import os, sys, train.__main__ as program; program.share_the_cores(); "
                "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)")  # fmt: skip
     kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
@@ -236,8 +232,8 @@ def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise(given
 
 @pytest.mark.parametrize("widths", [[8, 16], [64, 64]], ids=["narrow", "wide enough for winograd_training"])
 def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(photographs, tmp_path, widths):
-    """Of both networks; LPIPS (where its weights are to be had), KL, a learned likelihood scale, the adaptive
-    weight, LeCam and R1 included."""
+    """The gradients of both networks, with LPIPS (where its weights are on this machine), KL, a learned likelihood
+    scale, the adaptive weight, LeCam and R1."""
     from tests.train.rank_gradients import write_gradients
 
     with_lpips, log = not backbone_missing("squeeze"), tmp_path / "log.txt"
@@ -250,7 +246,7 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(phot
     for key in one:
         assert one[key].any(), key
         scale = one[key].abs().max().item()
-        # 5e-7: where terms of the order of 1 cancel, in the bias of the logits and of attention's keys
+        # 5e-7 for the biases of the logits and of attention's keys, in which terms of about 1 cancel
         atol = 1e-4 * scale + 5e-7
         torch.testing.assert_close(
             two[key], one[key], rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
@@ -261,7 +257,7 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_doubled_batch(phot
 
 
 def write_odd_images(folder):
-    """Forty files: four of them damaged, each in another way, and every kind of picture that is not plain RGB."""
+    """Write forty images of several modes, four of them of one pixel and four damaged; return the damaged names."""
     rng = np.random.default_rng(0)
     photo = np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     folder.mkdir()
@@ -282,7 +278,7 @@ def write_odd_images(folder):
 
 
 def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys, few_statistics):
-    """A tenth of the files damaged, a tenth too small: each is replaced, and named; the run sees all others."""
+    """A tenth of the files is damaged and a tenth too small: each of these is named, and replaced by another."""
     damaged = write_odd_images(tmp_path / "odd")
     assert len(damaged) == len(list((tmp_path / "odd").iterdir())) / 10
     config = small_config(
@@ -299,7 +295,8 @@ def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys,
     unreadable = sorted(line.split("odd/")[1] for line in summary if "): unreadable: " in line)
     for name, line in zip(sorted(damaged), unreadable, strict=True):
         assert line.startswith(f"{name} (row") and len(line.split("): ")[1]) > 15
-    assert all(0 < loss < 2 for loss in records(tmp_path / "run", "train/loss").values())
+    losses = records(tmp_path / "run", "train/loss")
+    assert list(losses) == [1, 2, 3, 4, 5] and all(0 < loss < 2 for loss in losses.values())
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
@@ -327,7 +324,7 @@ def test_a_folder_of_odd_images_trains_to_the_end(photographs, tmp_path, capsys,
     ("output_dir=FILE/run", "cannot be written to (Not a directory)"),
     ("output_dir=FILE", "cannot be written to (File exists)"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line_before_any_work(tmp_path, capsys, overrides, message):
+def test_mistakes_are_reported_in_one_line_before_any_work(tmp_path, capsys, overrides, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("kept")
     overrides = overrides.replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(tmp_path / "file"))
@@ -340,12 +337,12 @@ def test_mistakes_end_in_one_line_before_any_work(tmp_path, capsys, overrides, m
         assert not (tmp_path / "run" / name).exists()
 
 
-def test_an_error_of_a_library_is_one_line_too(capsys):
+def test_an_error_of_a_library_is_printed_in_one_line(capsys):
     print_error(OSError("We couldn't connect.\nCheckout your connection.\n"))
     assert capsys.readouterr().err == "error: We couldn't connect. Checkout your connection.\n"
 
 
-def test_without_lpips_weights_a_run_that_needs_them_says_how_to_get_them(
+def test_a_run_without_the_lpips_weights_says_how_to_get_them_or_trains_without_the_term(
     tmp_path, monkeypatch, capsys, few_statistics
 ):
     checkpoints = tmp_path / "home" / "hub" / "checkpoints"

@@ -1,22 +1,13 @@
-"""What a run hands on: the discriminator beside an exported model, and a moving average that is switched."""
-
-from functools import partial
+"""What a later run takes over: the discriminator beside an exported model, a moving average switched on or off."""
 
 import pytest
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from tests.train.test_adversarial import loss_section
-from tests.train.test_trainer import equal, make, small_config, weights
-from train.autoencoder import task
+from tests.train.test_trainer import equal, make, weights
 from train.config import Config, ModelConfig, build
 from train.loop.launch import PLUGINS
-
-
-@pytest.fixture
-def small(photographs, monkeypatch):
-    monkeypatch.setattr(task, "STATISTICS_SAMPLES", 4)
-    return partial(small_config, photographs)
 
 
 def going_on(config, folder):

@@ -1,12 +1,16 @@
-"""A headless Chromium with its driver, as the tests of pages use it; they skip, and say so, where there is none."""
+"""A headless Chromium with its driver for the tests of pages, which are skipped where there is none."""
 
+import base64
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -31,6 +35,11 @@ def chromium(profile: Path) -> Iterator[Any]:
         driver.quit()
 
 
+def decode_png(encoded: str) -> np.ndarray:
+    """A PNG in base64 -> its levels, (H, W, 3) of int."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")).astype(int)
+
+
 def look(browser: Any, width: int, dark: bool = False) -> None:
     """Set the window's width in pixels, a phone below 500, and the colour scheme that pages are told."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -40,7 +49,7 @@ def look(browser: Any, width: int, dark: bool = False) -> None:
 
 
 def drag(page: Any, target: Any, start: tuple[float, float], by: tuple[float, float]) -> None:
-    """With the mouse, from a place in `target`, both in shares of its size."""
+    """Drag the mouse by `by` from the place `start` in `target`, both in shares of its size."""
     from selenium.webdriver import ActionChains
 
     width, height = target.size["width"], target.size["height"]

@@ -51,6 +51,15 @@ def lpips_net(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium; the test is skipped where there is none."""
+    from tests.chromium import chromium
+
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
     """A folder of 48 PNG of 64x64, see `write_photographs`."""

@@ -1,4 +1,4 @@
-"""A stand-in for the hub, on this machine."""
+"""A server on this machine that answers as the hub does."""
 
 import base64
 import json
@@ -7,8 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StandIn:
-    """A hub that keeps what is committed to it in `files`, and `created`.
+    """`with StandIn(config) as hub`: a hub at `hub.url`.
 
+    It keeps the `files` committed to it, the repositories `created`, the `tokens` given and the paths `asked` for.
     me/gated is gated, me/pickled has weights in a pickle alone, other repositories do not exist.
     """
 
@@ -68,4 +69,11 @@ class StandIn:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "StandIn":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()

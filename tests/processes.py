@@ -63,6 +63,12 @@ def _run(log: str, environment: dict[str, str], function: Callable, arguments: t
     sys.exit(function(*arguments))
 
 
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program in a new interpreter, in the project's folder; what it prints is kept as text."""
+    command, variables = [sys.executable, "-c", program], {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=PATIENCE)
+
+
 def finish(*processes: multiprocessing.Process) -> list[int]:
     """Wait until all have ended and return their exit codes, -9 for one killed by SIGKILL."""
     deadline = time.monotonic() + PATIENCE

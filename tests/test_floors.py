@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 from functools import cache
 from graphlib import TopologicalSorter
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.processes import run_python
 
 # A room (a folder, or a module of the ground floor) -> the rooms of its package that it may import.
 GROUND = {"files", "extras", "progress", "console", "distributed"}
@@ -109,7 +109,7 @@ def test_each_folder_is_a_room_and_no_two_import_each_other(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_folder_has_few_modules_and_a_page(package):
+def test_a_folder_has_few_modules(package):
     for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
         held = [path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
         assert len(held) <= MOST_MODULES, f"{folder.relative_to(ROOT)}: {len(held)} modules"
@@ -141,13 +141,11 @@ def test_networks_know_torch_alone():
             assert roots - set(sys.stdlib_module_names) <= {"torch", "kl_autoencoder"}, module
 
 
-def test_what_is_light_stays_light():
+def test_importing_the_package_imports_nothing_heavy():
     heavy = "{'torch', 'numpy', 'diffusers', 'PIL', 'lpips', 'datasets', 'transformers', 'safetensors'}"
     for name in ("kl_autoencoder", "kl_autoencoder.cli"):
         program = f"import sys, {name}; print(sorted({heavy} & set(sys.modules)))"
-        result = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
+        result = run_python(program)
         assert result.stdout.strip() == "[]", f"{name}: {result.stdout}{result.stderr}"
 
 
@@ -203,13 +201,13 @@ TREE = ("kl_autoencoder", "train", "configs", "tests", ".github", ".ci")
 
 
 def headings(page: Path) -> set[str]:
-    """What links to the parts of a page end with, as GitHub makes them of its headings."""
+    """The anchors of a page's headings, as GitHub makes them."""
     found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=folder_name)
-def test_paths_on_a_page_lead_somewhere(page):
+def test_links_and_paths_on_a_page_exist(page):
     text = page.read_text(encoding="utf-8")
     for link in LINK.findall(text):
         path, _, heading = link.partition("#")

@@ -1,4 +1,4 @@
-"""push, and models from the hub, against a stand-in for it on this machine."""
+"""`push`, and commands on models of the hub, against a server on this machine that answers as the hub does."""
 
 import json
 import subprocess
@@ -46,10 +46,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(run):
-    hub = StandIn((run / "export" / "config.json").read_bytes())
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
+    with StandIn((run / "export" / "config.json").read_bytes()) as hub:
+        yield hub
 
 
 def test_a_dry_run_writes_what_would_be_pushed(run, tmp_path, capsys):
@@ -78,7 +76,7 @@ def test_a_dry_run_writes_what_would_be_pushed(run, tmp_path, capsys):
         )
 
 
-def test_of_a_model_without_a_run(tmp_path):
+def test_a_dry_run_of_a_model_without_a_run(tmp_path):
     assert main(["push", "compact", "--to", "me/compact", "--dry-run", "-o", str(tmp_path / "p")]) == 0
     card = ModelCard.load(tmp_path / "p" / "README.md")
     assert (
@@ -126,7 +124,7 @@ def test_pushed_files_are_those_of_the_dry_run(run, hub, tmp_path):
     assert all(len(line) < 400 for line in (refused, gated, absent, pickled))
 
 
-def test_where_there_is_no_hub(run, monkeypatch, capsys):
+def test_a_hub_that_cannot_be_reached_is_one_line(run, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for command in (["info", "me/vae"], ["push", str(run), "--to", "me/vae"]):

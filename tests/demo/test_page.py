@@ -1,7 +1,5 @@
 """The demo page in a real Chromium: upload, drag, see the numbers change; and that nothing leaves the machine."""
 
-import base64
-import io
 import ipaddress
 import json
 import os
@@ -24,17 +22,17 @@ from skimage import data
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.models.compact import COMPACT
-from tests.chromium import chromium, drag, look
+from tests.chromium import decode_png, drag, look
 from tests.processes import finish, start, wait_until
 
 pytest.importorskip("gradio")
-PATIENCE = 60  # seconds for what takes one
+PATIENCE = 60  # seconds to wait for what should take about one
 
 
 def serve(*arguments):
-    """The command, in a process that writes to whom it connects, if that is not this machine."""
+    """Run the command `demo`, and write LEAVES to the log for every connection to another machine."""
     sys.addaudithook(_write_what_leaves)
-    tempfile.tempdir = None  # TMPDIR is asked for anew
+    tempfile.tempdir = None  # so that TMPDIR is read again
     return main(["demo", *arguments])
 
 
@@ -75,12 +73,6 @@ def served(two_models, tmp_path_factory):
     yield re.search(r"http://127\.0\.0\.1:\d+", log.read_text())[0], process, log
     if process.is_alive():
         process.kill()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +137,10 @@ def levels_of(page, selector, stage):
     canvas.getContext("2d").drawImage(image, 0, 0);
     return canvas.toDataURL("image/png");"""
     found = wait(lambda: page.execute_script(script, stage, selector))
-    return np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(found.partition(",")[2]))).convert("RGB")
-    ).astype(int)
+    return decode_png(found.partition(",")[2])
 
 
-def test_the_first_look(page):
+def test_the_page_opens_with_a_reconstructed_example(page):
     rows = figures(page)
     assert [row[0].split("\n")[0].strip() for row in rows] == [
         "first", "compact", "JPEG", "WebP",
@@ -226,7 +216,7 @@ def test_an_upload_changes_the_numbers(page, tmp_path):
     assert (left == data.rocket()[100:228, 200:392]).all()
 
 
-def test_what_is_no_photograph_is_told_in_a_sentence(page, tmp_path):
+def test_a_file_that_is_no_photograph_is_reported_in_a_sentence(page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     upload(page, tmp_path / "broken.png")
     script = "return [...document.querySelectorAll('.toast-body')].map(t => t.innerText).join()"
@@ -243,7 +233,7 @@ def pictures(page, output):
     return page.execute_script(script)
 
 
-def test_the_other_tabs(page):
+def test_every_other_tab_shows_its_pictures(page):
     open_tab(page, "Latents")
     assert wait(lambda: pictures(page, "latents")) == [
         "principal components",
@@ -287,7 +277,7 @@ def ask(address, headers=(), body=None):
         return error.code, error.headers
 
 
-def test_who_may_ask_and_how_much(served):
+def test_other_hosts_and_too_large_uploads_are_refused(served):
     address = served[0]
     status, headers = ask(address)
     assert status == 200 and "default-src 'self'" in headers["content-security-policy"]
@@ -309,8 +299,8 @@ def test_nothing_leaves_the_machine(page, served):
     assert errors == []
 
 
-def test_it_ends_at_once_and_leaves_nothing(page, served, tmp_path):
-    """In the middle of a computation, without a process or a file of a visitor's."""
+def test_a_signal_ends_the_page_at_once_and_leaves_nothing(page, served, tmp_path):
+    """In the middle of a computation; no process and no uploaded file is left."""
     _, process, log = served
     running = psutil.Process(process.pid)
     children, before = running.children(recursive=True), running.cpu_times().user
@@ -324,7 +314,7 @@ def test_it_ends_at_once_and_leaves_nothing(page, served, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_the_page_is_there_leaves_nothing_either(tmp_path, number):
+def test_a_signal_before_the_page_is_served_leaves_nothing(tmp_path, number):
     log = tmp_path / "log"
     process = start(log, serve, "--port", "0", TMPDIR=str(tmp_path))
     assert wait_until(lambda: list(tmp_path.glob("kl-autoencoder-demo-*")), process), log.read_text()

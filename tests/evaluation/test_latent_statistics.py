@@ -1,4 +1,4 @@
-"""Moments against numpy and scipy, spectra of fields that have a known one, studies on models that are known."""
+"""Moments against numpy and scipy, spectra of fields with a known one, studies of models with known answers."""
 
 from types import SimpleNamespace
 
@@ -67,7 +67,7 @@ def test_active_channels_and_images_that_are_not_finite():
     (np.linalg.qr(np.arange(9.0).reshape(3, 3) ** 2 + 1)[0] @ np.diag([3.0, 3.0, 0.0]), 2),
 ])  # fmt: skip
 def test_the_effective_dimension_counts_independent_directions(mixture, dimension):
-    """Of white noise that a matrix has mixed: (4 + 1)^2 / (16 + 1) for deviations of 2 and 1, and for any turn."""
+    """White noise mixed by a matrix: (4 + 1)^2 / (16 + 1) for deviations of 2 and 1, whatever the rotation."""
     white = np.random.default_rng(0).normal(size=(3, 4, 100, 100))
     mean = torch.from_numpy(np.einsum("ij,jbhw->bihw", mixture, white) + 5.0)
     sums = LatentSums(3)
@@ -88,14 +88,14 @@ def spectrum(fields):
     return sums.summary()
 
 
-def test_white_noise_is_one_everywhere():
+def test_the_spectrum_of_white_noise_is_flat():
     found = spectrum(np.random.default_rng(0).normal(3.0, 2.0, size=(40, 2, 64, 48)))
     off = np.abs(np.array(found["power"]) - 1)
-    # the mean is subtracted, and what the window takes from the lowest frequencies with it
+    # subtracting the mean under the window takes power from the lowest frequencies
     assert off[:2].max() < 0.25 and off[2:].max() < 0.06 and abs(found["slope"]) < 0.08
 
 
-def test_a_wave_lies_at_its_frequency():
+def test_a_wave_has_its_power_at_its_frequency():
     x = np.arange(64)
     found = spectrum([np.sin(2 * np.pi * 0.2 * x)[None, None, :] * np.ones((1, 64, 1))])  # 0.4 of Nyquist
     assert found["frequency"][int(np.argmax(found["power"]))] == pytest.approx(0.4, abs=1 / 32)
@@ -131,7 +131,7 @@ def study_of(images):
     return latent_probes.summary([study.of_pair(pair) for pair in pairs])
 
 
-def test_studies_of_a_model_that_commutes():
+def test_studies_of_a_model_that_commutes_with_flips_and_turns():
     blocks = 0.3 * torch.rand(4, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.15
     images = torch.round(blocks.repeat_interleave(8, -1).repeat_interleave(8, -2) * 127.5) / 127.5 - 1 / 255
     found = study_of(list(images))
@@ -157,7 +157,7 @@ def test_studies_of_a_model_that_commutes():
 
 
 def test_scaled_latents_are_compared_with_the_scaled_image():
-    """Flat images have no error at any scale. Of others the toy gives blocks, the scaled image is what it was."""
+    """Flat images have no error at any scale; of a ramp both errors are computed here once more."""
     flat = torch.full((1, 3, 128, 128), 3 / 127.5 - 1)
     found = study_of([flat, flat])["scale"]
     assert found["scale"] == [0.25, 0.375, 0.5, 0.75]
@@ -177,7 +177,7 @@ def test_scaled_latents_are_compared_with_the_scaled_image():
         assert 100 > found["psnr"][i] > 20
 
 
-def test_images_that_are_too_small_for_lpips_have_none():
+def test_scales_that_are_too_small_for_lpips_have_no_lpips():
     found = study_of(list(0.5 * torch.rand(2, 1, 3, 64, 64)))["scale"]
     assert found["lpips"][:2] == [None, None] and found["lpips"][2] > 0 and found["psnr"][0] > 0
 

@@ -1,21 +1,12 @@
 """report.html in a browser: headless Chromium without a network, light and dark, wide and narrow."""
 
-import base64
-import io
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.chromium import chromium, drag, look
+from tests.chromium import decode_png, drag, look
 from tests.evaluated import SIZE
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
 
 
 @pytest.fixture
@@ -43,20 +34,16 @@ def split(page, number=0):
 
 
 def pixels(element):
-    return levels(element.screenshot_as_base64)
-
-
-def levels(encoded):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")).astype(int)
+    return decode_png(element.screenshot_as_base64)
 
 
 def shown(page, number=0):
-    """(original, reconstruction) of a stage, of its size."""
+    """The levels of (original, reconstruction) in a stage."""
     images = []
     for selector in (".pane img", ".over"):
         script = "return document.querySelectorAll('.stage')[arguments[0]].querySelector(arguments[1]).src"
         source = page.execute_script(script, number, selector)
-        images.append(levels(source.partition(",")[2]))
+        images.append(decode_png(source.partition(",")[2]))
     return images
 
 
@@ -107,7 +94,7 @@ def test_another_model_is_chosen(page):
     assert page.execute_script("return document.querySelector('.tag-right').textContent") == "WebP"
 
 
-def test_the_keyboard(page):
+def test_the_keyboard_moves_the_divider_and_zooms(page):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -125,7 +112,7 @@ def test_the_keyboard(page):
 
 
 def transforms(page):
-    """How the images of the first stage are moved and scaled: one thing for all of them."""
+    """(scale, x, y) of the images in the first stage, the same for all of them."""
     images = "[...document.querySelector('.stage').querySelectorAll('img')]"
     found = page.execute_script(f"return {images}.map(i => getComputedStyle(i).transform)")
     assert len(found) == 3 and len(set(found)) == 1
@@ -134,7 +121,7 @@ def transforms(page):
     return a, x, y
 
 
-def test_both_are_zoomed_and_moved_together(page):
+def test_both_images_are_zoomed_and_moved_together(page):
     from selenium.webdriver.common.by import By
 
     target = stage(page)
@@ -151,7 +138,7 @@ def touch(page, kind, *points):
     page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
 
-def test_fingers(page):
+def test_touch_drags_the_divider_and_pinches_to_zoom(page):
     look(page, 390)
     target = stage(page)
     box = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", target)
@@ -180,7 +167,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page, dark):
     assert abs(np.mean([int(v) for v in re.findall(r"\d+", drawn)]) - paper) > 80
 
 
-def test_it_needs_nothing_else(page, report):
+def test_the_page_loads_nothing_from_elsewhere(page, report):
     html = (report / "report.html").read_text()
     sources = re.findall(r"<(?:img|script|link|iframe|source|image)\b[^>]*?(?:src|href)=\"([^\"]*)", html)
     assert sources and all(source.startswith("data:") for source in sources)

@@ -4,8 +4,6 @@ import contextlib
 import copy
 import importlib.util
 import math
-import os
-import subprocess
 import sys
 import threading
 import warnings
@@ -23,8 +21,8 @@ from kl_autoencoder.inference.dispatch import infer, largest_activation, why_who
 from kl_autoencoder.inference.executor import Executor
 from kl_autoencoder.inference.memory import available_in_control_group, limit_of_control_group
 from kl_autoencoder.networks import convolutional as net
-from tests.conftest import ROOT
 from tests.models.test_autoencoder_kl import images, pair, pipeline, run
+from tests.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("nothing_is_small")
 
@@ -586,9 +584,7 @@ with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_a_decode_that_runs_out_of_memory_is_repeated_tiled_with_one_warning():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    command = [sys.executable, "-c", OUT_OF_MEMORY]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python(OUT_OF_MEMORY, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1000000")
     assert done.returncode == 0, done.stderr
 
 

@@ -1,9 +1,6 @@
 """Executing a network in pieces equals executing it whole: sizes, strips, widths, types, threads, kernels."""
 
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,7 +22,7 @@ from kl_autoencoder.inference.winograd import (
     WinogradUpsample,
 )
 from kl_autoencoder.inference.workers import Workers
-from tests.conftest import ROOT
+from tests.processes import run_python
 from tests.published import PUBLISHED, reduced
 
 CPU = torch.device("cpu")
@@ -356,9 +353,7 @@ assert min(calls.values()) > 10, calls
 
 def test_triton_kernels_give_the_same_in_the_interpreter():
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python(INTERPRETED, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
 
 

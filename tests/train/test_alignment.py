@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.processes import finish, start, start_ranks
+from tests.processes import finish, run_python, start, start_ranks
 from tests.train.test_trainer import make, small_config
 from train.config import load_config, to_yaml
 from train.parts.alignment import AlignmentConfig, FrozenFeatures, alignment, misalignment
@@ -41,7 +39,7 @@ def normal(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_its_numbers_are_those_of_the_paper():
+def test_the_misalignment_is_the_formula_of_the_paper():
     projected, features = normal(2, 5, 3, 4), normal(3, 5, 3, 4)[:2]
     a, b = (x.flatten(2).double().numpy() for x in (projected, features))
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
@@ -51,7 +49,7 @@ def test_its_numbers_are_those_of_the_paper():
     assert misalignment(projected, features, 0.5, 0.25).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_features_that_are_a_linear_image_of_the_latents_are_its_optimum():
+def test_the_misalignment_is_zero_where_features_are_linear_in_the_latents():
     z, matrix = normal(2, 4, 6, 6), nn.Conv2d(4, WIDTH, 1, bias=False).requires_grad_(False)
     features = matrix(z)
     assert misalignment(3 * matrix(z), features, 0, 0).item() == pytest.approx(0, abs=1e-5)
@@ -98,7 +96,7 @@ def fit(path):
     make(load_config(path)).fit()
 
 
-def test_its_layer_is_trained_and_saved_and_a_run_goes_on_bit_equal(photographs, folders, tmp_path):
+def test_the_layer_is_trained_and_saved_and_a_restart_gives_the_same_weights(photographs, folders, tmp_path):
     log, done = tmp_path / "log.txt", {}
     for name in ("whole", "resumed"):
         folder, path = tmp_path / name, tmp_path / f"{name}.yaml"
@@ -112,7 +110,9 @@ def test_its_layer_is_trained_and_saved_and_a_run_goes_on_bit_equal(photographs,
     assert [key for key in whole if not key.startswith("vae.")] == ["learned.alignment.weight"]
     assert not torch.equal(whole["learned.alignment.weight"], half["learned.alignment.weight"])
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    for line in (line for line in lines if "train/loss" in line):
+    logged = [line for line in lines if "train/loss" in line]
+    assert len(logged) == 4
+    for line in logged:
         rest = line["train/loss"] - line["train/reconstruction"] - 1e-6 * line["train/kl"]
         assert rest == pytest.approx(0.5 * line["train/alignment"], rel=1e-4) and rest > 0
 
@@ -164,5 +164,5 @@ def test_what_cannot_be_used_is_named(folders, photographs, tmp_path, monkeypatc
 
 def test_transformers_is_imported_only_where_it_is_used():
     program = "import sys, train.parts; print('transformers' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = run_python(program)
     assert result.stdout.strip() == "False", result.stderr

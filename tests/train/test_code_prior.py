@@ -24,7 +24,19 @@ from train.prior import task
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
+    """Every autoencoder that the task loads is `Brightness`."""
     monkeypatch.setattr(task, "load_model", lambda name, device, dtype: Brightness())
+
+
+@pytest.fixture
+def vqvae(stand_in, monkeypatch, tmp_path):
+    """An untrained VQ-VAE of 16 codes, saved in tmp_path / "vqvae"; models are loaded from their folders again."""
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    shape = {"sample_size": 32, "block_out_channels": (8, 8, 8), "norm_num_groups": 4}
+    model = Autoencoder(bottleneck={"kind": "vq", "codes": 16}, **shape)
+    model.save_pretrained(tmp_path / "vqvae")
+    return model
 
 
 def config(source, folder, **sections):
@@ -83,7 +95,7 @@ def test_four_grids_are_learned_and_drawn(tmp_path):
 
 
 def test_uniform_codes_cost_log_codes(tmp_path):
-    """Of codes without order a prior that has seen each once can say nothing of others."""
+    """The codes are random: having seen some images says nothing of the others, so that each code costs log 16."""
     source = write(tmp_path / "images", grids(96))
     run = config(source, tmp_path / "run", data={"batch_size": 16, "validation_images": 32},
                  train={"steps": 40}, optimizer={"learning_rate": 1e-3})  # fmt: skip
@@ -168,13 +180,8 @@ def test_the_command_draws_from_it(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_prior_of_a_vqvae_is_trained_and_drawn_from(tmp_path, monkeypatch):
+def test_the_prior_of_a_vqvae_is_trained_and_drawn_from(vqvae, tmp_path):
     """The autoencoder by its own class, from its folder, through both programs."""
-    monkeypatch.undo()
-    torch.manual_seed(0)
-    vqvae = Autoencoder(bottleneck={"kind": "vq", "codes": 16}, sample_size=32, block_out_channels=(8, 8, 8),
-                        norm_num_groups=4)  # fmt: skip
-    vqvae.save_pretrained(tmp_path / "vqvae")
     source = write(tmp_path / "images", grids(12))
     run = config(source, tmp_path / "run", model={"autoencoder": str(tmp_path / "vqvae")}, train={"steps": 3})
     trainer = make(run)
@@ -190,13 +197,8 @@ def test_the_prior_of_a_vqvae_is_trained_and_drawn_from(tmp_path, monkeypatch):
     assert Image.open(picture).size == (68, 68)
 
 
-def test_codes_of_a_data_set_are_those_of_the_images(tmp_path, monkeypatch, capsys):
+def test_codes_of_a_data_set_are_those_of_the_images(vqvae, tmp_path, capsys):
     """encode-dataset --content codes, then the prior: the same grids as encoding the images, with their classes."""
-    monkeypatch.undo()
-    torch.manual_seed(0)
-    vqvae = Autoencoder(bottleneck={"kind": "vq", "codes": 16}, sample_size=32, block_out_channels=(8, 8, 8),
-                        norm_num_groups=4)  # fmt: skip
-    vqvae.save_pretrained(tmp_path / "vqvae")
     files = [str(path) for path in sorted(write(tmp_path / "images", grids(12)).iterdir())]
     table = datasets.Dataset.from_dict({"image": files, "label": [i % 3 for i in range(12)]})
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "labelled.parquet")

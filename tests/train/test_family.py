@@ -53,6 +53,7 @@ def run(config):
 
 
 def last(folder, steps=STEPS):
+    """All tensors of the checkpoint of the last step: "file/name" -> tensor."""
     files = (Path(folder) / "checkpoints" / f"step-{steps:06d}").glob("*.safetensors")
     return {f"{file.stem}/{name}": t for file in files for name, t in load_file(file).items()}
 
@@ -88,7 +89,7 @@ def two_ranks(photographs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_cut_goes_on_to_the_same_weights(case, photographs, whole, tmp_path):
+def test_a_run_continued_from_the_middle_ends_with_the_same_weights(case, photographs, whole, tmp_path):
     folder, _, _ = whole(case)
     first = folder / "checkpoints" / "step-000002"
     shutil.copytree(first, tmp_path / "checkpoints" / first.name)
@@ -102,15 +103,19 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(case, photographs, whole
         assert all(line["train/codes/perplexity"] >= 1 for line in logged)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_give_the_weights_of_one_process_with_the_doubled_batch(case, whole, two_ranks):
-    one, two = last(whole(case)[0]), last(two_ranks / case)
+def assert_ranks_equal_one_process(two, one):
+    """Compare all tensors of two checkpoints but the state of optimizers."""
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         if "optimizer" not in name:
             torch.testing.assert_close(
                 two[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_weights_of_one_process_with_the_doubled_batch(case, whole, two_ranks):
+    assert_ranks_equal_one_process(last(two_ranks / case), last(whole(case)[0]))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,7 +156,7 @@ def test_labels_condition_both_networks_and_can_be_dropped():
         Autoencoder(network="mlp", sample_size=8)(images, labels)
 
 
-def test_a_new_condition_changes_nothing():
+def test_an_untrained_condition_changes_nothing():
     shape = {"block_out_channels": (8, 16), "norm_num_groups": 4}
     conditional, plain = Autoencoder(classes=5, **shape), Autoencoder(**shape)
     plain.load_state_dict({k: v for k, v in conditional.state_dict().items() if "condition" not in k})
@@ -205,7 +210,7 @@ def test_a_pretrained_bottleneck_is_not_configured_again(photographs, whole, tmp
         Trainer(small_config(photographs, tmp_path, model=values), AutoencoderTask)
 
 
-def test_the_commands_read_it(photographs, whole, tmp_path, capsys):
+def test_commands_read_such_a_run(photographs, whole, tmp_path, capsys):
     from kl_autoencoder.cli import main
 
     folder, _, summary = whole("fsq")

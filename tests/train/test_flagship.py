@@ -1,4 +1,4 @@
-"""kl_f8.yaml shrunk, compiled, adversarial and adaptive, on two ranks: kills change nothing.
+"""kl_f8.yaml shrunk, compiled, with its adversarial term and adaptive weight, on two ranks: kills change nothing.
 
 The suite traces one level as inductor does and lets torch's own kernels run what was traced (aot_eager), with one
 kill. All four levels by inductor, which compiles C++ for minutes on a CPU: `python -m tests.benchmarks.flagship`.
@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.file_server import FileServer, write_tar
 from tests.processes import finish, start_ranks, wait_until
+from tests.train.test_family import last
 from tests.train.test_trainer import records
 from train.autoencoder.task import AutoencoderTask
 from train.config import load_config
@@ -26,7 +26,7 @@ STEPS, DISC_START = 9, 5
 
 
 def fit(folder: Path, backend: str, data: dict) -> None:
-    """A rank of the run. `data`: keys of DataConfig. All of the network for inductor, one level otherwise."""
+    """A rank of the run: all of the network for inductor, one level of it otherwise. `data`: keys of DataConfig."""
     torch.compile = partial(torch.compile, backend=backend)
     small = shrink(load_config(ROOT / "configs" / "kl_f8.yaml"), folder)
     adversarial = replace(small.loss.adversarial, disc_start=DISC_START)
@@ -45,12 +45,6 @@ def fit(folder: Path, backend: str, data: dict) -> None:
         checkpoint=replace(small.checkpoint, every=2),
     )
     trainer.Trainer(small, partial(AutoencoderTask, statistics_samples=4)).fit()
-
-
-def last(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the last checkpoint."""
-    files = (folder / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors")
-    return {f"{file.stem} {key}": value for file in files for key, value in load_file(file).items()}
 
 
 @contextmanager
@@ -74,7 +68,7 @@ SOURCES = [folder_of_photographs, shards_over_http]
 
 
 def compare(source: Callable, photographs: Path, scratch: Path, backend: str, kills: tuple[int, ...]) -> None:
-    """An undisturbed run, and one whose ranks are killed once they have saved each of these steps."""
+    """Compare an undisturbed run with one whose ranks are killed after saving each of the steps in `kills`."""
     log, whole, killed = scratch / "log.txt", scratch / "whole", scratch / "killed"
     with source(photographs, scratch) as data:
         assert finish(*start_ranks(2, log, fit, whole, backend, data)) == [0, 0], log.read_text()
@@ -87,8 +81,8 @@ def compare(source: Callable, photographs: Path, scratch: Path, backend: str, ki
             assert finish(*processes) == [-9, -9]
         assert finish(*start_ranks(2, log, fit, killed, backend, data)) == [0, 0], log.read_text()
     assert log.read_text().count("continuing from") == len(kills)
-    ours, theirs = last(killed), last(whole)
-    assert ours.keys() == theirs.keys() and any(key.startswith("discriminator ") for key in ours)
+    ours, theirs = last(killed, STEPS), last(whole, STEPS)
+    assert ours.keys() == theirs.keys() and any(key.startswith("discriminator/") for key in ours)
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
     felt = records(whole, "train/adaptive_weight")
     assert list(felt) == list(range(DISC_START + 1, STEPS + 1))

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 from tests.processes import finish, start_ranks
 from tests.train import test_code_prior, test_latent_diffusion
 from tests.train.discrete import Brightness
+from tests.train.test_family import last
 from train.diffusion.task import LatentDiffusionTask
 from train.loop.trainer import TooManyBadSteps, Trainer
 from train.prior import task as prior_task
@@ -68,16 +68,6 @@ def made(kind, config):
     return TASKS[kind][1](config)
 
 
-def checkpoint(folder, step):
-    return {
-        path.stem: load_file(path) for path in (folder / f"checkpoints/step-{step:06d}").glob("*.safetensors")
-    }
-
-
-def flat(tensors):
-    return {f"{name}.{key}": tensor for name, group in tensors.items() for key, tensor in group.items()}
-
-
 def test_a_run_that_continues_has_the_same_bits(kind, tmp_path):
     config = TASKS[kind][0](tmp_path)
     made(kind, config).fit()
@@ -86,8 +76,8 @@ def test_a_run_that_continues_has_the_same_bits(kind, tmp_path):
     continued = made(kind, replace(config, output_dir=str(tmp_path / "again")))
     assert continued.step == 3
     continued.fit()
-    whole, again = (flat(checkpoint(tmp_path / run, STEPS)) for run in ("run", "again"))
-    assert {name.split(".")[0] for name in whole} == {"model", "ema", "optimizer"}
+    whole, again = (last(tmp_path / run, STEPS) for run in ("run", "again"))
+    assert {name.split("/")[0] for name in whole} == {"model", "ema", "optimizer"}
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
 
 
@@ -103,7 +93,7 @@ def test_two_ranks_are_one_process(kind, tmp_path):
         log = tmp_path / f"log-{ranks}.txt"
         exits = finish(*start_ranks(ranks, log, fit_of_a_rank, kind, tmp_path, batch_size))
         assert exits == [0] * ranks, log.read_text()
-        found[ranks] = flat(checkpoint(tmp_path / "run", STEPS))
+        found[ranks] = last(tmp_path / "run", STEPS)
         metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         found[ranks] |= {"last": torch.tensor([float(v) for v in numbers_of(metrics[-1])])}
         shutil.rmtree(tmp_path / "run")

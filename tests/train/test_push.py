@@ -12,12 +12,10 @@ from train.config import ExportConfig
 
 @pytest.fixture
 def hub(monkeypatch):
-    hub = StandIn((COMPACT / "config.json").read_bytes())
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
+    with StandIn((COMPACT / "config.json").read_bytes()) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield hub
 
 
 def test_the_end_of_a_run_is_published(small, hub, tmp_path):

@@ -1,4 +1,4 @@
-"""Information in latents, MMD and code books: cases whose answer is a formula."""
+"""Information in latents, MMD and usage of code books, in cases with an answer in closed form."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_the_aggregate_is_the_mixture_of_all_posteriors():
     torch.testing.assert_close(drawn.std(0), (0.5 * logvar).exp(), rtol=0.06, atol=0)
 
 
-def test_equal_distributions_have_no_discrepancy(monkeypatch):
+def test_equal_distributions_have_no_discrepancy():
     """Unbiased: over many pairs of samples the mean is 0 within its standard error, and half are below."""
     values = torch.tensor(
         [squared_mmd(normal(60, 2, seed=i), normal(50, 2, seed=i + 500)) for i in range(300)]

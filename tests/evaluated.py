@@ -1,4 +1,4 @@
-"""`evaluate` as the tests of it run it: on two small models and five photographs; the fixtures are in conftest."""
+"""Run `evaluate` on the small models and photographs of the fixtures `two_models` and `five_photos`."""
 
 from kl_autoencoder.cli.main import main
 from tests.conftest import backbone_missing
@@ -18,7 +18,7 @@ def evaluate(models, photos, output, *more):
 
 
 def evaluate_one(models, photos, output, *more):
-    """The same of one model at the least size."""
+    """Evaluate the second model alone, at the least size."""
     few = "--size", "64", "--study-images", "1", "--lpips", NET or "alex"
     paths = f"--model={models / 'second'}", f"--data={photos}", f"--output={output}"
     return main(["evaluate", *paths, *few, *more])

@@ -1,4 +1,4 @@
-"""A local HTTP server of files with byte ranges, as object storage has them, and shards of photographs for it."""
+"""A local HTTP server of files with byte ranges, as object storage has them, and tar files to serve."""
 
 import io
 import re
@@ -73,7 +73,7 @@ class FileServer:
 
 
 def write_tar(path: Path, entries: Iterable[tuple[str, bytes]]) -> Path:
-    """A tar file of (name, contents)."""
+    """Write a tar file of (name, contents)."""
     with tarfile.open(path, "w") as archive:
         for name, data in entries:
             entry = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""Damaged inputs for commands, and what commands make of them: run one after another in a process with limits.
+"""Damage the inputs of commands, and run the commands one after another in a process with limits.
 
 A command must end with success, or with a code other than zero and one short line that says what is wrong.
 """

@@ -1,4 +1,4 @@
-"""Files appear whole, by any number of threads, with the rights of any new file, and after their bytes."""
+"""Files appear whole, with the rights of any new file, and only after their bytes are on the disk."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The script of a GPU day, rehearsed on a CPU: it goes on after a cut, and says what failed."""
+"""The script of a GPU day, rehearsed on a CPU: it continues after a part was cut off, and names what failed."""
 
 import json
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def options(folder, **more):
     "checks", [lambda: check_group_norm("cpu"), lambda: check_execution("cpu", True),
                lambda: check_gradients("cpu", True)], ids=["group norm", "execution", "gradients"],
 )  # fmt: skip
-def test_what_is_right_is_found_right(checks):
+def test_the_checks_pass_on_right_kernels(checks):
     found = list(checks())
     assert len(found) >= 4 and all(error <= limit for _, error, limit in found), found
 
@@ -33,7 +33,7 @@ def test_every_way_can_be_called():
         assert found["compiled"].args[0].decoder._compiled_call_impl is not None
 
 
-def test_a_wrong_kernel_is_found_wrong(monkeypatch):
+def test_the_checks_fail_on_a_wrong_kernel(monkeypatch):
     monkeypatch.setattr("kl_autoencoder.inference.group_norm.F.silu", lambda y, inplace: y.sigmoid_())
     assert not any(error <= limit for _, error, limit in check_group_norm("cpu"))
 

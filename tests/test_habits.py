@@ -1,4 +1,4 @@
-"""What is written down twice is the same: versions of tools, and of Python."""
+"""Versions that are written in two places agree: of tools, of Python, of the package."""
 
 import re
 

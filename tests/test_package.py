@@ -1,4 +1,4 @@
-"""What is installed: the wheel's content, what it does elsewhere, and what the package does without its extras."""
+"""The wheel: its content, and commands run from it elsewhere; the package without its extras."""
 
 import shutil
 import subprocess
@@ -30,8 +30,8 @@ def run(program, folder, path=ROOT):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_without_the_extras(tmp_path):
-    """All commands that do not evaluate do without; the others say in one line what brings what they need."""
+def test_commands_without_the_extras_work_or_name_the_extra(tmp_path):
+    """Commands that need no extra work; the others name in one line the extra that brings what they need."""
     (tmp_path / "in").mkdir()
     for name in ("chelsea", "coffee"):
         Image.fromarray(getattr(data, name)()[:64, :64]).save(tmp_path / "in" / f"{name}.png")
@@ -100,7 +100,7 @@ def test_the_wheel_holds_every_file_of_both_packages(wheel):
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in sources
-        if path.is_file() and "__pycache__" not in path.parts and not _a_page_of_a_room(path)
+        if path.is_file() and "__pycache__" not in path.parts and not _is_page_of_a_folder(path)
     }
     configs = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     recipes = {name for name in held if ".data/data/" in name}
@@ -108,7 +108,7 @@ def test_the_wheel_holds_every_file_of_both_packages(wheel):
     assert {name.partition("/configs/")[2] for name in recipes} == configs
 
 
-def _a_page_of_a_room(path):
+def _is_page_of_a_folder(path):
     return path.name == "README.md" and path.parent != COMPACT
 
 

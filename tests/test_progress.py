@@ -1,4 +1,4 @@
-"""What is seen of long work: on a terminal, in a log, of each command."""
+"""Progress of long work: a bar on a terminal, lines in a log, and that every command has it."""
 
 import os
 import sys
@@ -85,7 +85,7 @@ def test_short_work_and_other_ranks_show_nothing(capsys, monkeypatch):
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
-def test_every_command_says_how_far_it_is(command, said, tmp_path, monkeypatch):
+def test_every_command_shows_its_progress(command, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     for i in range(2):

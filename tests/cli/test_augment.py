@@ -53,7 +53,7 @@ def test_variants_lie_in_the_folders_of_their_classes(digits, capsys):
             assert image.mode == "L" and image.size == (9, 10)
 
 
-def test_without_noise_a_variant_is_the_reconstruction_and_a_seed_repeats_itself(digits):
+def test_without_noise_a_variant_is_the_reconstruction_and_a_seed_gives_the_same_files(digits):
     assert run(digits, "--kinds", "noise", "--strength", "0") == 0
     vae = KLAutoencoder.from_pretrained(digits / "model").eval()
     image = load_image(digits / "digits/1/1.png", multiple_of=1, channels=1)
@@ -77,7 +77,7 @@ def test_without_noise_a_variant_is_the_reconstruction_and_a_seed_repeats_itself
         (["-o", "DIGITS/more"], "whose images it would be among; allowed: elsewhere"),
     ],
 )
-def test_what_is_refused_leaves_everything_as_it_was(digits, more, message, capsys):
+def test_refused_commands_leave_every_file_as_it_was(digits, more, message, capsys):
     (digits / "out" / "0").mkdir(parents=True)
     (digits / "out" / "0" / "0-noise-0.png").write_bytes(b"mine")
     before = contents(digits)

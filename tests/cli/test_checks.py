@@ -1,4 +1,4 @@
-"""What is refused before torch is imported, and in which words."""
+"""Mistakes that are refused before torch is imported, with the words of each error; full disks, closed pipes."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from kl_autoencoder.models.compact import COMPACT
 from tests.conftest import ROOT
 from tests.processes import finish, start
 
-# numpy takes a tenth of a second, and is needed to look into a file of latents
+# numpy is allowed: it takes a tenth of a second, and is needed to look into a file of latents
 HEAVY = {
     "torch",
     "PIL",
@@ -28,7 +28,7 @@ HEAVY = {
     "gradio",
 }
 PHOTO = str(ROOT / "tests" / "benchmarks" / "results" / "compact.jpg")
-# The commands, run where there is nothing, and what they say. Names that must exist are those of this repository.
+# Command, run in an empty folder -> a part of its error. PHOTO and COMPACT are paths in this repository.
 REFUSED = {
     "recontruct a.jpg -o b.png": "choice: 'recontruct'; did you mean reconstruct? (see kl-autoencoder --help)",
     "trian a.yaml": "did you mean train?",
@@ -93,8 +93,8 @@ def words(command):
     return [word.replace("PHOTO", PHOTO).replace("COMPACT", str(COMPACT)) for word in command.split()]
 
 
-def test_what_is_refused_imports_nothing_heavy(tmp_path, monkeypatch):
-    """All of it in one new interpreter, whose modules are looked at in the end."""
+def test_refused_commands_import_nothing_heavy(tmp_path):
+    """All commands run in one new interpreter, which lists its modules at the end."""
     program = f"""
 import sys
 from kl_autoencoder.cli import main
@@ -117,14 +117,14 @@ print(sorted({HEAVY!r} & set(sys.modules)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
-def test_a_device_that_is_not_here(capsys, tmp_path):
+def test_a_device_that_is_not_here_is_refused(capsys, tmp_path):
     assert main(["sample", "compact", "--device", "cuda:1", "-o", str(tmp_path / "a.png")]) == 2
     told = capsys.readouterr().err
     assert "--device: 'cuda:1'; torch" in told and "none of that kind here; leave --device out" in told
 
 
-def test_a_full_disk(tmp_path):
-    """A limit on the size of files stands for it: the kernel answers a write with an error, as a full disk does."""
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path):
+    """A limit on the size of files stands in for a full disk: the kernel fails the write alike."""
     Image.new("RGB", (300, 300), "red").save(tmp_path / "a.png")
     arguments = ("encode", str(tmp_path / "a.png"), "-o", str(tmp_path / "new" / "z.safetensors"))
     assert finish(start(tmp_path / "log", with_small_files, *arguments)) == [2]
@@ -139,7 +139,7 @@ def with_small_files(*arguments):
     return main(arguments)
 
 
-def test_where_an_error_is_from_is_told_on_request(capsys, tmp_path):
+def test_the_traceback_of_an_error_is_printed_on_request(capsys, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     command = ["reconstruct", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]
     assert main(command) == 2
@@ -154,13 +154,13 @@ def test_where_an_error_is_from_is_told_on_request(capsys, tmp_path):
 @pytest.mark.parametrize(
     "command", ["--help", "encode --help", "--version", "info compact", "train --keys", "train --help"]
 )
-def test_nothing_is_said_where_nobody_reads_on(command, tmp_path):
+def test_a_closed_pipe_is_no_error(command, tmp_path):
     assert finish(start(tmp_path / "log", without_a_reader, main, command.split())) == [141]
     assert (tmp_path / "log").read_text() == ""
 
 
-def test_nothing_is_said_at_the_exit_of_the_program(tmp_path):
-    """Where Python itself flushes the standard output."""
+def test_a_closed_pipe_is_no_error_at_the_exit_of_the_program():
+    """At the exit Python itself flushes the standard output."""
     for module, words in (("kl_autoencoder", ["--help"]), ("train", ["--keys"])):
         ours, theirs = os.pipe()
         os.close(ours)
@@ -179,7 +179,7 @@ def without_a_reader(program, arguments):
     return program(arguments)
 
 
-def test_versions(capsys):
+def test_the_versions_of_the_package_and_of_torch_are_printed(capsys):
     with pytest.raises(SystemExit) as done:
         main(["--version"])
     assert done.value.code == 0

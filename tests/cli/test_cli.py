@@ -1,4 +1,4 @@
-"""The command line: what it writes equals what the library computes, and what it refuses it refuses in one line."""
+"""The command line: its files equal what the library computes, and each error is one line."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def run(*arguments):
 
 
 def refused(capsys, *arguments):
-    """Runs a command that must fail; its one line on stderr."""
+    """Run a command that must fail with code 2; returns its one line on stderr."""
     capsys.readouterr()
     assert run(*arguments) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -75,7 +75,7 @@ def expected(vae, path, posterior=lambda p: p.mode(), **options):
 
 
 def same(got, wanted):
-    """Equal but for a level here and there: threads may split a convolution differently."""
+    """Whether two pictures differ by one level at most: threads may split a convolution differently."""
     return got.shape == wanted.shape and np.abs(got - wanted).max() <= 1
 
 
@@ -330,7 +330,7 @@ class TestRefused:
 
 class TestExport:
     def test_folder(self, folder, vae, tmp_path):
-        """From a training run, with its model card; plain diffusers loads it."""
+        """Export the model of a training run, with its model card; plain diffusers loads it."""
         run_folder = tmp_path / "run"
         vae.save_pretrained(run_folder / "export")
         (run_folder / "export" / "README.md").write_text("the card")

@@ -20,7 +20,7 @@ def run(*arguments):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two photographs, one of them in a folder inside, and a file that is none."""
+    """A folder `in` with a photograph, and another one in a folder inside it."""
     (tmp_path / "in" / "more").mkdir(parents=True)
     Image.fromarray(data.chelsea()[:70, :90]).save(tmp_path / "in" / "cat.png")
     Image.fromarray(data.coffee()[:64, :64]).save(tmp_path / "in" / "more" / "coffee.png")
@@ -52,7 +52,7 @@ def test_folders(folder, capsys):
     assert sizes == {"cat.png": (90, 70), "coffee.png": (64, 64)}
 
 
-def test_of_several_a_damaged_one_is_told(folder, capsys):
+def test_a_damaged_file_among_several_is_skipped_and_named(folder, capsys):
     assert run("compress", folder / "in", "-o", folder / "small") == 0
     file = folder / "small" / "cat.klc"
     file.write_bytes(damaged(file.read_bytes(), random.Random(0)))

@@ -67,7 +67,7 @@ def test_means_and_deviations_are_those_of_the_rows(metrics, rows):
             assert found["std"] == pytest.approx(np.std(values, ddof=1))
 
 
-def test_what_is_measured_on(report, metrics, rows, five_photos):
+def test_unreadable_files_are_skipped_and_the_others_are_the_originals(report, metrics, rows, five_photos):
     assert [skipped["number"] for skipped in metrics["data"]["skipped"]] == [1]
     assert "broken.png" in metrics["data"]["skipped"][0]["reason"]
     assert [row["name"] for row in rows] == [
@@ -79,7 +79,7 @@ def test_what_is_measured_on(report, metrics, rows, five_photos):
         assert (np.asarray(written) == np.asarray(expected)).all()
 
 
-def test_rows_are_what_they_say(report, metrics, two_models, five_photos):
+def test_each_row_is_the_reconstruction_that_its_name_says(report, metrics, two_models, five_photos):
     vae = KLAutoencoder.from_pretrained(two_models / "first" / "export")
     images = load_image(five_photos / "astronaut.png", SIZE)
     with torch.inference_mode():
@@ -137,7 +137,9 @@ def same(found, expected, place="metrics"):
         assert found == expected, place
 
 
-def test_types_side_by_side_and_broken_values(two_models, five_photos, tmp_path, capsys):
+def test_types_are_measured_side_by_side_and_broken_values_are_counted(
+    two_models, five_photos, tmp_path, capsys
+):
     vae = KLAutoencoder.from_pretrained(two_models / "second" / "export")
     vae.decoder.conv_out.bias.data[:] = 1e5  # beyond float16, white in the others
     vae.save_pretrained(tmp_path / "model")
@@ -161,7 +163,7 @@ def test_types_side_by_side_and_broken_values(two_models, five_photos, tmp_path,
     assert "model, mode, float16" in capsys.readouterr().out
 
 
-def test_what_is_there_already_stays(report, two_models, five_photos, capsys):
+def test_an_existing_report_is_not_overwritten(report, two_models, five_photos, capsys):
     before = (report / "metrics.json").read_bytes()
     assert evaluate(two_models, five_photos, report) == 2
     assert "metrics.json: exists already; --overwrite" in capsys.readouterr().err
@@ -196,7 +198,7 @@ def test_errors_name_the_option(two_models, tmp_path, capsys, arguments, told):
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_photographs_of_any_size(five_photos):
+def test_photographs_at_their_own_size_come_one_by_one(five_photos):
     native = Photographs.open(str(five_photos), None)
     batches = list(native.batches(4))
     assert [len(batch) for batch in batches] == [1] * 5 and list(native.skipped) == [1]
@@ -244,7 +246,7 @@ def evaluate_failing_on_rank_1(*arguments):
     return evaluate(*arguments)
 
 
-def test_a_killed_evaluation_leaves_nothing_in_the_way(two_models, five_photos, tmp_path):
+def test_after_a_kill_the_same_command_writes_a_whole_report(two_models, five_photos, tmp_path):
     arguments = (two_models, five_photos, tmp_path / "report", "--save-images")
     process = start(tmp_path / "log", evaluate_one, *arguments)
     started = tmp_path / ".report.unfinished" / "images" / "original"
@@ -257,7 +259,7 @@ def test_a_killed_evaluation_leaves_nothing_in_the_way(two_models, five_photos, 
     assert len([*(tmp_path / "report" / "images" / "original").iterdir()]) == 5
 
 
-def test_an_existing_folder_keeps_what_is_not_replaced(two_models, five_photos, tmp_path, capsys):
+def test_other_files_in_an_existing_folder_are_kept(two_models, five_photos, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep me")
     assert evaluate_one(two_models, five_photos, tmp_path, "--limit", "1", "--json") == 0
     before = (tmp_path / "metrics.json").read_text()

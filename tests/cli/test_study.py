@@ -1,4 +1,4 @@
-"""study: what it measures and draws of a model, and what it refuses."""
+"""`study`: the measures and pictures that it writes of a model, and its errors."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def pixels(folder):
     return torch.from_numpy(stacked).float()[:, None] / 127.5 - 1
 
 
-def test_it_writes_what_the_library_measures_and_draws(run, classes, tmp_path, capsys):
+def test_it_writes_the_measures_of_the_library_and_pictures(run, classes, tmp_path, capsys):
     output = tmp_path / "study"
     assert main(["study", str(run), "--data", str(classes), "-o", str(output), "--device", "cpu"]) == 0
     told = capsys.readouterr().out
@@ -104,7 +104,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_bottleneck(kind, classes, tmp_path, capsys):
-    """Conditional on the two classes, fully connected, with two latents."""
+    """Of fully connected models with two latents, conditional on the two classes."""
     bottleneck, pictures = KINDS[kind]
     torch.manual_seed(0)
     shape = {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "sample_size": 16}

@@ -1,6 +1,6 @@
-"""Damage to a compressed file, as disks, wires and people do it. Never none.
+"""Damage a compressed file as disks, networks and people do; the result is never the file itself.
 
-`python -m tests.codec.damage [COUNT]` decompresses so many damaged files (10,000) and counts what is said.
+`python -m tests.codec.damage [COUNT]` decompresses COUNT damaged files (10,000) and counts the errors.
 """
 
 import random
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
-    """The bytes with one kind of damage."""
+    """The bytes after damage of one kind, drawn by chance."""
     while True:
         found = chance.choice((flipped, truncated, overwritten, inserted, repeated, zeroed, spliced))(
             data, chance

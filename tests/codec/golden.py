@@ -1,7 +1,7 @@
 """The golden file: symbols coded by a learned model of made-up whole numbers, as version 1 of the format has them.
 
-`python -m tests.codec.golden` decodes it in this process's settings and says whether encoding gives the same bytes;
-with `--write` it writes it anew, which only a new version of the format may need.
+`python -m tests.codec.golden` decodes the file with the settings of this process and checks that encoding gives the
+same bytes; `--write` writes the file anew, which only a new version of the format may need.
 """
 
 import sys

@@ -49,7 +49,7 @@ def test_the_image_is_what_the_decoder_makes_of_the_expected_latents(codec, astr
         wanted = vae.decode(vae.unscale(torch.from_numpy(latents)[None] * step)).sample[:, :, :200, :200]
     np.testing.assert_array_equal(symbols, (z[0] / step + 0.5).floor().numpy())
     errors = [np.square(z[0].numpy() - each * step).mean() for each in (latents, symbols)]
-    evenly = 1.01 if quality == 100 else 1  # within so small a step a latent is as likely here as there
+    evenly = 1.01 if quality == 100 else 1  # within so small a step all places are about equally likely
     assert errors[0] < errors[1] * evenly and np.abs(latents - symbols).max() < 0.5
     found = decompress(data)
     assert found.size == (200, 200) and found.mode == "RGB"
@@ -57,7 +57,7 @@ def test_the_image_is_what_the_decoder_makes_of_the_expected_latents(codec, astr
     assert np.abs(difference).max() <= 1
 
 
-def test_a_better_quality_takes_more_bytes_and_is_better(codec, astronaut):
+def test_a_higher_quality_takes_more_bytes_and_has_a_higher_psnr(codec, astronaut):
     original = load_image(astronaut)
     files = [compress(astronaut, quality) for quality in (15, 30, 45, 60, 75)]
     sizes = [len(file) for file in files]
@@ -67,13 +67,13 @@ def test_a_better_quality_takes_more_bytes_and_is_better(codec, astronaut):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (8, 8), (33, 250)])
-def test_any_size(size):
+def test_an_image_of_any_size_keeps_its_size(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     image = decompress(compress(Image.fromarray(pixels)))
     assert (image.height, image.width) == size
 
 
-def test_files_and_tensors_and_modes(astronaut, tmp_path):
+def test_a_file_and_a_tensor_of_one_image_give_the_same_bytes(astronaut, tmp_path):
     wanted = compress(astronaut, 50)
     astronaut.save(tmp_path / "a.png")
     assert compress(tmp_path / "a.png", 50) == wanted
@@ -84,7 +84,7 @@ def test_files_and_tensors_and_modes(astronaut, tmp_path):
     assert compress(transparent, 50) == compress(Image.new("RGB", (200, 200), "white"), 50)
 
 
-def test_the_best_quality_that_fits(codec, astronaut):
+def test_a_limit_of_bytes_takes_the_best_quality_that_fits(codec, astronaut):
     found = compress(astronaut, max_bytes=700)
     header, _ = container.unpack(found)
     assert len(found) <= 700 < len(compress(astronaut, header.quality + 1))
@@ -105,7 +105,7 @@ def test_large_images_are_coded_in_tiles(codec):
         codec.decoded(header, chunks[1:])
 
 
-def test_half_precision_is_the_same_model_and_scaling_is_part_of_it(codec, astronaut):
+def test_the_hash_of_a_model_depends_on_its_scaling_and_not_on_its_precision(codec, astronaut):
     half = Codec(KLAutoencoder.from_pretrained("compact", torch_dtype=torch.float16), "half")
     assert half.model_hash == codec.model_hash
     vae = KLAutoencoder.from_pretrained("compact")
@@ -119,8 +119,8 @@ def test_latents_in_patches(other, astronaut):
     assert image.size == astronaut.size
 
 
-def test_damaged_files_of_right_checksums_are_refused_or_decoded(codec):
-    """What an attacker could write: no crash, and no symbols beyond the bounds."""
+def test_damaged_files_with_right_checksums_are_refused_or_decoded(codec):
+    """An attacker could write such files: they cause no crash, and no symbols beyond the bounds."""
     chance, size = random.Random(0), (160, 160)
     latents = torch.randn(4, 20, 20, generator=torch.Generator().manual_seed(0))
     header, (chunk,) = container.unpack(codec.packed(latents, size, 40))
@@ -135,7 +135,7 @@ def test_damaged_files_of_right_checksums_are_refused_or_decoded(codec):
     assert refused > 10
 
 
-def test_three_hundred_damaged_files(codec, astronaut):
+def test_three_hundred_damaged_files_are_refused_in_one_line(codec, astronaut):
     chance, data = random.Random(1), compress(astronaut)
     for _ in range(300):
         with pytest.raises(ValueError) as told:
@@ -143,14 +143,13 @@ def test_three_hundred_damaged_files(codec, astronaut):
         assert "\n" not in str(told.value) and len(str(told.value)) < 160
 
 
-def test_the_fast_path_and_threads_are_nothing_to_the_decoded_latents(codec, astronaut):
-    """The encoder makes the file with floats; any decoder finds the same whole numbers in it."""
+def test_decoded_latents_do_not_depend_on_the_fast_path_or_threads(codec, astronaut):
+    """The encoder computes latents in floats; every decoder reads the same whole numbers from the file."""
     data = compress(astronaut, 70)
     header, chunks = container.unpack(data)
     wanted, _ = codec.decoded(header, chunks)
-    whole = Codec(
-        KLAutoencoder.from_pretrained("compact").train(), "compact", codec.learned
-    )  # nothing in pieces
+    in_training = KLAutoencoder.from_pretrained("compact").train()  # nothing is executed in pieces
+    whole = Codec(in_training, "compact", codec.learned)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""The file says what was packed; one that is damaged, truncated or something else is refused in one line."""
+"""Files hold what was packed; damaged, truncated and other files are refused in one line."""
 
 import random
 import zlib
@@ -59,7 +59,7 @@ def test_every_flipped_bit_and_every_shorter_file_is_refused():
         unpack(data + b"end")
 
 
-def test_damage_is_told_in_one_line():
+def test_damage_is_reported_in_one_line():
     chance, data = random.Random(0), pack(HEADER, CHUNKS)
     for _ in range(500):
         with pytest.raises(ValueError) as told:
@@ -71,8 +71,8 @@ def test_damage_is_told_in_one_line():
     ("size", "told"),
     [((0, 5), "5x0 pixels"), ((1 << 20, 1 << 20), "1048576x1048576 pixels; allowed: 1 to 268,435,456")],
 )
-def test_absurd_sizes(size, told):
-    """With checksums that are right."""
+def test_absurd_sizes_are_refused(size, told):
+    """Even where all checksums are right."""
     data = pack(replace(HEADER, height=1, width=1), [b"x"])
     fields = data[: data.index(b"\x01\x01\x04side")], data[data.index(b"\x04side") : -5]
     head = fields[0] + container.number(size[0]) + container.number(size[1]) + fields[1]
@@ -93,6 +93,6 @@ def test_absurd_sizes(size, told):
         (b"KLC\x01" + b"\xff" * 50, "bits"),
     ],
 )
-def test_what_is_something_else(data, told):
+def test_other_files_are_refused(data, told):
     with pytest.raises(ValueError, match=told):
         unpack(data)

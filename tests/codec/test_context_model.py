@@ -1,4 +1,4 @@
-"""The learned entropy model: whole numbers, exact on any machine, and no look at what is not decoded yet."""
+"""The learned entropy model: exact whole numbers on any machine, computed only from what is decoded already."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 
 def network(channels=3, width=8, scale=6.0, seed=0):
-    """With weights of a few hundred units, so that sums are far beyond bfloat16."""
+    """A network with weights of a few hundred units, so that sums have more digits than bfloat16 holds."""
     generator = torch.Generator().manual_seed(seed)
     made = ContextNetwork(channels, width)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def _correlated(planes, kernels):
 
 
 def by_whole_numbers(model, number, symbols, quality):
-    """The prediction once more, by scipy's correlation of int64."""
+    """The prediction computed independently, by scipy's correlation of int64."""
     channel, second = divmod(number, 2)
     _, h, w = symbols.shape
     context = steps_to_deviations(symbols, quality, 5).clip(-255, 255)
@@ -74,10 +74,10 @@ def test_predictions_are_those_of_whole_numbers(model, quality):
         mean, scale = by_whole_numbers(model, at.number, symbols, quality)
         found = model.predict(at, symbols, quality)
         np.testing.assert_array_equal(found.scales, scale)
-        assert np.abs(found.means - mean).max() <= 1  # a step of the other direction is its inverse to 1e-5
+        assert np.abs(found.means - mean).max() <= 1  # the step back is the inverse of a step to 1e-5
 
 
-def test_every_place_is_coded_once_and_nothing_later_counts(model):
+def test_every_place_is_coded_once_and_predicted_only_from_earlier_ones(model):
     symbols = drawn((3, 10, 11))
     coded = np.zeros(symbols.shape, int)
     for at in model.passes(symbols.shape):
@@ -109,7 +109,7 @@ def test_decoding_is_the_inverse(model, shape):
 
 
 def test_bytes_are_within_two_percent_of_the_cross_entropy():
-    """Of what training minimises, computed by a logistic distribution in floats."""
+    """The cross-entropy is what training minimises, computed in floats from a logistic distribution."""
     made = network(scale=0.3)
     symbols = drawn((3, 60, 60), deviation=1.5)
     bits = made.bits(torch.from_numpy(symbols)[None].float(), torch.tensor([40.0])).sum().item()
@@ -117,7 +117,7 @@ def test_bytes_are_within_two_percent_of_the_cross_entropy():
     assert bits * 0.98 < found < bits * 1.02
 
 
-def test_bits_are_those_of_a_logistic_distribution_and_far_out_still_have_a_gradient():
+def test_bits_are_those_of_a_logistic_distribution_and_have_a_gradient_far_from_the_mean():
     difference, scale = torch.tensor([0.0, 0.3, -7.0, 30.0]), torch.tensor([0.1, 1.0, 0.7, 2.0])
     away, spread = difference.abs().double().numpy(), scale.double().numpy()
     wanted = -np.log2(logistic.cdf((0.5 - away) / spread) - logistic.cdf((-0.5 - away) / spread))
@@ -127,7 +127,7 @@ def test_bits_are_those_of_a_logistic_distribution_and_far_out_still_have_a_grad
     assert far.grad.item() == pytest.approx(10 / np.log(2), rel=1e-3)
 
 
-def test_batches_threads_and_settings_change_nothing():
+def test_predictions_do_not_depend_on_batches_autocast_or_onednn():
     made = network(channels=2, width=16)
     context = torch.from_numpy(drawn((5, 2, 21, 30), deviation=60)).float()
     quality = torch.tensor([1.0, 30, 40, 80, 100])
@@ -163,7 +163,7 @@ def test_a_file_is_read_as_it_was_written(model, tmp_path):
     assert ContextModel.beside(tmp_path).hash == model.hash and ContextModel.beside(tmp_path / "none") is None
 
 
-def test_files_that_hold_something_else(model, tmp_path):
+def test_files_that_hold_no_entropy_model_are_refused(model, tmp_path):
     path = tmp_path / "a.safetensors"
     model.save(path)
     tensors, about = load_file(path), {context_model.KEY: context_model.VERSION}
@@ -201,7 +201,7 @@ def test_the_checkerboard_begins_at_the_top_left():
     ],
 )
 def test_the_golden_file_is_read_and_written_alike_by_other_processes(settings, arguments):
-    """Threads, kernels of older processors, torch's own convolutions and half precision change no bit."""
+    """No bit depends on threads, on kernels of older processors, on torch's own convolutions or half precision."""
     command = [sys.executable, "-m", "tests.codec.golden", *arguments]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **settings}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""What was encoded is decoded, in as many bytes as the tables say."""
+"""Decoding gives the encoded symbols, and the bytes are as many as the tables' cross-entropy."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_bytes_are_the_cross_entropy():
     assert bits / 8 <= len(coded((symbols, scales, places))) <= bits / 8 * 1.001 + 8
 
 
-def test_symbols_far_beyond_the_tables():
+def test_symbols_far_beyond_the_tables_are_coded_up_to_a_limit():
     symbols = np.array([-65_000, -REACH - 1, -REACH, REACH, REACH + 1, 4000, 65_000], np.int32)
     scales, places = np.full(7, 12), np.full(7, 3)
     decoder = SymbolDecoder(coded((symbols, scales, places)))

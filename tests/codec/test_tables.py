@@ -1,4 +1,4 @@
-"""Steps and tables are what their formulas say, and the same numbers wherever they are computed."""
+"""Steps and tables equal their formulas, and are the same numbers on every machine."""
 
 import hashlib
 from fractions import Fraction

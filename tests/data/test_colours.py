@@ -1,4 +1,4 @@
-"""Images read as gray, RGB or RGBA, against Pillow and numpy; written again as they were read."""
+"""Images read as gray, RGB or RGBA, against Pillow and numpy, and written again without change."""
 
 import io
 

@@ -101,7 +101,7 @@ def file_image(file):
     return Image.open(file)
 
 
-def test_what_cannot_be_read():
+def test_small_and_truncated_images_are_refused():
     with pytest.raises(TooSmall, match="100x64 pixels, too small for 128x96"):
         read_part(encoded(data.astronaut()[:64, :100]), [(96, 128)])
     broken = io.BytesIO(encoded(data.astronaut(), "JPEG").getvalue()[:4000])

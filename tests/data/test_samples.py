@@ -1,4 +1,4 @@
-"""Data sets that need no download: what is drawn, what is in each split, how they are opened."""
+"""Data sets that need no download: their images, their splits, and how they are opened."""
 
 import colorsys
 import math
@@ -153,7 +153,7 @@ def test_faces_and_strangers_are_scikit_images_first_and_last_hundred():
         assert (found == patches[start : start + 100]).all()
 
 
-def test_what_a_sample_does_not_have():
+def test_unknown_columns_and_streaming_of_a_sample_are_refused():
     assert locate("sample-digits", "data.train").kind == "sample"
     with pytest.raises(
         ValueError, match=r"data.label_column: no column 'kind' in sample-digits; allowed: label"

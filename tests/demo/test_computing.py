@@ -1,4 +1,4 @@
-"""What the demo page computes, in numbers; nothing here is shown."""
+"""The numbers and pictures that the demo page computes, without a browser."""
 
 import gc
 import html
@@ -73,7 +73,7 @@ def test_memory_that_was_used_before_counts_again():
     for _ in range(4):
         with Meter(torch.device("cpu")) as meter:
             blocks = [torch.ones(3 << 20, dtype=torch.uint8) for _ in range(10)]
-            time.sleep(0.1)  # another process may keep the one that looks from looking
+            time.sleep(0.1)  # time for the thread that measures, even beside a busy process
             del blocks
         found.append(meter.peak_bytes)
     assert 31e6 < min(found) <= max(found) < 40e6
@@ -241,7 +241,7 @@ def test_an_attribute_is_added_to_a_photograph(studio, five_photos):
     ("arguments", "said"),
     [((None, ["a"], ["b"]), "choose a photograph first"), (("a.png", [], ["b"]), "one of each at least")],
 )
-def test_what_an_attribute_needs_is_said(studio, arguments, said):
+def test_an_attribute_without_its_photographs_is_refused(studio, arguments, said):
     with pytest.raises(ValueError, match=said):
         studio.attribute(*arguments, "first", 1.0)
 

@@ -1,4 +1,4 @@
-"""DISTS and VIF against their formulas, in the report, and where their weights or package cannot be had."""
+"""DISTS and VIF against their formulas and in the report; the error where weights are missing."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Bottlenecks: known answers, independent references, and what all of them keep to."""
+"""Bottlenecks: rules for all of them, known answers, and independent references."""
 
 import math
 
@@ -122,7 +122,7 @@ def moved(bottleneck, h, steps, seed=3):
 
 @pytest.mark.parametrize("start", ["near", "kmeans"])
 def test_a_code_book_of_frozen_latents_converges_to_their_means(start):
-    """To the mean of each mode, its k-means solution, and to as many codes in use as there are modes."""
+    """Each code converges to the mean of a mode, the k-means solution, and all codes are in use."""
     h, centres = modes(7, 40)
     torch.manual_seed(0)
     bottleneck = VectorQuantizer(2, codes=7, decay=0.9)

@@ -98,7 +98,7 @@ def rms(x):
 
 @pytest.mark.parametrize("name", ["sd", "no-attention"])
 def test_gradient_checkpointing_and_compile_change_nothing(name):
-    """fullgraph: a graph break would raise."""
+    """With fullgraph a graph break would raise."""
     config = reduced(PUBLISHED[name])
     ours, _ = networks(config)
     for our, x in zip(ours, inputs(config), strict=True):

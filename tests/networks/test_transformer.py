@@ -1,4 +1,4 @@
-"""The transformer over codes: causal, its drawing the same function as its forward pass, and what it learns."""
+"""The transformer over codes: it is causal, and draws from the probabilities of its forward pass."""
 
 import math
 

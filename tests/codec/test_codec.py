@@ -57,7 +57,7 @@ def test_the_image_is_what_the_decoder_makes_of_the_expected_latents(codec, astr
     assert np.abs(difference).max() <= 1
 
 
-def test_a_higher_quality_takes_more_bytes_and_has_a_higher_psnr(codec, astronaut):
+def test_a_higher_quality_takes_more_bytes_and_has_a_higher_psnr(astronaut):
     original = load_image(astronaut)
     files = [compress(astronaut, quality) for quality in (15, 30, 45, 60, 75)]
     sizes = [len(file) for file in files]
@@ -84,7 +84,7 @@ def test_a_file_and_a_tensor_of_one_image_give_the_same_bytes(astronaut, tmp_pat
     assert compress(transparent, 50) == compress(Image.new("RGB", (200, 200), "white"), 50)
 
 
-def test_a_limit_of_bytes_takes_the_best_quality_that_fits(codec, astronaut):
+def test_a_limit_of_bytes_takes_the_best_quality_that_fits(astronaut):
     found = compress(astronaut, max_bytes=700)
     header, _ = container.unpack(found)
     assert len(found) <= 700 < len(compress(astronaut, header.quality + 1))
@@ -135,7 +135,7 @@ def test_damaged_files_with_right_checksums_are_refused_or_decoded(codec):
     assert refused > 10
 
 
-def test_three_hundred_damaged_files_are_refused_in_one_line(codec, astronaut):
+def test_three_hundred_damaged_files_are_refused_in_one_line(astronaut):
     chance, data = random.Random(1), compress(astronaut)
     for _ in range(300):
         with pytest.raises(ValueError) as told:

@@ -156,7 +156,7 @@ class TestModes:
         assert np.abs(got[..., 0] - values / 257).max() <= 0.5
         assert got[0, 1, 0] == pytest.approx(1, abs=1e-4) and got[1, 1, 0] == pytest.approx(255, abs=1e-4)
 
-    def test_16_bit_big_endian_tiff(self, tmp_path):
+    def test_16_bit_big_endian_tiff(self):
         values = np.array([[0, 514, 65535]], np.uint16)
         image = Image.frombytes("I;16B", (3, 1), values.astype(">u2").tobytes())
         assert np.abs(levels(load_image(image, multiple_of=1))[0, :, 0] - [0, 2, 255]).max() < 1e-4
@@ -236,7 +236,7 @@ class TestRotation:
         assert np.abs(got - expected).mean() < (2 if suffix == ".jpg" else 1e-4)
         assert image_size(tmp_path / f"photo{suffix}") == expected.shape[:2]
 
-    def test_only_once(self, tmp_path):
+    def test_only_once(self):
         image = Image.fromarray(NOISE)
         image.getexif()[0x0112] = 6
         upright = to_rgb(image)
@@ -291,7 +291,7 @@ class TestColour:
 
 
 class TestSize:
-    def test_whole_pixels_when_only_cropping(self, tmp_path):
+    def test_whole_pixels_when_only_cropping(self):
         got = levels(load_image(Image.fromarray(NOISE), size=11, multiple_of=1))
         assert np.abs(got - NOISE[:, 3:14]).max() < 1e-4
         got = levels(load_image(Image.fromarray(NOISE), size=(11, 10), multiple_of=1))
@@ -382,7 +382,7 @@ class TestRefused:
                 warnings.simplefilter("ignore")
                 load_image(path)
 
-    def test_open_file(self, tmp_path):
+    def test_open_file(self):
         buffer = io.BytesIO()
         Image.fromarray(NOISE).save(buffer, "PNG")
         assert (np.asarray(open_image(buffer)) == NOISE).all()

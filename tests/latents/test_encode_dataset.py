@@ -220,7 +220,7 @@ def claim_all(folder, target):
     return 0
 
 
-def test_random_crops_depend_on_the_seed(model, photographs, tmp_path):
+def test_random_crops_depend_on_the_seed(model, tmp_path):
     crops = {}
     for seed in ("0", "1"):
         Image.fromarray(data.coffee()).save(tmp_path / "wide.png")

@@ -140,7 +140,7 @@ def test_info_and_export_know_it(photo, capsys):
     assert (photo.parent / "copy" / "README.md").read_text() == (COMPACT / "README.md").read_text()
 
 
-def test_a_local_folder_of_that_name_goes_first(photo, capsys):
+def test_a_local_folder_of_that_name_goes_first(photo):
     torch.manual_seed(0)
     KLAutoencoder(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3).save_pretrained("compact")
     assert KLAutoencoder.from_pretrained("compact").config.latent_channels == 3

@@ -23,7 +23,7 @@ class Derived(KLAutoencoder):
 
 
 @pytest.mark.parametrize("cls", [KLAutoencoder, Derived])
-def test_from_pipe_hands_on_the_same_autoencoder(cls, tmp_path):
+def test_from_pipe_hands_on_the_same_autoencoder(cls):
     from diffusers import AutoPipelineForInpainting, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
     vae = cls(**reduced(PUBLISHED["sd"]))

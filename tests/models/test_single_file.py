@@ -432,7 +432,7 @@ class TestWriting:
 
 
 class TestCheckState:
-    def test_fits(self):
+    def test_tensors_of_the_right_shapes_raise_nothing(self):
         state = small_sd()
         check_state({name: tensor.shape for name, tensor in state.items()}, state, "a file")
 

@@ -57,7 +57,9 @@ assert "diffusers" not in sys.modules and "kl_autoencoder" not in sys.modules
 
 
 def test_a_program_names_nothing_of_this_machine(exported):
-    for path in exported[1].glob("*/model.pt2"):
+    paths = list(exported[1].glob("*/model.pt2"))
+    assert len(paths) == 2
+    for path in paths:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 content = archive.read(name)

@@ -180,7 +180,7 @@ def leaves(values, prefix=""):
         yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
 
 
-def test_messages_are_short_whatever_a_file_holds(small):
+def test_messages_are_short_whatever_a_file_holds():
     for values in (
         {"x" * 5000: 1},
         {1: 2},

@@ -42,7 +42,7 @@ def command(program):
     return [gpu_day.sys.executable, "-c", program]
 
 
-def test_it_goes_on_after_a_cut_and_tells_the_ends_apart(tmp_path, monkeypatch, capsys):
+def test_parts_that_ended_are_not_run_again_and_the_ends_are_told_apart(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     count = "import pathlib, uuid; pathlib.Path(r'{}', str(uuid.uuid4())).touch()".format(tmp_path / "runs")
     found = [

@@ -203,7 +203,7 @@ class TestLatents:
         for name, photo in {"0": 0, "1": 1, "2": 2, "0-2": 0}.items():
             assert same(pixels(tmp_path / "out" / f"{name}.png"), expected(vae, photos[photo]))
 
-    def test_what_could_be_read_is_kept(self, folder, tmp_path, capsys):
+    def test_the_latents_of_readable_photographs_are_kept(self, folder, tmp_path, capsys):
         picture(tmp_path / "in" / "a.png", 8, 8)
         (tmp_path / "in" / "b.png").write_bytes(b"nothing")
         assert run("encode", tmp_path / "in", "--model", folder, "-o", tmp_path / "z.safetensors") == 2

@@ -86,7 +86,7 @@ def test_json_alone_is_printed_on_request(run, classes, tmp_path, capsys):
         (["--limit", "1"], "allowed: at least 2"),
     ],
 )
-def test_what_is_refused(run, classes, tmp_path, capsys, options, told):
+def test_impossible_options_are_refused(run, classes, tmp_path, capsys, options, told):
     command = ["study", str(run), "--data", str(classes), "-o", str(tmp_path / "study"), *options]
     assert main(command) == 2
     assert told in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_colours_under_transparency_do_not_bleed_when_scaled():
 
 
 @pytest.mark.parametrize("pixels", [GRAY, COLOURED, GLASS], ids=["gray", "rgb", "rgba"])
-def test_what_is_saved_is_what_was_read(pixels, tmp_path):
+def test_an_image_is_written_as_it_was_read(pixels, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(pixels))
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     image = load_image(tmp_path / "a.png", multiple_of=1, channels=channels)

@@ -75,7 +75,7 @@ def test_the_effective_dimension_counts_independent_directions(mixture, dimensio
     assert sums.summary()["effective_dimension"] == pytest.approx(dimension, abs=0.02)
 
 
-def test_what_does_not_vary_has_no_dimension():
+def test_constant_latents_have_no_effective_dimension():
     sums = LatentSums(2)
     sums.update(DiagonalGaussian(torch.zeros(1, 4, 4, 4)))
     assert sums.summary()["effective_dimension"] is None

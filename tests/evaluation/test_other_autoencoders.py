@@ -77,7 +77,7 @@ def test_one_table_of_ours_and_others(photographs, tmp_path):
     assert measured["bits_per_pixel"]["mean"] == 8 * 4 / 64
 
 
-def test_others_alone(photographs, tmp_path):
+def test_an_evaluation_of_other_autoencoders_alone(photographs, tmp_path):
     AutoencoderTiny(**TINY).save_pretrained(tmp_path / "taesd")
     assert evaluate([tmp_path / "taesd"], photographs, tmp_path / "report") == 0
     assert "AutoencoderTiny" in (tmp_path / "report" / "report.html").read_text()

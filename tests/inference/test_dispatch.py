@@ -274,7 +274,7 @@ def test_the_common_call_is_executed_in_pieces_and_its_gradients_are_right(vae, 
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_only_what_is_asked_for_gets_a_gradient(vae, never_whole):
+def test_only_tensors_that_require_a_gradient_get_one(vae, never_whole):
     vae.requires_grad_(False)
     z = latents(1, 4, 8, 8).requires_grad_()
     (gradient,) = torch.autograd.grad(vae.decode(z).sample.square().sum(), z)
@@ -418,7 +418,7 @@ def watched_globally(vae):
 @pytest.mark.parametrize(
     "change, cause", [(trained, "training mode"), (watched_globally, "global"), (hooked, "resnets.0")]
 )
-def test_what_cannot_be_tiled_says_so_once_and_why(vae, change, cause):
+def test_networks_that_cannot_be_tiled_warn_once_and_say_why(vae, change, cause):
     vae.enable_tiling()
     handle = change(vae)
     try:

@@ -35,7 +35,7 @@ def test_rows_with_and_without(values, plus, minus):
 @pytest.mark.parametrize(
     "values, told", [(["yes", "no"], "'yes'; allowed: numbers"), ([1, 1, None], "1 different values")]
 )
-def test_columns_that_are_no_attribute(values, told):
+def test_columns_that_are_no_attribute_are_refused(values, told):
     with pytest.raises(ValueError, match=told):
         rows_of_kinds(values, limit=4)
 

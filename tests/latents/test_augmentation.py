@@ -93,7 +93,7 @@ def test_a_model_with_classes_is_told_the_number_of_each_folder():
         (Known(classes=4), ["noise"], "3 class folders; allowed: 4, which the model knows"),
     ],
 )
-def test_what_a_model_cannot_do(model, kinds, message):
+def test_kinds_that_a_model_cannot_make_are_refused(model, kinds, message):
     with pytest.raises(ValueError, match=message):
         augmenter(model).plan(kinds, 1)
 

@@ -78,7 +78,7 @@ def test_every_row_is_what_the_model_says(model, parquet, undisturbed):
     assert len({tuple(row["shape"]) for row in rows}) >= 4
 
 
-def test_what_is_skipped_is_counted_and_listed(undisturbed):
+def test_skipped_photographs_are_counted_and_listed(undisturbed):
     manifest = json.loads((undisturbed / "manifest.json").read_text())
     assert manifest["skipped"] == {"too small": 4, "unreadable": 1}
     lines = (undisturbed / "skipped.csv").read_text().splitlines()

@@ -43,7 +43,7 @@ class TestInterpolation:
         assert torch.lerp(a, b, 0.5).norm() == pytest.approx(float(a.norm()) / math.sqrt(2), rel=0.02)
 
     @pytest.mark.parametrize("factor", [1.0, 2.0, 0.0, -1.0])
-    def test_one_direction_or_none(self, factor):
+    def test_slerp_of_parallel_opposite_and_zero_latents(self, factor):
         a = draws(4, 3, 3)
         assert (
             torch.allclose(slerp(a, factor * a, 0.25), torch.lerp(a, factor * a, 0.25), atol=1e-4)

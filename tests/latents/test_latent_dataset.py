@@ -42,7 +42,7 @@ def test_each_epoch_draws_anew_from_the_moments(undisturbed):
     assert not torch.equal(LatentDataset(undisturbed, SCALING, seed=1)[7]["latents"], draws[0])
 
 
-def test_what_else_is_in_a_sample(undisturbed):
+def test_a_sample_has_its_size_crop_and_kept_columns(undisturbed):
     dataset = LatentDataset(undisturbed, SCALING)
     sample, row = dataset[3], dataset.rows[3]
     assert (
@@ -107,7 +107,7 @@ def test_set_scaling_gives_unit_latents_in_diffusers_too(tmp_path, photographs, 
     ("sdxl", "stable_diffusion_xl", "StableDiffusionXLPipeline"),
     ("sd3", "stable_diffusion_3", "StableDiffusion3Pipeline"), ("flux", "flux", "FluxPipeline"),
 ])  # fmt: skip
-def test_what_pipelines_read(kind, module, cls):
+def test_the_scaling_keys_are_those_that_pipelines_read(kind, module, cls):
     """By the source of the installed pipelines themselves."""
     source = inspect.getsource(getattr(importlib.import_module(f"diffusers.pipelines.{module}"), cls))
     assert {key for key in SCALING_KEYS if f"vae.config.{key}" in source} == set(READ_BY[kind][0])
@@ -121,7 +121,7 @@ PER_CHANNEL = {"scaling_factor": 1.0, "latents_mean": [0.0, 1.0], "latents_std":
     (SD, ["sd", "sdxl"]), (SHIFTED, ["sd3", "flux"]), (PER_CHANNEL, ["sdxl"]),
     ({**SHIFTED, **PER_CHANNEL}, ["sdxl"]), ({**SD, "latents_mean": [0.0]}, ["sd", "sdxl"]),
 ])  # fmt: skip
-def test_whose_latents_are_scaled_alike(config, kinds):
+def test_pipelines_that_scale_latents_as_a_config_says(config, kinds):
     assert pipelines_of(config) == kinds
 
 

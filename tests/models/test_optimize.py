@@ -398,7 +398,7 @@ def test_optimize_only_switches_the_tiling_of_our_class():
         AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4),
     ],
 )
-def test_what_cannot_be_optimized_is_refused(given):
+def test_objects_that_cannot_be_optimized_are_refused(given):
     with pytest.raises(
         ValueError, match=f"{type(given).__name__}: no encoder or decoder .*; allowed: .*AutoencoderKLFlux2"
     ):

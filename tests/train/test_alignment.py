@@ -143,7 +143,7 @@ def test_two_ranks_give_the_gradients_of_one_process(photographs, folders, tmp_p
         assert (found[2][name] - wanted).norm() < 1e-4 * max(wanted.norm().item(), 1e-3), name
 
 
-def test_what_cannot_be_used_is_named(folders, photographs, tmp_path, monkeypatch):
+def test_features_that_cannot_be_used_are_refused(folders, photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = SimpleNamespace(train=SimpleNamespace(decoder_only=False, mixed_precision="no"))
     (tmp_path / "text").mkdir()

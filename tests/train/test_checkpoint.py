@@ -41,7 +41,7 @@ def names(root):
     return sorted(path.name for path in root.iterdir())
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
     [path] = save(tmp_path, 12)
     assert path == tmp_path / "step-000012"
     tensors, state = load_checkpoint(path)
@@ -153,7 +153,7 @@ def test_all_damaged_leaves_nothing_to_continue(tmp_path):
     assert newest(tmp_path / "none", said.append) is None and len(said) == 2
 
 
-def test_what_a_killed_run_was_writing_or_removing_is_cleared_away(tmp_path):
+def test_half_written_and_half_removed_checkpoints_are_cleared_away(tmp_path):
     [path] = save(tmp_path, 1)
     for name in (".step-000002.writing", ".step-000000.removing"):
         shutil.copytree(path, tmp_path / name)

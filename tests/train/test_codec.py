@@ -102,7 +102,7 @@ def test_the_rate_has_a_gradient_that_shrinks_latents(recipe):
         ("loss.terms=[{kind: rate, weight: 0}]", "weight"),
     ],
 )
-def test_what_is_refused(override, told):
+def test_impossible_views_and_terms_are_refused(override, told):
     with pytest.raises(ValueError, match=told):
         load_config(ROOT / "configs" / "codec.yaml", [override])
 

@@ -193,7 +193,7 @@ def test_crops_reach_every_part_of_the_picture_and_half_are_mirrored(tmp_path):
     assert 150 < mirrored < 250
 
 
-def test_no_flip(tmp_path):
+def test_without_horizontal_flip_no_crop_is_mirrored(tmp_path):
     ramp = Image.fromarray(np.arange(60, dtype=np.uint8)[None].repeat(50, 0)).convert("RGB")
     images = take(config(folder_of(tmp_path, [(0, ramp)]), horizontal_flip=False), 20)
     assert all((image[..., 1:] > image[..., :-1]).all() for image in images.values())
@@ -289,7 +289,7 @@ def test_unreadable_images_are_named_and_counted(ragged_folder, caplog):
         assert sum(name in record.message for record in caplog.records) == 1
 
 
-def test_of_very_many_skipped_images_few_are_remembered_and_fewer_printed():
+def test_many_skipped_images_are_remembered_up_to_a_limit_and_fewer_are_printed():
     skipped, other = SkippedImages(), SkippedImages()
     skipped.add((f"{i}.jpg", "too small: 1x1") for i in range(REMEMBERED))
     assert f"{REMEMBERED} images were skipped ({REMEMBERED} too small, 0 unreadable):" in skipped.summary()
@@ -357,7 +357,7 @@ def test_replacements_are_spread():
     assert max(np.bincount(first, minlength=100)[90:]) < 200
 
 
-def test_nothing_readable_is_an_error(tmp_path):
+def test_a_source_without_readable_images_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_text("no")
     with pytest.raises(ValueError, match=r"data\.train: no readable images in .*none of the 3 .*0\.jpg"):

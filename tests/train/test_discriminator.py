@@ -174,6 +174,6 @@ def test_arguments(arguments):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 64, 64), (3, 64, 64), (1, 3, 23, 64), (1, 3, 64, 23)])
-def test_images_that_do_not_fit(small, shape):
+def test_images_that_do_not_fit_are_refused(small, shape):
     with pytest.raises(ValueError, match=r"discriminator: images of shape .*\(B, 3, H, W\) .* at least 24"):
         small(torch.zeros(shape))

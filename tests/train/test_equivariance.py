@@ -130,7 +130,7 @@ def test_latent_terms_see_what_was_encoded():
         ({"smallest_scale": 0.9, "largest_scale": 0.5}, r"loss.view.smallest_scale: 0.9; allowed: at most"),
     ],
 )
-def test_what_cannot_be_had_is_named(photographs, tmp_path, keys, message):
+def test_views_that_do_not_fit_the_run_are_refused(photographs, tmp_path, keys, message):
     loss = {"perceptual": {"weight": 0.0}, "adversarial": {"weight": 0.5, "disc_start": 0, "channels": 4}}
     with pytest.raises(ValueError, match=message) as caught:
         make(small_config(photographs, tmp_path, loss={**loss, "view": {"kind": "equivariance", **keys}}))

@@ -192,7 +192,7 @@ def test_the_convolutional_kl_autoencoder_is_diffusers_class(photographs, tmp_pa
         ),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(sections, message, photographs, tmp_path):
+def test_impossible_models_are_refused_by_key(sections, message, photographs, tmp_path):
     with pytest.raises(ValueError, match=message):
         Trainer(small_config(photographs, tmp_path, **sections), AutoencoderTask)
 

@@ -85,7 +85,7 @@ def config_on(disk, photographs, **more):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_a_full_disk_refuses_is_written_when_there_is_room(
+def test_a_run_on_a_full_disk_trains_on_and_writes_again_when_there_is_room(
     disk, ranks, photographs, undisturbed, tmp_path
 ):
     """Full in steps 3 and 4: two checkpoints, pictures and lines are missing; in the end only the pictures."""

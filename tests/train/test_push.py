@@ -42,7 +42,7 @@ def test_a_dry_run_writes_the_same_and_asks_nobody(small, monkeypatch, tmp_path)
     }  # fmt: skip
 
 
-def test_what_the_hub_refuses_leaves_the_export_and_says_how_to_push_it(small, hub, tmp_path):
+def test_a_refused_push_leaves_the_export_and_says_how_to_push_it(small, hub, tmp_path):
     trainer = make(small(tmp_path, export={"push_to": "them/vae"}))
     with pytest.raises(OSError, match=r"them/vae: the hub refuses \(HTTP 403\).* the export is whole"):
         trainer.fit()

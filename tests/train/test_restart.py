@@ -357,7 +357,7 @@ def recorded(arguments, folder, life):
     return train(arguments)
 
 
-def test_other_numbers_of_ranks_consume_the_same_samples_in_the_same_order(photographs, tmp_path):
+def test_any_number_of_ranks_consumes_the_same_samples_in_the_same_order(photographs, tmp_path):
     """Two ranks to step 4, one to step 6, four with two workers each to step 8, against one process alone."""
     log, consumed, steps = tmp_path / "log.txt", {}, 0
     for ranks, until, workers in ((2, 4, 0), (1, 6, 0), (4, 8, 2)):

@@ -169,7 +169,7 @@ def poison_one_rank(arguments, folder):
     return train(arguments)
 
 
-def test_all_ranks_skip_alike(photographs, tmp_path):
+def test_all_ranks_skip_the_same_step(photographs, tmp_path):
     config, log = everything(photographs, tmp_path / "run", steps=4), tmp_path / "log.txt"
     processes = start_ranks(2, log, poison_one_rank, command(config, tmp_path / "config.yaml"), tmp_path)
     assert finish(*processes) == [0, 0], log.read_text()

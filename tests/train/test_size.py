@@ -80,7 +80,7 @@ def test_a_rank_has_its_share_of_what_the_container_may_use(monkeypatch):
     ("data.batch_size=10000", "data.batch_size: 10000 of 256x256 would need"),
     ("loss.adversarial={weight: 0.5, disc_start: 1, channels: 4096, layers: 10}", "channels=4096, layers=10 w"),
 ])  # fmt: skip
-def test_what_is_too_large_ends_in_one_line(tmp_path, capsys, override, message):
+def test_runs_too_large_for_the_memory_are_refused_in_one_line(tmp_path, capsys, override, message):
     arguments = [
         str(ROOT / "configs" / "quickstart.yaml"),
         f"output_dir={tmp_path / 'run'}",

@@ -192,7 +192,7 @@ def test_a_run_of_buckets_goes_on_to_the_same_weights_and_two_ranks_are_one(mixe
     assert_ranks_equal_one_process(last(tmp_path / "two"), a)
 
 
-def test_what_does_not_go_with_buckets_is_refused(shapes, tmp_path):
+def test_keys_that_exclude_buckets_and_wrong_resolutions_are_refused(shapes, tmp_path):
     with pytest.raises(ValueError, match=r"data\.buckets: true with data\.streaming; allowed: false"):
         config(shapes, buckets=True, streaming=True)
     for value, message in (

@@ -59,7 +59,7 @@ def test_two_ranks_pass_and_say_so_once(tmp_path):
     assert said.count("smoke test passed") == 1 and said.count("after training") == 1
 
 
-def test_what_shrinks_is_sizes_and_what_stays_is_everything_else(tmp_path):
+def test_a_smoke_test_shrinks_sizes_and_keeps_everything_else(tmp_path):
     """kl_f8 with every adversarial delay: the six steps are all different phases, and no other key changes."""
     adversarial = {"disc_warmup_steps": 10_000, "ramp_steps": 20_000, "lecam_weight": 0.1, "r1_weight": 1.0}
     config = load_config(

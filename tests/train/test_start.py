@@ -45,7 +45,7 @@ def test_a_new_network_averages_and_enlarges_bilinearly(more, astronaut):
     assert psnr(found, astronaut) > psnr(wanted, astronaut) - 2
 
 
-def test_its_latents_are_the_colours_of_blocks(astronaut):
+def test_the_latents_of_an_enlargement_are_the_colours_of_blocks(astronaut):
     """Three channels of about unit deviation, with little noise; the others small."""
     with torch.no_grad():
         posterior = enlargement().encode(astronaut).latent_dist
@@ -70,7 +70,7 @@ def test_every_weight_learns(astronaut):
     assert still == []
 
 
-def test_what_has_no_room_is_refused():
+def test_networks_too_narrow_for_enlargement_are_refused():
     for more in ({"groups": 8}, {"latent_channels": 2}, {"widths": (4, 8), "groups": 1}):
         with pytest.raises(
             ValueError, match=r"start: enlargement with block_out_channels=.*allowed: 3 latent"

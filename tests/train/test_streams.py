@@ -227,7 +227,7 @@ def test_urls_and_patterns_that_lead_nowhere(source, message, streaming, shard_s
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_nothing_local_is_copied_into_a_cache(tmp_path):
+def test_local_files_are_not_copied_into_a_cache(tmp_path):
     for i in range(3):
         tar(tmp_path / f"{i}.tar", range(4 * i, 4 * i + 4))
         parquet(tmp_path / f"{i}.parquet", range(4 * i, 4 * i + 4))

@@ -111,7 +111,7 @@ def test_the_scaling_factor_gives_the_latents_unit_deviation(small, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2", "gaussian", "laplace", "bernoulli"])
-def test_one_batch_is_learned(small, tmp_path, kind):
+def test_one_batch_overfits(small, tmp_path, kind):
     """Forty steps on the same four crops: every likelihood at least halves the squared error."""
     config = small(
         tmp_path, loss={"reconstruction": kind, "kl": {"weight": 1e-6}}, optimizer={"learning_rate": 1e-2}

@@ -50,7 +50,7 @@ def test_a_model_without_a_discriminator_is_named(small, tmp_path):
     ({"loss": {"adversarial": {"weight": 0.5, "disc_start": 0, "pretrained": True}}},
      "loss.adversarial.pretrained: true; allowed: with"),
 ])  # fmt: skip
-def test_what_does_not_go_together_is_refused(section, message):
+def test_keys_that_exclude_each_other_are_refused(section, message):
     with pytest.raises(ValueError, match=message):
         build(Config, {"output_dir": "a", "data": {"train": "b"}} | section)
 

@@ -143,7 +143,7 @@ def test_the_decoder_sees_no_more_at_once_than_allowed():
     torch.testing.assert_close(single.log_weights, many.log_weights, rtol=1e-4, atol=1e-4)
 
 
-def test_what_has_no_bound():
+def test_bounds_without_a_posterior_or_a_divisor_are_refused():
     with pytest.raises(ValueError, match="k: 3; allowed: a divisor of the number of draws, 10"):
         importance_bound(torch.zeros(10, 2), 3)
     plain = SimpleNamespace(encode=lambda images: SimpleNamespace(latent_dist=SimpleNamespace()))

@@ -55,7 +55,7 @@ def test_factors_that_are_numbers():
     assert dci(turned, factors).disentanglement < 0.2
 
 
-def test_what_is_refused():
+def test_factors_of_other_shapes_or_without_variation_are_refused():
     with pytest.raises(ValueError, match=r"latents \(3, 2\), factors \(4, 1\); allowed"):
         mutual_information_gap(np.zeros((3, 2)), np.arange(4)[:, None])
     with pytest.raises(ValueError, match="factors: number 1 has one value in all images"):

@@ -87,7 +87,7 @@ def largest_angle(a, b):
     return math.degrees(math.acos(min(1.0, float(torch.linalg.svdvals(a.T @ b).min()))))
 
 
-def test_it_finds_the_principal_subspace_the_noise_and_the_exact_likelihood():
+def test_training_finds_the_principal_subspace_the_noise_and_the_exact_likelihood():
     x = images()
     flat, model = x.flatten(1), trained(x)
     exact = probabilistic_pca(flat, LATENTS)

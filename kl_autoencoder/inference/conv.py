@@ -1,15 +1,17 @@
-"""The network's convolutions on padded windows of an activation, by torch's own convolution.
+"""Convolutions of padded windows of an activation, by torch's own convolution.
 
-A kernel, here and in `winograd`, is called as `kernel(window, work)` and returns what a convolution makes of the
-window, in memory that may be written to and that the next call may use again. Tensors are (B, rows, columns,
-channels); for a result of r rows and s columns
+The contract of all kernels, here and in `winograd`: `kernel(window, work)` returns the convolution of the window.
+The caller may overwrite the result; the next call may reuse its memory. Tensors are (B, rows, columns, channels).
+For a result of r rows and s columns, the window has
 
-- a convolution reads a window of r + 2 rows and s + 2 columns,
-- an upsampling one, whose result is `up` = 2 times larger, r/2 + 2 and s/2 + 2,
-- a downsampling one, whose result is `down` = 2 times smaller, 2r + 1 and 2s + 1,
-  since it reads nothing `before` its pixels.
+    kernel          up  down  before   rows      columns
+    convolution      1     1       1   r + 2     s + 2
+    upsampling       2     1       1   r/2 + 2   s/2 + 2
+    downsampling     1     2       0   2r + 1    2s + 1
 
-The window is of the kernel's `dtype` and its inside a multiple of `tile`.
+that is, `before` rows and columns before its inner pixels, and one after them; the result is `up` times larger, or
+`down` times smaller, than the inside. The window has the kernel's `dtype`, and the rows and columns of its inside
+are multiples of `tile`.
 """
 
 import torch
@@ -20,27 +22,32 @@ from .memory import Workspace
 
 
 class DirectConv:
+    """A 3x3 convolution of stride 1."""
+
     up, down, tile, before = 1, 1, 1, 1
 
     def __init__(self, conv: nn.Conv2d, work: Workspace):
-        self.weight, self.bias, self.stride = laid_out(conv.weight), conv.bias, conv.stride
+        self.weight, self.bias, self.stride = in_channels_last(conv.weight), conv.bias, conv.stride
         self.dtype = conv.weight.dtype
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, self.stride)
-        return y.permute(0, 2, 3, 1).contiguous()  # which it is, unless the library thought otherwise
+        return y.permute(0, 2, 3, 1).contiguous()  # a copy only if torch chose another memory format
 
 
 class DirectDownsample(DirectConv):
-    """Stride 2, with zeros at the right and bottom only."""
+    """A 3x3 convolution of stride 2, zero-padded at the right and bottom only."""
 
     up, down, tile, before = 1, 2, 1, 0
 
 
 class DirectUpsample:
-    """A convolution of the nearest-neighbour upsampling by two, as four 2x2 ones of the pixels themselves.
+    """Nearest-neighbour upsampling by two and a 3x3 convolution, as four 2x2 convolutions of the pixels.
 
-    An output row sees two rows of pixels, one of them twice: its kernel is that with two of the three rows added.
+    The three upsampled rows under a 3x3 kernel are copies of two rows of pixels, so two of the kernel's rows can be
+    added up; the same holds for columns. The four combinations, for even and odd output rows and columns:
+
+        even output row:  a | b + c        odd output row:  a + b | c        (a, b, c: the kernel's rows)
     """
 
     up, down, tile, before = 2, 1, 1, 1
@@ -51,7 +58,7 @@ class DirectUpsample:
             a, b, c = w.split(1, dim=side)
             w = torch.stack([torch.cat([a, b + c], dim=side), torch.cat([a + b, c], dim=side)])
         w = w.flatten(1, 2).to(conv.weight.dtype)  # (lower, right * out, in, 2, 2)
-        self.weights = [laid_out(one) for one in w]
+        self.weights = [in_channels_last(one) for one in w]
         self.bias, self.dtype = conv.bias.repeat(2), conv.weight.dtype
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
@@ -60,15 +67,16 @@ class DirectUpsample:
         for lower, weight in enumerate(self.weights):
             rows = x[:, lower : lower + r + 1].permute(0, 3, 1, 2)
             y = F.conv2d(rows, weight, self.bias).permute(0, 2, 3, 1).unflatten(3, (2, -1))
-            for right in (0, 1):  # one column more than pixels: a kernel begins before its pixel or on it
+            # y has s + 1 columns: even output columns take the first s of them, odd ones the last s.
+            for right in (0, 1):
                 out[:, :, lower, :, right] = y[:, :, right : right + s, right]
         return out.view(b, 2 * r, 2 * s, -1)
 
 
 class CalledConv:
-    """Call the layer itself, for one that is more than its weights (an adapter), and cut off what it padded.
+    """A convolution computed by calling its module, for layers that do more than their weights say (adapters).
 
-    `dtype`: of what it gets and returns.
+    The module pads the window once more; the extra border of the result is cut off. `dtype`: of window and result.
     """
 
     up, down, tile, before = 1, 1, 1, 1
@@ -80,13 +88,14 @@ class CalledConv:
         return self.called(x.permute(0, 3, 1, 2), cut=1)
 
     def called(self, x: Tensor, cut: int) -> Tensor:
+        """(B, C, rows, columns) -> the module's result without `cut` pixels at each side, (B, r, s, C)."""
         y = self.conv(x)
         y = y[:, :, cut : y.shape[2] - cut, cut : y.shape[3] - cut]
         return y.permute(0, 2, 3, 1).to(self.dtype).contiguous()
 
 
 class CalledDownsample(CalledConv):
-    """Call a downsampling layer, which pads nothing."""
+    """A downsampling convolution computed by calling its module, which pads nothing."""
 
     up, down, tile, before = 1, 2, 1, 0
 
@@ -95,6 +104,8 @@ class CalledDownsample(CalledConv):
 
 
 class CalledUpsample(CalledConv):
+    """Nearest-neighbour upsampling by two and a convolution computed by calling its module."""
+
     up, down, tile, before = 2, 1, 1, 1
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
@@ -102,6 +113,6 @@ class CalledUpsample(CalledConv):
         return self.called(larger, cut=2)
 
 
-def laid_out(weight: Tensor) -> Tensor:
-    """The weight in channels_last, so that no call has to convert it; the weight itself if it is already."""
+def in_channels_last(weight: Tensor) -> Tensor:
+    """Return the weight in channels_last format, so that calls need not convert it; no copy if it is already."""
     return weight.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""How a network is executed: in pieces or whole, what its gradients are, and what to do when memory runs out."""
+"""Decide how a network is executed: in pieces or whole, with which gradients, and again when memory runs out."""
 
 import warnings
 from functools import partial
@@ -14,7 +14,7 @@ from .layers import out_channels
 from .memory import available_host_memory
 from .module_kinds import (
     has_global_hooks,
-    in_order,
+    blocks_in_order,
     is_adapter,
     is_local,
     is_plain,
@@ -25,71 +25,76 @@ from .module_kinds import (
 from .workers import Workers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-STRIP_BYTES_A_THREAD = 2 << 20  # on a CPU: about what its share of the caches holds
+STRIP_BYTES_A_THREAD = 2 << 20  # on a CPU: about a thread's share of the caches
 STRIP_BYTES_GPU, STRIP_BYTES_GPU_LEAST = 256 << 20, 64 << 20
-STREAMS = 3  # when offloading: one copies in, one computes, one copies out
-# On a CPU, where the largest activation is no more than two strips, many small steps cost more than they save,
-# above all where another process holds a core and each step waits for it. The package's model and Stable
-# Diffusion's on two threads: in pieces 0.6 to 0.9 times as fast as whole at 2 to 8 MiB, 1.0 to 1.1 at 16, 1.6
-# at 32.
+STREAMS = 3  # when offloading: while one computes, others copy from and to host memory
+# On a CPU a network whose largest activation is at most this large (two strips) is executed whole: many small steps
+# cost more than they save, above all if another process uses one of the cores. Measured on two threads with the
+# package's model and Stable Diffusion's, speed in pieces over speed whole, by the size of the largest activation:
+# 0.6 to 0.9 at 2 to 8 MiB, 1.0 to 1.1 at 16 MiB, 1.6 at 32 MiB.
 SMALL_BYTES_A_THREAD = 4 << 20
-LARGEST_ACTIVATIONS = 2.5  # held at once, scratch memory included
+ACTIVATIONS_HELD = 2.5  # memory that execution takes, scratch included, in units of the largest activation
 
 
 def infer(
     network: net.Encoder | net.Decoder, x: Tensor, tiling: bool = False, offload: bool = False
 ) -> Tensor:
-    """network(x), the same to rounding: in pieces, or whole if it is small or if `why_whole` gives a reason.
+    """Return network(x), equal up to rounding, executed in pieces or whole.
 
-    In evaluation mode a call that may need gradients is executed in pieces too. It keeps x alone, and a backward
-    pass, if there is one, begins with executing the network once more, whole. In training mode gradients need
-    all activations: the network is executed whole. Autocast, adapters (LoRA) and layerwise casting are reasons
-    too, except where it is tiled or where memory runs out.
+    x: images (B, C, H, W) of an encoder, latents (B, C, h, w) of a decoder; the result is as in the network.
+
+    The network is executed whole if `why_whole` gives a reason. Unless it is tiled, it is also executed whole if
+    its activations are small (on a CPU), if it is compiled, under autocast, and with adapters (LoRA) or layerwise
+    casting.
+
+    Gradients: in training mode a call that needs gradients is executed whole, since it needs all activations. In
+    evaluation mode it is executed in pieces and keeps only x; a backward pass first executes the whole network
+    again.
 
     Args:
-        tiling: the least memory: one image at a time, on a GPU also in smaller strips. Chosen by itself where a
-            batch would not fit, and where memory runs out all the same, with a warning. What cannot be tiled is
-            executed whole, with a warning that says why.
-        offload: keep the large activations in host memory.
+        tiling: take the least memory: one image at a time, on a GPU also in smaller strips. This is chosen without
+            asking for it if the batch does not fit into memory, and, with a warning, if memory runs out. A network
+            that cannot be tiled is executed whole, with a warning that says why.
+        offload: keep the large activations in host memory; implies `tiling`.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return network(x)
-    least = tiling or offload
+    least_memory = tiling or offload
     cause = why_whole(network, x)
     if cause is not None:
-        if least:
+        if least_memory:
             warnings.warn(
                 f"{type(network).__name__}: not tiled, memory grows as without: {cause}", stacklevel=2
             )
         return network(x)
-    return infer_exactly(network, x, least, offload)
+    return infer_exactly(network, x, least_memory, offload)
 
 
-def infer_exactly(network: nn.Module, x: Tensor, least: bool, offload: bool) -> Tensor:
-    """`infer` for a network that nothing needs whole, with the retry when memory runs out."""
-    if not least and is_small(network, x) and not is_differentiated(network, x):
-        return network(x)  # before anything that takes as long as a small network
+def infer_exactly(network: nn.Module, x: Tensor, least_memory: bool, offload: bool) -> Tensor:
+    """`infer` where `why_whole` gives no reason; retries in the least memory if memory runs out."""
+    if not least_memory and is_small(network, x) and not is_differentiated(network, x):
+        return network(x)  # first, as the checks below take as long as a small network
     try:
-        if not least and is_faster_whole(network, x):
+        if not least_memory and is_faster_whole(network, x):
             return network(x)
-        return without_graph(network, x, least or not fits(network, x), offload)
+        return infer_without_graph(network, x, least_memory or not fits(network, x), offload)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if least or not is_out_of_memory(error):
+        if least_memory or not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
-    # outside of the except clause, where the traceback no longer keeps the first attempt's tensors
+    # Outside of the except clause, whose traceback would keep the tensors of the first attempt alive.
     what = f"{type(network).__name__} of {tuple(x.shape)}: {reason.rstrip('.')}."
     remedy = "Retrying, exactly, in the least memory; enable_tiling() does so from the start."
     warnings.warn(f"{what} {remedy}", stacklevel=2)
-    return without_graph(network, x, least=True)
+    return infer_without_graph(network, x, least_memory=True)
 
 
-def without_graph(network: nn.Module, x: Tensor, least: bool, offload: bool = False) -> Tensor:
-    """network(x) in pieces, or whole where it is small; a backward pass, if there is one, computes it again."""
-    if not least and is_small(network, x):
+def infer_without_graph(network: nn.Module, x: Tensor, least_memory: bool, offload: bool = False) -> Tensor:
+    """Return network(x), in pieces or, if it is small, whole; a backward pass recomputes the activations."""
+    if not least_memory and is_small(network, x):
         execute = partial(infer_whole, network, x)
     else:
-        execute = partial(infer_in_pieces, network, x, least, offload)
+        execute = partial(infer_in_pieces, network, x, least_memory, offload)
     return recomputed_for_gradients(execute, network, x) if is_differentiated(network, x) else execute()
 
 
@@ -100,20 +105,25 @@ def infer_whole(network: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def infer_in_pieces(
-    network: nn.Module, x: Tensor, least: bool = False, offload: bool = False, rows: int | None = None
+    network: nn.Module, x: Tensor, least_memory: bool = False, offload: bool = False, rows: int | None = None
 ) -> Tensor:
-    """network(x) in strips of about a fixed number of bytes, or of `rows` rows, a multiple of 4."""
+    """Return network(x), computed without gradients in strips of a fixed size.
+
+    least_memory: one image at a time, and smaller strips. offload: keep activations in host memory. rows: height of
+    a strip in rows, a multiple of 4; by default it follows from the bytes of a strip.
+    """
     device = execution_device(network, x)
     if device.type == "cpu":
-        strip_bytes = STRIP_BYTES_A_THREAD * (2 if least else max(2, torch.get_num_threads()))
+        strip_bytes = STRIP_BYTES_A_THREAD * (2 if least_memory else max(2, torch.get_num_threads()))
     else:
-        strip_bytes = STRIP_BYTES_GPU_LEAST if least else STRIP_BYTES_GPU
+        strip_bytes = STRIP_BYTES_GPU_LEAST if least_memory else STRIP_BYTES_GPU
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    # Autocast, and the types of weights that are cast for a moment, are one thread's own.
-    streams = STREAMS if offload and not autocast and are_plain(network) else 1
+    # One thread under autocast, which is a setting of the calling thread, and with layerwise casting, where
+    # threads would change the dtype of weights under one another.
+    streams = STREAMS if offload and not autocast and has_only_plain_layers(network) else 1
     x = x.to(device)
-    images = x.split(1) if least else [x]
+    images = x.split(1) if least_memory else [x]
     with Workers(streams, device) as workers:
         results = [
             Executor(one, workers, strip_bytes, rows, offload, dtype, autocast).run(network, one)
@@ -126,7 +136,7 @@ def infer_in_pieces(
 
 
 def why_whole(network: nn.Module, x: Tensor) -> str | None:
-    """The reason why executing the network in pieces would differ from calling it, or None if it would not."""
+    """Return why execution in pieces could differ from network(x), as a phrase for messages; None if it cannot."""
     device = execution_device(network, x)
     if device.type not in ("cpu", "cuda"):
         return f"the device is {device}"
@@ -153,30 +163,34 @@ def why_whole(network: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-META = torch.device("meta")  # where the weights of a module are that accelerate keeps elsewhere
+META = torch.device("meta")  # device of the weights that accelerate has offloaded
 
 
 def is_faster_whole(network: nn.Module, x: Tensor) -> bool:
-    """Whether the network is compiled, or has layers that would have to be called on every strip."""
+    """Whether the network is compiled, or has layers that would have to be called (`Layers`) for every strip."""
     compiled = network._compiled_call_impl is not None
-    return compiled or torch.is_autocast_enabled(x.device.type) or not are_plain(network)
+    return compiled or torch.is_autocast_enabled(x.device.type) or not has_only_plain_layers(network)
 
 
 def is_small(network: nn.Module, x: Tensor) -> bool:
+    """Whether the network runs on a CPU with activations too small to gain from execution in pieces."""
     on_cpu = execution_device(network, x).type == "cpu"
     limit = SMALL_BYTES_A_THREAD * torch.get_num_threads()
     return on_cpu and largest_activation(network, x) * x.element_size() <= limit
 
 
-def are_plain(network: nn.Module) -> bool:
+def has_only_plain_layers(network: nn.Module) -> bool:
+    """Whether no module of the network has an adapter or layerwise casting."""
     return not any(is_adapter(m) or is_local(m) for _, m in modules_of(network, ""))
 
 
 def is_differentiated(network: nn.Module, x: Tensor) -> bool:
+    """Whether autograd would record network(x)."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters()))
 
 
 def execution_device(network: nn.Module, x: Tensor) -> torch.device:
+    """Return the device that the network computes on: that of x, or the one accelerate moves its weights to."""
     hook = offloading_hook(network.conv_in)
     return torch.device(hook.execution_device) if hook else x.device
 
@@ -185,8 +199,8 @@ def execution_device(network: nn.Module, x: Tensor) -> torch.device:
 
 
 def fits(network: nn.Module, x: Tensor) -> bool:
-    """Whether the batch as a whole fits into the memory that is free."""
-    needed = LARGEST_ACTIVATIONS * largest_activation(network, x) * x.element_size()
+    """Whether there is enough free memory to execute the whole batch at once."""
+    needed = ACTIVATIONS_HELD * largest_activation(network, x) * x.element_size()
     if x.device.type == "cpu":
         return needed <= available_host_memory()
     free, _ = torch.cuda.mem_get_info(x.device)
@@ -195,11 +209,11 @@ def fits(network: nn.Module, x: Tensor) -> bool:
 
 
 def largest_activation(network: nn.Module, x: Tensor) -> int:
-    """Elements of the largest tensor between two blocks."""
+    """Return the number of elements of the largest activation between two blocks of the network."""
     b, _, height, width = x.shape
     channels = out_channels(network.conv_in)
     sizes = [b * channels * height * width]
-    for block in in_order(network):
+    for block in blocks_in_order(network):
         if kind(block) is net.Upsample:
             height, width = 2 * height, 2 * width
         elif kind(block) is net.Downsample:
@@ -211,7 +225,7 @@ def largest_activation(network: nn.Module, x: Tensor) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out; on a CPU torch raises a plain RuntimeError."""
+    """Whether memory ran out. On a CPU torch raises a plain RuntimeError, which only its message tells."""
     said = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(words in str(error) for words in said)

@@ -1,4 +1,4 @@
-"""GroupNorm in pieces: statistics that merge, and the normalisation with SiLU of any part of an activation.
+"""GroupNorm in pieces: statistics merged over pieces, and normalisation followed by SiLU of any part.
 
 Tensors are (B, rows, columns, channels).
 """
@@ -12,17 +12,19 @@ from .memory import Workspace
 
 
 class Statistics:
-    """Mean and variance of each channel over disjoint pieces of an activation, merged into those of the groups.
+    """Mean and variance of the channels of disjoint pieces, and from them those of GroupNorm's groups.
 
-    Chan, Golub & LeVeque 1983: M2 = sum M2_i + sum n_i (mean_i - mean)^2, M2 being the sum of squared deviations.
-    Pieces are measured in float32 (or better) and merged in float64, in the order of their numbers.
+    Merged as in Chan, Golub & LeVeque 1983: M2 = sum M2_i + sum n_i (mean_i - mean)^2, where M2 is the sum of
+    squared deviations. Pieces are measured in float32 or better and merged in float64, in the order of their
+    numbers, so that the result does not depend on which piece was measured first.
     """
 
     def __init__(self):
-        self.pieces: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # pixels (P,), mean and variance (P, B, C)
+        # number of a piece -> its pixels (P,), mean and variance (P, B, C)
+        self.pieces: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add_and_measure(self, number: int, y: Tensor, residual: Tensor | None, work: Workspace) -> None:
-        """Add the residual, if there is one, to y in place, and the moments of y to the statistics."""
+        """Add `residual` (if any) to y, in place, then measure y (B, rows, columns, C) as piece `number`."""
         if triton_group_norm.usable(y) and y.is_contiguous():
             self.pieces[number] = triton_group_norm.measure(y, residual)
             return
@@ -35,7 +37,7 @@ class Statistics:
         self.pieces[number] = (pixels, mean, variance)
 
     def merge(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each image's groups, (B, groups, 1), in float64."""
+        """Return mean and biased variance of each image's groups: (B, groups, 1) each, float64."""
         pieces = zip(*(self.pieces[k] for k in sorted(self.pieces)), strict=True)
         n, means, variances = (torch.cat(values).double() for values in pieces)
         n = n.view(-1, 1, 1, 1)
@@ -47,7 +49,10 @@ class Statistics:
 
 
 class Normalization:
-    """GroupNorm with known statistics, then SiLU: called on a piece of x, fills a piece of another tensor."""
+    """GroupNorm with known statistics, then SiLU (unless `silu` is False).
+
+    `normalization(x, out, work)` reads a piece x and writes the result into `out`; both (B, rows, columns, C).
+    """
 
     def __init__(self, norm: nn.GroupNorm, statistics: Statistics, silu: bool = True):
         mean, variance = statistics.merge(norm.num_groups)
@@ -70,17 +75,17 @@ class Normalization:
 
 
 def copy(x: Tensor, out: Tensor, work: Workspace) -> None:
-    """Fill the window of a convolution that has no normalisation in front."""
+    """Copy x into `out`: in place of a `Normalization`, for convolutions without one."""
     out.copy_(x)
 
 
 def channel_moments(image: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
-    """Mean, in float64, and (biased) variance of each channel of image (1, rows, columns, C)."""
+    """Return the mean (C,), float64, and biased variance (C,), of an image (1, rows, columns, C)."""
     dtype = torch.promote_types(image.dtype, torch.float32)
     wide = work.get("pixels", image.shape, dtype)
-    # Less the first pixel, so that nothing is lost where an image is flat and variance small beside the mean.
+    # The first pixel is subtracted, or rounding would swamp the variance of flat images, small beside the mean.
     reference = image[:, :1, :1].to(dtype)
     torch.sub(image if image.dtype == dtype else wide.copy_(image), reference, out=wide)
-    # Of torch's ways to these two, the one that is fast where channels are contiguous.
+    # Of torch's functions for mean and variance, this one is fast on channels-last tensors.
     mean, variance = torch.batch_norm_update_stats(wide.permute(0, 3, 1, 2), None, None, 0.0)
     return reference.flatten().double() + mean, variance

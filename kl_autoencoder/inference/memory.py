@@ -1,7 +1,7 @@
-"""Memory for inference: touched once, used again.
+"""Reusable memory for inference: scratch buffers and activations; and how much host memory there is.
 
-The first touch of a page can cost as much as convolving what fits into it, so neither scratch buffers nor
-activations go back to the system between layers; only what a smaller level will not need again does.
+The first access to a page of memory can take as long as a convolution of the values it holds. So scratch buffers
+and activations are not returned to the system between layers; only before a smaller level is what it will not need.
 """
 
 import math
@@ -18,9 +18,10 @@ ALIGNMENT = 64
 
 
 class Workspace:
-    """Named scratch buffers that grow to the largest shape asked for; a name's next use overwrites the last.
+    """Named scratch buffers, each as large as the largest tensor asked for by its name.
 
-    The tensors are kept too: making one costs as much Python as a small strip takes to compute.
+    Tensors of the same name share memory: using the next one overwrites the one before. Tensor objects are cached
+    too, since making one takes as long in Python as computing a small strip.
     """
 
     def __init__(self, device: torch.device):
@@ -29,27 +30,28 @@ class Workspace:
         self.tensors: dict[str, dict[tuple, Tensor]] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor in the buffer `name`, its values undefined; the buffer grows if it is too small."""
         made = self.tensors.setdefault(name, {})
         tensor = made.get((shape, dtype))
         if tensor is None:
             size = math.prod(shape) * dtype.itemsize
             if name not in self.buffers or len(self.buffers[name]) < size:
                 made.clear()
-                self.buffers.pop(name, None)  # freed before its successor is made
+                self.buffers.pop(name, None)  # freed before the larger one is allocated
                 self.buffers[name] = torch.empty(size, device=self.device, dtype=torch.uint8)
             made[shape, dtype] = tensor = self.buffers[name][:size].view(dtype).view(shape)
         return tensor
 
     def drop(self, name: str) -> None:
-        """Give the buffer back, if there is one."""
+        """Free the buffer `name`, if there is one."""
         self.buffers.pop(name, None)
         self.tensors.pop(name, None)
 
 
 class DeviceMemory:
-    """Tensors from torch's allocator, which on a GPU keeps what it is given back."""
+    """Memory for strips from torch's allocator, which on a GPU reuses freed memory by itself."""
 
-    adopts = True  # a tensor made elsewhere is as good
+    adopts = True  # a tensor allocated elsewhere may become a strip, without a copy
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -58,14 +60,17 @@ class DeviceMemory:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def free(self, tensor: Tensor) -> None:
-        """Nothing to do: it is free when nobody refers to it."""
+        """Do nothing: torch frees the tensor with its last reference."""
 
     def trim(self, keep: int) -> None:
-        """Nothing to do."""
+        """Do nothing: torch manages the memory."""
 
 
 class Arena:
-    """Tensors in host memory, allocated and freed by hand: first fit, neighbours merged, grown by chunks."""
+    """Memory for strips on the host, allocated and freed explicitly: first fit, adjacent free ranges merged.
+
+    It grows by chunks of at least 16 MiB. `pinned`: page-locked memory, for copies to and from a GPU.
+    """
 
     adopts = False
 
@@ -73,10 +78,11 @@ class Arena:
         self.pinned = pinned
         self.chunks: list[Tensor | None] = []
         self.free_ranges: list[tuple[int, int, int]] = []  # (chunk, start, stop) in bytes, ascending
-        self.used: dict[int, tuple[int, int, int]] = {}  # by the tensor's address
+        self.used: dict[int, tuple[int, int, int]] = {}  # address of a tensor -> its range
         self.lock = Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor, which stays allocated until `free`."""
         size = math.prod(shape) * dtype.itemsize
         with self.lock:
             chunk, start, stop = self._take(-(-size // ALIGNMENT) * ALIGNMENT)
@@ -85,6 +91,7 @@ class Arena:
         return tensor
 
     def free(self, tensor: Tensor) -> None:
+        """Make the range of a tensor from `empty` available again."""
         with self.lock:
             ranges = sorted([*self.free_ranges, self.used.pop(tensor.data_ptr())])
             self.free_ranges = ranges[:1]
@@ -96,7 +103,7 @@ class Arena:
                     self.free_ranges.append((chunk, start, stop))
 
     def trim(self, keep: int) -> None:
-        """Gives unused chunks back to the system, the last first, until no more than `keep` bytes are held."""
+        """Return unused chunks to the system, last ones first, until at most `keep` bytes are held, used or not."""
         with self.lock:
             held = sum(len(chunk) for chunk in self.chunks if chunk is not None)
             for unused in self.free_ranges[::-1]:
@@ -118,27 +125,28 @@ class Arena:
 
 
 GROUPS, MEMBERSHIPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# of a group: its limit, what it uses, and the line of memory.stat that says what of this can be taken back
+# Names in the folder of a control group: the files of its limit and its usage, and the line of memory.stat with the
+# cached file bytes, which count as used but can be reclaimed.
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def total_host_memory() -> int:
-    """Bytes that the machine has, and the container or job (its control group) that this process is in may use."""
+    """Return the bytes of host memory that this process may use: all, or less if its container has a limit."""
     return min(psutil.virtual_memory().total, limit_of_control_group())
 
 
 def available_host_memory() -> int:
-    """Bytes that the machine has left, and the container or job (its control group) that this process is in."""
+    """Return the bytes of host memory that are free: on the machine, or less by what its container has left."""
     return min(psutil.virtual_memory().available, available_in_control_group())
 
 
 def limit_of_control_group(groups: Path = GROUPS, memberships: Path = MEMBERSHIPS) -> float:
-    """The most bytes that this process's control group and those around it may use; infinite where nothing limits.
+    """Return the smallest memory limit, in bytes, of this process's control group and its parents; inf without one.
 
     Args:
-        groups: where the control groups are mounted.
-        memberships: the lines "number:controllers:path" of this process.
+        groups: the folder where control groups are mounted.
+        memberships: the file that lists this process's groups, in lines "number:controllers:path".
     """
     return min(
         [_limit(folder / most) for folder, (most, *_) in _control_groups(groups, memberships)] or [math.inf]
@@ -146,19 +154,20 @@ def limit_of_control_group(groups: Path = GROUPS, memberships: Path = MEMBERSHIP
 
 
 def available_in_control_group(groups: Path = GROUPS, memberships: Path = MEMBERSHIPS) -> float:
-    """Bytes that this process's control group and those around it have left; infinite where nothing limits them.
+    """Return the bytes that this process's control group and its parents have left; inf without a limit.
 
-    What a group uses includes cached files, whose inactive part the system takes back before anything runs out.
+    Inactive cached file pages count as left: the system reclaims them before memory runs out. Arguments as in
+    `limit_of_control_group`.
     """
     left = [_left_in(folder, *names) for folder, names in _control_groups(groups, memberships)]
     return max(0, min(left or [math.inf]))
 
 
 def _control_groups(groups: Path, memberships: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The folders of this process's group and of those around it, with the names that their version has.
+    """Yield the folders of this process's group and its parents, each with the file names of its version.
 
-    Inside a container the group's path is often that of the host, while the mounted folder begins at the group
-    itself: what is not there is skipped by whoever reads it.
+    Not every folder exists: in a container the path is often the host's, while the mounted folder begins at the
+    group itself. Callers skip folders that cannot be read.
     """
     for line in memberships.read_text().splitlines() if memberships.is_file() else []:
         _, controllers, path = line.split(":", 2)
@@ -173,14 +182,16 @@ def _control_groups(groups: Path, memberships: Path) -> Iterator[tuple[Path, tup
 
 
 def _limit(file: Path) -> float:
+    """Return the limit that a file of a control group holds, in bytes; inf if there is none."""
     try:
         most = file.read_text().strip()
         return math.inf if most == "max" else int(most)
-    except (OSError, ValueError):  # the root has no limit; nor has what cannot be read
+    except (OSError, ValueError):  # the root has no such file, nor has a folder that does not exist
         return math.inf
 
 
 def _left_in(folder: Path, limit: str, used: str, inactive: str) -> float:
+    """Return the bytes that one control group has left; inf without a limit."""
     most = _limit(folder / limit)
     if most == math.inf:
         return most

@@ -1,9 +1,12 @@
-"""What a module of the network is: what its class says, something more that can still be called, or unknown.
+"""Recognise which modules of a network can be executed in pieces, and how.
 
-In pieces a plain layer is computed from its weights, by whatever kernel is fastest. A layer with an adapter (LoRA)
-or with weights kept in another type (diffusers' layerwise casting) has to be called, but what it makes of a pixel
-still depends on that pixel's neighbours alone, so that it may be called on one window after another. Of any other
-hook or replacement nobody knows what it needs to see: such a network is executed whole.
+- Plain modules (`is_plain`) compute what their class says. In pieces they are computed from their weights, by the
+  fastest kernel.
+- Local layers (`is_local`) are convolutions and linear layers with an adapter (LoRA), or with weights stored in
+  another dtype (diffusers' layerwise casting). They have to be called, but each output pixel still depends only on
+  the pixels around it, so they can be called on one window after another.
+- Any other module with a hook or a replaced `forward` may need to see the whole activation: its network is executed
+  whole.
 """
 
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from torch.nn.modules import module as torch_module
 
 from ..networks import convolutional as net
 
-# diffusers' blocks, which have the same parts by the same names (if `_is_as_ours`) -> ours
+# diffusers' blocks -> ours, which have the same parts under the same names (if `_has_usual_settings`)
 KINDS: dict[type, type] = {
     ResnetBlock2D: net.ResnetBlock,
     processors.Attention: net.AttentionBlock,
@@ -36,25 +39,25 @@ PLAIN = {
     *(net.ResnetBlock, net.AttentionBlock, net.Downsample, net.Upsample),
     *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Identity, nn.ModuleList, nn.SiLU, nn.Dropout),
 }
-# diffusers' processors that compute an attention block's usual function
+# diffusers' processors that compute ordinary softmax attention
 SAME_ATTENTION = (
     *(processors.AttnProcessor, processors.AttnProcessor2_0, processors.FusedAttnProcessor2_0),
     processors.XFormersAttnProcessor,
 )
 LAYERS = (nn.Conv2d, nn.Linear)
-ADAPTERS = "peft.tuners.lora."  # the package whose layers wrap one of LAYERS, `base_layer`
-# diffusers' names of hooks that change types only
+ADAPTERS = "peft.tuners.lora."  # package of the adapters; each wraps one of LAYERS, its `base_layer`
+# diffusers' names of hooks that change dtypes only
 CASTING_HOOKS = {"layerwise_casting", "peft_autocast_disable"}
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the module does what its class says."""
-    known = type(module) in PLAIN and _is_as_ours(module)
+    """Whether the module is of a known class, with the usual settings, without hooks and with its own `forward`."""
+    known = type(module) in PLAIN and _has_usual_settings(module)
     return known and not _is_hooked(module) and not _is_replaced(module)
 
 
 def is_local(module: nn.Module) -> bool:
-    """Whether it is a convolution or linear layer with an adapter, or with weights cast when it is called."""
+    """Whether the module is a convolution or linear layer with an adapter, or with layerwise casting."""
     if _is_hooked(module) or (_is_replaced(module) and not _is_cast(module)):
         return False
     if is_adapter(module):
@@ -63,13 +66,14 @@ def is_local(module: nn.Module) -> bool:
 
 
 def is_adapter(module: nn.Module) -> bool:
+    """Whether the module is a LoRA layer of peft around a convolution or linear layer."""
     return (
         type(module).__module__.startswith(ADAPTERS) and type(getattr(module, "base_layer", None)) in LAYERS
     )
 
 
 def modules_of(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """The module and those inside it, with their full names, but not the insides of adapters; outer ones first."""
+    """Return the module and its descendants with their full names, outer ones first; adapters are not entered."""
     found = [(name, module)]
     for above, outer in found:
         if not is_adapter(outer):
@@ -78,12 +82,12 @@ def modules_of(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 
 def kind(block: nn.Module) -> type:
-    """The class of ours that computes what a plain block computes."""
+    """Return our class that computes the same as a plain block of ours or of diffusers."""
     return KINDS.get(type(block), type(block))
 
 
-def in_order(network: nn.Module) -> list[nn.Module]:
-    """The blocks between conv_in and conv_norm_out of an encoder or a decoder, ours or diffusers'."""
+def blocks_in_order(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks of an encoder or decoder (ours or diffusers') after conv_in and before conv_norm_out."""
     encodes = hasattr(network, "down_blocks")
     stages = [*network.down_blocks, network.mid_block] if encodes else [network.mid_block, *network.up_blocks]
     return [block for stage in stages for block in _blocks_of(stage) if block is not None]
@@ -97,18 +101,20 @@ def _blocks_of(stage: nn.Module) -> list[nn.Module | None]:
 
 
 def has_global_hooks() -> bool:
-    """Whether torch's global hooks are in use, which see the forward calls of all modules."""
+    """Whether torch's global forward hooks, which are called for all modules, are in use."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def _is_hooked(module: nn.Module) -> bool:
+    """Whether the module has forward hooks, or pads otherwise than with zeros."""
     zero_padded = getattr(module, "padding_mode", "zeros") == "zeros"
     return bool(module._forward_hooks or module._forward_pre_hooks) or not zero_padded
 
 
 def _is_replaced(module: nn.Module) -> bool:
+    """Whether `forward` or the attention of the module is not its own; offloading by accelerate does not count."""
     forward = module.__dict__.get("forward")
-    # which hooks leave behind when they are removed
+    # The module's own `forward` as an attribute is what removed hooks leave behind.
     own = isinstance(forward, MethodType) and (forward.__func__, forward.__self__) == (
         type(module).forward,
         module,
@@ -117,8 +123,8 @@ def _is_replaced(module: nn.Module) -> bool:
     return (replaced and not offloading_hook(module)) or not getattr(module, "is_own", True)
 
 
-def _is_as_ours(module: nn.Module) -> bool:
-    """Whether a module of diffusers is made as its autoencoders make it; other settings compute something else."""
+def _has_usual_settings(module: nn.Module) -> bool:
+    """Whether a module has the settings of Encoder and Decoder; with others it computes something else."""
     if isinstance(module, nn.Dropout):
         return module.p == 0 or not module.training
     if isinstance(module, ResnetBlock2D):
@@ -140,19 +146,20 @@ def _is_silu(block: ResnetBlock2D) -> bool:
 
 
 def _is_cast(module: nn.Module) -> bool:
+    """Whether the module has hooks of diffusers, and only such that change dtypes."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     return bool(hooks) and hooks.keys() <= CASTING_HOOKS
 
 
 def offloading_hook(module: nn.Module):
-    """What accelerate's sequential offloading has put on a module; its weights are elsewhere between two uses."""
+    """Return the hook of accelerate's sequential offloading, which loads the weights for each use; else None."""
     hook = getattr(module, "_hf_hook", None)
     return hook if hasattr(hook, "weights_map") else None
 
 
 @contextmanager
 def weights_on_device(block: nn.Module) -> Iterator[None]:
-    """Keep the weights of the block on the device for a `with` statement, where accelerate offloads them."""
+    """Keep the weights of a block on the device within the `with` statement, if accelerate has offloaded them."""
     hooks = [(m, offloading_hook(m)) for m in block.modules() if offloading_hook(m)]
     for module, hook in hooks:
         hook.pre_forward(module)

@@ -1,10 +1,11 @@
-"""GPU kernels (Triton) for GroupNorm in pieces on channels-last tensors: measuring, and normalising with SiLU.
+"""Triton kernels for GroupNorm in pieces on channels-last tensors: statistics, and normalisation with SiLU.
 
-torch's GroupNorm is slow on channels_last, and separate from SiLU, from the residual sum before and from the
-padding behind. Here `measure` adds the residual while it takes the statistics, and `normalize` writes
-SiLU(GroupNorm) into the padded window that the convolution reads: two passes over memory a convolution.
+torch's GroupNorm is slow on channels_last, and it does not include the residual sum before it, nor the SiLU and the
+padding after it. Here `measure` adds the residual while it computes the statistics, and `normalize` writes
+SiLU(GroupNorm(x)) into the padded window that the convolution reads: two passes over memory for each convolution.
 
-Tested on a CPU in Triton's interpreter (TRITON_INTERPRET=1) for equality. Unmeasured: no GPU was to be had.
+Tested for equality on a CPU, in Triton's interpreter (TRITON_INTERPRET=1). Its speed is unmeasured: no GPU was to
+be had.
 """
 
 import os
@@ -15,22 +16,23 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # without a GPU there may be no Triton; nothing here is called then
+except ImportError:  # Triton may be missing without a GPU; then nothing here is called
     triton = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CHANNELS, PIXELS, PIXELS_A_PROGRAM = 64, 32, 2048  # of a tile; of a program of `measure`
-ELEMENTS = 1024  # of a program of `normalize`
+CHANNELS, PIXELS, PIXELS_A_PROGRAM = 64, 32, 2048  # of a tile of `measure`, and pixels of one of its programs
+ELEMENTS = 1024  # of a row, for one program of `normalize`
 
 
 def usable(x: Tensor) -> bool:
+    """Whether the kernels here can compute x: on a GPU (or interpreted), not in float64."""
     return triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
 def measure(y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels (P,), mean (P, B, C) and variance (P, B, C) of P parts of y (B, rows, columns, C), in float32.
+    """Measure y (B, rows, columns, C) in P parts: pixels (P,), mean (P, B, C), biased variance (P, B, C), float32.
 
-    If there is a residual (B, rows, columns, C), it is first added to y, in place.
+    residual: (B, rows, columns, C), added to y in place first; None: nothing is added. y must be contiguous.
     """
     b, rows, columns, c = y.shape
     parts = triton.cdiv(rows * columns, PIXELS_A_PROGRAM)
@@ -46,7 +48,10 @@ def measure(y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: Tensor) -> None:
-    """out = SiLU(x * scale + shift); x and out (B, rows, columns, C), parts of larger tensors; scale (B, C)."""
+    """Write SiLU(x * scale + shift) into `out`, without SiLU if `silu` is False.
+
+    x, out: (B, rows, columns, C), may be rows and columns of larger channels-last tensors. scale, shift: (B, C).
+    """
     b, rows, columns, c = x.shape
     grid = (triton.cdiv(columns * c, ELEMENTS), rows, b)
     _normalize[grid](
@@ -80,7 +85,7 @@ if triton is not None:
             here = tl.sum((pixel < stop).to(tl.float32), axis=0)
             average_here = tl.sum(v, axis=0) / here
             deviation = tl.where(inside, v - average_here[None, :], 0.0)
-            step = average_here - average  # Chan's formula for two pieces
+            step = average_here - average  # merged as in Chan, Golub & LeVeque 1983
             m2 += tl.sum(deviation * deviation, axis=0) + step * step * (count * here / (count + here))
             average += step * (here / (count + here))
             count += here

@@ -1,17 +1,23 @@
-"""Minimal-filtering (Winograd) forms of the 3x3 convolutions, for inference on a CPU, computed in float32.
+"""3x3 convolutions with fewer multiplications (Winograd's minimal filtering), in float32 or better, on a CPU.
 
-A 3x3 convolution of stride 1 computed on 4x4 output tiles takes 36 products a tile and channel pair where the
-definition takes 144: F(4x4, 3x3) of Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
-The points 0, +-11/16, +-3/2 round less than half as much as theirs (0, +-1, +-2). Against float64, relative rms
-of one layer of 64 to 512 channels on a Zen 5: 6.0e-7 to 1.4e-6, where oneDNN's direct convolution has 2.2e-7 in
-NCHW and 2.5e-7 to 1.2e-6 in channels_last. So Stable Diffusion's decoder is at 6.3e-6 of float64's, 4.4 times
-diffusers' distance in NCHW and 0.96 times that in channels_last; its encoder at 4.2e-6, 4.8 and 1.23 times. (With
-MKL's products, see `products_with`: a layer 5.8e-7 to 8.6e-7, decoder 4.1e-6, encoder 3.2e-6.)
+F(4x4, 3x3) of Lavin & Gray 2016, "Fast algorithms for convolutional neural networks": a tile of 4x4 outputs takes
+36 products for each pair of channels, instead of 144. Interpolation points are 0, +-11/16, +-3/2; their rounding
+error is less than half that of the paper's (0, +-1, +-2).
 
-After nearest-neighbour upsampling by two, 2x2 outputs take 9 products instead of 36: of the 16 of F(2x2, 3x3),
-7 multiply a difference of equal pixels. It rounds to 2.2e-7 to 5.6e-7, 1.0 to 2.4 times direct NCHW.
+Error in float32 against float64, relative rms, on a Zen 5:
 
-Called as the kernels of `conv` are. Everything is additions of slices, and the matrix products of `products_with`.
+    one layer, 64 to 512 channels     here 6.0e-7 to 1.4e-6; oneDNN's direct convolution 2.2e-7 in NCHW,
+                                      2.5e-7 to 1.2e-6 in channels_last
+    Stable Diffusion's decoder        here 6.3e-6; 4.4 times diffusers' in NCHW, 0.96 times that in channels_last
+    Stable Diffusion's encoder        here 4.2e-6; 4.8 times diffusers' in NCHW, 1.23 times that in channels_last
+    with MKL's products instead       layer 5.8e-7 to 8.6e-7, decoder 4.1e-6, encoder 3.2e-6 (see `products_with`)
+
+After nearest-neighbour upsampling by two, 2x2 outputs take 9 products instead of 36: 7 of the 16 products of
+F(2x2, 3x3) multiply a difference of equal pixels, which is 0. Error of a layer 2.2e-7 to 5.6e-7, 1.0 to 2.4 times
+that of the direct convolution in NCHW.
+
+The kernels follow the contract in `conv`. They consist of additions of slices and of the matrix products of
+`products_with`.
 """
 
 import platform
@@ -24,17 +30,18 @@ from torch import Tensor, nn
 from .memory import Workspace
 
 A, B = 11 / 16, 3 / 2  # the points of F(4x4, 3x3) are 0, A, -A, B, -B and infinity
-# Channels in times channels out, beyond which rearranging filters takes longer than it saves.
+# Input channels times output channels; above, rearranging the filters takes longer than it saves.
 MOST_IN_GROUPS = 256 * 256
 
 
 def is_profitable(
     conv: nn.Conv2d, device: torch.device, dtype: torch.dtype, upsampling: bool = False
 ) -> bool:
-    """Whether fewer products in float32 are faster than all of them in `dtype`, by what the processor has.
+    """Whether Winograd's products in float32 are faster on this processor than a direct convolution in `dtype`.
 
-    In bfloat16 torch's own convolution does twice float32's products a second with AVX512-BF16 (measured on a
-    Zen 4: even at 128 channels, slower than this at 256), many times them with AMX, and fewer without either.
+    torch's direct convolution in bfloat16 has, compared with float32, twice the rate of products with AVX512-BF16
+    (on a Zen 4 as fast as Winograd at 128 channels, slower at 256), many times the rate with AMX, and a lower rate
+    with neither.
     """
     matrices = {torch.bfloat16: "amx_tile", torch.float16: "amx_fp16"}.get(dtype)
     if device.type != "cpu" or (matrices and _cpu_has(matrices)):
@@ -49,7 +56,7 @@ def _cpu_has(feature: str) -> bool:
 
 
 class WinogradConv:
-    """A 3x3 convolution as F(4x4, 3x3)."""
+    """A 3x3 convolution of stride 1, as F(4x4, 3x3)."""
 
     up, down, tile, before = 1, 1, 4, 1
 
@@ -68,7 +75,7 @@ class WinogradConv:
         return y
 
     def convolve(self, x: Tensor, y: Tensor, work: Workspace) -> None:
-        """Write the convolution of a window of a few rows of tiles into y (B, rows, columns, channels)."""
+        """Write the convolution of the window x, a few rows of tiles, into y (B, rows, columns, channels)."""
         pixels = self.products.tiles(tiles_shape(x), work)
         input_tiles(x, pixels, work)
         products = self.products(pixels, work)
@@ -81,7 +88,7 @@ class WinogradConv:
 
 
 class WinogradUpsample:
-    """A 3x3 convolution of the nearest-neighbour upsampling by two, from the pixels themselves."""
+    """Nearest-neighbour upsampling by two and a 3x3 convolution, computed without the upsampled activation."""
 
     up, down, tile, before = 2, 1, 1, 1
 
@@ -92,7 +99,7 @@ class WinogradUpsample:
 
     def __call__(self, x: Tensor, work: Workspace) -> Tensor:
         b, r, s, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
-        steps = work.get("half", (b, r + 1, s + 2, c), self.dtype)  # each pixel less the one below
+        steps = work.get("half", (b, r + 1, s + 2, c), self.dtype)  # each pixel minus the one below it
         torch.sub(x[:, :-1], x[:, 1:], out=steps)
         pixels = self.products.tiles((3, 3, b, r, s, c), work)
         for of_row, rows in zip(pixels.unbind(), (steps[:, :-1], x[:, 1:-1], steps[:, 1:]), strict=True):
@@ -117,17 +124,19 @@ class WinogradUpsample:
 
 
 def products_with(filters: Tensor) -> "BatchedProducts":
-    """The fastest way to the products x[k] @ filters[k].T at each position k of a tile; filters (n*n, out, in).
+    """Return the fastest way to compute x[k] @ filters[k].T at every position k of a tile; filters (n*n, out, in).
 
-    torch computes products by MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN, by which
-    torch computes convolutions, does. 64 to 512 channels in float32 on one thread of a Zen 5: MKL does 80 to 110
-    GFLOP/s, oneDNN 150 to 225, including the copies around the products. So on such a processor
+    torch multiplies matrices by MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN, with
+    which torch computes convolutions, does: for 64 to 512 channels in float32 on one thread of a Zen 5, MKL reaches
+    80 to 110 GFLOP/s, and oneDNN 150 to 225, including the copies before and after the products. So on such a
+    processor
 
-    - up to 256 channels are one convolution in n*n groups, whose filters are rearranged for oneDNN first;
-    - more are n*n linear layers of filters as they are, since rearranging takes longer than it saves (at 512
-      channels 50 ms, and 6 of 52 ms for 256 tiles).
+    - up to 256 channels are computed as one convolution in n*n groups (its filters are rearranged for oneDNN
+      first);
+    - more channels as n*n linear layers, whose filters are used as they are: at 512 channels rearranging takes 50
+      ms and saves 6 of 52 ms for 256 tiles.
 
-    Tensors are (n, n, B, rows, columns, channels), in a layout of the result's choice.
+    The products take and return tensors (n, n, B, rows, columns, channels), whose memory layout they choose.
     """
     if filters.dtype != torch.float32 or not is_onednn_faster():
         return BatchedProducts(filters)
@@ -136,7 +145,7 @@ def products_with(filters: Tensor) -> "BatchedProducts":
 
 @cache
 def is_onednn_faster() -> bool:
-    """Whether this is a processor with AVX-512 that is not Intel's."""
+    """Whether this is a processor of AMD with AVX-512, and torch has both MKL and oneDNN."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     name = capabilities.get("cpu_name") or platform.processor()
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
@@ -144,20 +153,20 @@ def is_onednn_faster() -> bool:
 
 
 class BatchedProducts:
-    """All products as one step of torch."""
+    """All products as one batched matrix product of torch."""
 
-    # Multiplied at once, on two threads or more: fewer are slower, more only take more scratch memory.
+    # Tiles multiplied at once, for each thread: fewer are slower, more only take more scratch memory.
     tiles_a_thread = 128
 
     def __init__(self, filters: Tensor):
         self.filters, self.dtype, self.out_channels = filters, filters.dtype, filters.shape[1]
 
     def tiles(self, shape: tuple[int, ...], work: Workspace) -> Tensor:
-        """Memory of this shape, to be filled with what gets multiplied."""
+        """Return a tensor of this shape, to be filled with the input tiles."""
         return work.get("pixels", shape, self.dtype)
 
     def __call__(self, tiles: Tensor, work: Workspace) -> Tensor:
-        """The products of `tiles`. The caller may overwrite them; the next call does."""
+        """Return the products of `tiles` (from `tiles()`). The caller may overwrite them; the next call does."""
         products = work.get("products", (*tiles.shape[:-1], self.out_channels), self.dtype)
         positions = tiles.flatten(0, 1).flatten(1, -2)
         self.multiply(positions, products.view(len(positions), -1, self.out_channels))
@@ -168,7 +177,7 @@ class BatchedProducts:
 
 
 class SeparateProducts(BatchedProducts):
-    """Each product by oneDNN."""
+    """Each product as a linear layer of oneDNN."""
 
     def multiply(self, positions: Tensor, out: Tensor) -> None:
         linear = torch.ops.mkldnn._linear_pointwise
@@ -177,7 +186,7 @@ class SeparateProducts(BatchedProducts):
 
 
 class GroupedProducts(BatchedProducts):
-    """All products as one convolution of 1x1 by oneDNN; the positions of a tile are its groups of channels."""
+    """All products as one grouped 1x1 convolution of oneDNN: each position of a tile is a group of channels."""
 
     tiles_a_thread = 64
 
@@ -197,7 +206,7 @@ class GroupedProducts(BatchedProducts):
         x = tiles.permute(2, 3, 4, 0, 1, 5).flatten(3).permute(0, 3, 1, 2)
         products = work.get("products", (b, rows, columns, n, n, self.out_channels), self.dtype)
         y = products.zero_().flatten(3).permute(0, 3, 1, 2)
-        # Added onto zeros, since a convolution that returns its result would make new memory for it.
+        # The variant that adds its result onto y (zeros): others would allocate memory for it.
         add = ("add", 1, None, [], None)
         torch.ops.mkldnn._convolution_pointwise_(y, x, self.weight, None, (0, 0), (1, 1), (1, 1), n * n, *add)
         return products.permute(3, 4, 0, 1, 2, 5)
@@ -207,21 +216,21 @@ class GroupedProducts(BatchedProducts):
 
 
 def tiles_shape(x: Tensor) -> tuple[int, ...]:
-    """The shape of what `input_tiles` makes of a window (B, rows, columns, channels)."""
+    """Return the shape of the tiles of a window x (B, rows, columns, C): (6, 6, B, rows, columns of tiles, C)."""
     b, height, width, c = x.shape
     return 6, 6, b, (height - 2) // 4, (width - 2) // 4, c
 
 
 def input_tiles(x: Tensor, pixels: Tensor, work: Workspace) -> None:
-    """Write B^T d B of each tile d of a window into `pixels`, of the shape `tiles_shape`."""
+    """Write B^T d B for each 6x6 tile d of a window x into `pixels`, which has the shape `tiles_shape(x)`."""
     _, n, b, r, _, c = pixels.shape
-    half = work.get("half", (n, b, r, x.shape[2], c), x.dtype)  # rows transformed, columns not yet
+    half = work.get("half", (n, b, r, x.shape[2], c), x.dtype)  # rows are transformed, columns not yet
     _inputs(x.unfold(1, 6, 4).unbind(-1), half.unbind(), work)
     _inputs(half.unfold(3, 6, 4).unbind(-1), pixels.unbind(1), work)
 
 
 def output_gradient_tiles(y: Tensor, work: Workspace) -> Tensor:
-    """A y A^T of each tile y of the gradient in a result, (B, rows, columns, channels): (36, tiles, channels)."""
+    """Gradient y of a result, (B, rows, columns, C) -> A y A^T for each 4x4 tile of it, (36, tiles, C)."""
     b, height, width, c = y.shape
     half = work.get("products", (6, b, height // 4, width, c), y.dtype)
     _outputs_adjoint(y.unfold(1, 4, 4).unbind(-1), half.unbind(), work)
@@ -231,7 +240,7 @@ def output_gradient_tiles(y: Tensor, work: Workspace) -> Tensor:
 
 
 def _inputs(d: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> None:
-    """B^T d along one side: six slices -> the six of `out`. The pairs +-p share d4 - q^2 d2 and d3 - q^2 d1."""
+    """B^T d along one side: six slices -> six of `out`. Points +p and -p share d4 - q^2 d2 and d3 - q^2 d1."""
     torch.add(d[4], d[0], alpha=A * A * B * B, out=out[0]).sub_(d[2], alpha=A * A + B * B)
     odd = work.get("odd", out[0].shape, out[0].dtype)
     for k, p, q in ((1, A, B), (3, B, A)):
@@ -243,7 +252,7 @@ def _inputs(d: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> None
 
 
 def _outputs(m: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> None:
-    """A^T m along one side: the six of `m`, which it overwrites -> the four of `out`."""
+    """A^T m along one side: six slices of `m`, which are overwritten -> four of `out`."""
     sum_a = torch.add(m[1], m[2], out=work.get("odd", m[0].shape, m[0].dtype))
     difference_a = m[1].sub_(m[2])
     sum_b = torch.add(m[3], m[4], out=m[2])
@@ -255,7 +264,7 @@ def _outputs(m: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> Non
 
 
 def _outputs_adjoint(y: Sequence[Tensor], out: Sequence[Tensor], work: Workspace) -> None:
-    """A y along one side: four slices -> the six of `out`, what `_outputs` makes of gradients."""
+    """A y along one side: four slices -> six of `out`; the adjoint of `_outputs`."""
     out[0].copy_(y[0])
     even = work.get("odd", y[0].shape, y[0].dtype)
     for k, p in ((1, A), (3, B)):
@@ -267,7 +276,10 @@ def _outputs_adjoint(y: Sequence[Tensor], out: Sequence[Tensor], work: Workspace
 
 
 def transform_filters(weight: Tensor, matrix: Tensor, work: Workspace) -> Tensor:
-    """(out, in, 3, 3) -> G g G^T for every pair of channels, (n*n, out, in); valid until the next is made."""
+    """Filters g (out, in, 3, 3) -> G g G^T for every pair of channels, (n*n, out, in); G is `matrix`, (n, 3).
+
+    The result is in `work`: the next call overwrites it.
+    """
     o, i = weight.shape[:2]
     weight = weight.reshape(o * i, 9).to(torch.promote_types(weight.dtype, torch.float32))
     both_sides = torch.kron(matrix, matrix).to(weight.dtype)  # (n*n, 9)
@@ -277,7 +289,10 @@ def transform_filters(weight: Tensor, matrix: Tensor, work: Workspace) -> Tensor
 
 
 def _filter_4() -> Tensor:
-    """G of F(4, 3), the rows of +-A and +-B times A and B, which `_outputs` undoes."""
+    """Return G of F(4, 3), (6, 3).
+
+    The rows of points +-A and +-B are multiplied by A and B; `_outputs` undoes it.
+    """
     points = torch.tensor([0.0, A, -A, B, -B], dtype=torch.float64)
     differences = points[:, None] - points + torch.eye(5, dtype=torch.float64)
     scale = torch.tensor([1.0, A, A, B, B], dtype=torch.float64) / differences.prod(dim=1)
@@ -285,6 +300,6 @@ def _filter_4() -> Tensor:
     return torch.cat([finite, torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
 
 
-with torch.device("cpu"):  # whatever the default is when this is imported
+with torch.device("cpu"):  # whatever the default device is at import
     FILTER_4 = _filter_4()
     FILTER_UP = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""Threads that execute pieces at the same time, each on a CUDA stream of its own.
+"""Threads that execute pieces at the same time, each with its own CUDA stream.
 
-So one's copies from and to host memory run beside another's computations. On a CPU torch's own threads share each
-operation instead: on two idle cores Python threads, which take turns in Python between these short operations,
-decoded no faster and encoded an eighth slower. (`latent_rows` gives each thread an image of its own, so that the
-number of threads changes no bit of the result.)
+On a GPU one thread's copies from and to host memory overlap with another's computations. On a CPU a single worker
+is used and torch's own threads share each operation: Python threads take turns between these short operations, and
+on two idle cores they decoded no faster and encoded an eighth slower. (`latent_rows` gives each thread its own
+images, so that the number of threads does not change the result in any bit.)
 """
 
 import threading
@@ -15,7 +15,10 @@ import torch
 
 
 class Workers:
-    """`with Workers(n, device) as workers: workers.run(task, items)`; one worker is the calling thread itself."""
+    """A pool of `count` threads; one worker is the calling thread itself.
+
+    Use: `with Workers(count, device) as workers: workers.run(task, items)`.
+    """
 
     def __init__(self, count: int, device: torch.device):
         self.count, self.device, self.pool = count, device, None
@@ -27,7 +30,7 @@ class Workers:
             self.pool = ThreadPoolExecutor(self.count)
             started = threading.Barrier(self.count)
             list(self.pool.map(lambda _: _make_single_threaded(started), range(self.count)))
-            torch.set_num_threads(threads)  # a thread's own setting, but also what later threads start with
+            torch.set_num_threads(threads)  # restores the setting that threads started later inherit
         return self
 
     def __exit__(self, *_) -> None:
@@ -36,12 +39,12 @@ class Workers:
             self.pool = None
 
     def submit(self, task: Callable, *arguments) -> Future:
-        """Run task(*arguments) as soon as a thread is free; a lone worker, the calling thread, runs it at once."""
+        """Run task(*arguments) when a thread is free, without gradients; a lone worker runs it at once."""
         if self.pool is None:
             done = Future()
             done.set_result(task(*arguments))
             return done
-        inference = torch.is_inference_mode_enabled()  # which, like no_grad, is a thread's own
+        inference = torch.is_inference_mode_enabled()  # a setting of the calling thread, as no_grad is
 
         def one():
             with torch.inference_mode(inference), torch.no_grad(), self.stream():
@@ -50,7 +53,10 @@ class Workers:
         return self.pool.submit(one)
 
     def run(self, task: Callable, items: Iterable) -> None:
-        """Run task(item) for every item, begun in order. Raises the first exception that one raises."""
+        """Run task(item) for all items, started in order, and wait.
+
+        Raises the exception of the first that fails.
+        """
         if self.device.type == "cuda" and self.pool is not None:
             torch.cuda.current_stream(self.device).synchronize()
         for done in [self.submit(task, item) for item in items]:
@@ -58,7 +64,7 @@ class Workers:
 
     @contextmanager
     def stream(self):
-        """The calling thread's stream, and at the end the wait for what was put on it."""
+        """Compute on the calling thread's own CUDA stream, and wait for it at the end; on a CPU do nothing."""
         if self.device.type != "cuda":
             yield
             return
@@ -71,5 +77,5 @@ class Workers:
 
 def _make_single_threaded(started: threading.Barrier) -> None:
     torch.set_num_threads(1)
-    torch.get_num_threads()  # makes it stick: a thread's first look takes the process's setting over
+    torch.get_num_threads()  # without this first call, a later one would replace the setting by the process's
     started.wait()

@@ -188,8 +188,8 @@ def ways(vae: KLAutoencoder, direction: str, rehearse: bool) -> Iterator[tuple[s
 
     yield "as called", partial(call, vae, direction)
     yield "in pieces", partial(in_pieces, rows=32)
-    yield "tiled", partial(in_pieces, least=True)
-    yield "offloaded", partial(in_pieces, least=True, offload=True)
+    yield "tiled", partial(in_pieces, least_memory=True)
+    yield "offloaded", partial(in_pieces, least_memory=True, offload=True)
     if not rehearse:  # minutes on a CPU
         compiled = deepcopy(vae)
         compiled.compile_for_inference()

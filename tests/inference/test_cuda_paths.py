@@ -60,7 +60,9 @@ def network(dtype: torch.dtype) -> KLAutoencoder:
 
 @pytest.mark.skipif(triton_group_norm.triton is None, reason="no Triton here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("how", [{}, {"least": True}, {"least": True, "offload": True}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"least_memory": True}, {"least_memory": True, "offload": True}], ids=str
+)
 def test_pieces_stay_on_the_gpu_and_fit(gpu, dtype, how):
     """Two images whose sides no strip height divides."""
     vae = network(dtype).requires_grad_(False)

@@ -135,7 +135,7 @@ def test_any_number_of_threads_and_host_memory_give_the_same(two_threads):
         torch.set_num_threads(threads)
         results.append([ours for ours, _ in both_ways(vae, images, 8)])
     results.append([ours for ours, _ in both_ways(vae, images, 8, offload=True)])
-    results.append([ours for ours, _ in both_ways(vae, images, 8, least=True)])
+    results.append([ours for ours, _ in both_ways(vae, images, 8, least_memory=True)])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert worst(a, b) <= 2e-5

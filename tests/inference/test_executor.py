@@ -102,13 +102,17 @@ def test_in_half_precision_the_errors_are_no_larger_than_those_of_the_whole(dtyp
 
 def test_winograd_is_right_in_half_precision(two_threads, monkeypatch):
     """The processor decides where Winograd is profitable, so here it is used wherever it can be."""
-    monkeypatch.setattr(
-        "kl_autoencoder.inference.winograd.is_profitable",
-        lambda conv, *_, **__: min(conv.weight.shape[:2]) >= 8,
-    )
+    chosen = []
+
+    def wherever_possible(conv, *_, **__):
+        chosen.append(min(conv.weight.shape[:2]) >= 8)
+        return chosen[-1]
+
+    monkeypatch.setattr("kl_autoencoder.inference.winograd.is_profitable", wherever_possible)
     vae, images, rows = random_case(3)
     for ours, whole in both_ways(vae.to(torch.bfloat16), images.to(torch.bfloat16), rows):
         assert worst(ours, whole) <= 0.04
+    assert any(chosen)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,10 +1,11 @@
-"""How strange a photograph is to a model: scores from what the model makes of it, calibrated on a reference.
+"""Score how unusual a photograph is to a model, compared with a reference set of ordinary photographs.
 
-`error`, `kl` and `bound` are means over the image, and find what is strange all over: noise, another domain. A
-defect in a part of it drowns there: photographs differ far more in how much texture they have than a small square
-adds. `local` finds those. It asks not how large the error is but how unlike the errors of the reference: the model
-loses edges and texture of all photographs, so errors have a typical spectrum and hardly any colour. Patches of the
-error are whitened with the reference's covariance (their Mahalanobis distance); the largest window of those counts.
+`error`, `kl` and `bound` are means over the image. They find images that are unusual all over: noise, another
+domain. They miss a small defect, because photographs differ far more in their amount of texture than a small defect
+adds. `local` finds small defects: it measures not how large the error is but how unlike the errors of the
+reference. The model loses edges and texture of every photograph, so ordinary errors have a typical spectrum and
+hardly any colour. Patches of the error are whitened with the covariance of the reference's patches, which gives
+their Mahalanobis distance; the score is the largest mean of these squared distances over a window.
 """
 
 from collections.abc import Iterable
@@ -19,25 +20,30 @@ from ..networks.distributions import DiagonalGaussian
 
 SCORES = ("error", "kl", "bound", "local")
 PATCH, STRIDE, WINDOW = 8, 4, 16  # pixels
-ROUNDING = (2 / 255) ** 2 / 12  # variance of 8-bit rounding in [-1, 1]: no error is known better
+ROUNDING = (2 / 255) ** 2 / 12  # variance of 8-bit rounding in [-1, 1], added to that of the errors
 
 
 class Detector:
-    """Scores of photographs, each the higher the stranger, after looking at ordinary ones.
+    """Scores photographs after calibration on ordinary ones; every score is higher for more unusual photographs.
 
     Args:
-        vae: in float32.
-        fitting, calibrating: ordinary photographs, (1, 3, H, W) in [-1, 1] with sides that are multiples of f, two
-            sets of which the first says what the errors are like and the second what ordinary photographs score.
+        vae: model of RGB images, in float32.
+        fitting, calibrating: two sets of ordinary photographs, each (1, 3, H, W) in [-1, 1] with sides that are
+            multiples of f. `fitting` gives the covariance of errors, their variance and the median KL;
+            `calibrating` gives the scores of ordinary photographs.
 
-    The scores, in float64:
-        error: the mean squared error of the reconstruction from the posterior's mode.
-        kl: |KL(q(z|x) || N(0, I)) - its median|, nats per pixel dimension: a model that knows nothing of an image
-            may well spend fewer nats on it than on a photograph. 0 for models without a Gaussian posterior.
-        bound: the negative evidence lower bound, -log N(x; reconstruction, s^2) + KL in nats per pixel dimension,
-            with s^2 the mean squared error of the reference, its maximum-likelihood value (Kingma & Welling 2013,
-            C.2), and the posterior's mode for a sample.
-        local: the largest mean over 16x16 pixels of the squared error, whitened; 1 is the reference's mean.
+    Raises ValueError if either set is empty.
+
+    Scores, in float64; a pixel value is one channel of one pixel:
+        error: mean squared error of the reconstruction from the posterior's mode.
+        kl: |KL(q(z|x) || N(0, I)) - its median over `fitting`| in nats per pixel value. The distance to the median,
+            because the KL of an image that is foreign to the model may also be unusually small. 0 for models
+            without a Gaussian posterior.
+        bound: negative evidence lower bound, -log N(x; reconstruction, s^2) + KL, in nats per pixel value. s^2 is
+            the mean squared error over `fitting`, its maximum-likelihood value (Kingma & Welling 2013, C.2); the
+            posterior's mode stands in for a sample.
+        local: largest mean of the whitened squared error over a window of 16x16 pixels; about 1 on average over
+            the patches of `fitting`.
     """
 
     def __init__(self, vae: KLAutoencoder, fitting: Iterable[Tensor], calibrating: Iterable[Tensor]):
@@ -61,7 +67,7 @@ class Detector:
 
     @torch.inference_mode()
     def residual_and_kl(self, images: Tensor) -> tuple[Tensor, float]:
-        """(1, 3, H, W) -> what the model leaves unexplained, in float64 on the CPU, and KL per pixel dimension."""
+        """Image (1, 3, H, W) -> residual x - D(mode), float64 on the CPU, and KL in nats per pixel value."""
         images = images.to(self.vae.device)
         posterior = self.vae.encode(images).latent_dist
         residual = images - self.vae.decode(posterior.mode()).sample
@@ -69,7 +75,7 @@ class Detector:
         return residual.double().cpu(), kl / images.numel()
 
     def scores(self, images: Tensor) -> dict[str, float]:
-        """(1, 3, H, W) -> the score under each name."""
+        """Image (1, 3, H, W) in [-1, 1] -> its score under each name of `SCORES`."""
         residual, kl = self.residual_and_kl(images)
         error = float(residual.square().mean())
         nll = 0.5 * (error / self.variance + np.log(2 * np.pi * self.variance))
@@ -79,31 +85,35 @@ class Detector:
         return {"error": error, "kl": abs(kl - self.usual_kl), "bound": nll + kl, "local": float(local)}
 
     def p_value(self, name: str, score: float) -> float:
-        """The share of ordinary photographs that score as high: (1 + those of the reference) / (1 + all)."""
+        """Estimate the probability that an ordinary photograph scores at least `score`, in (0, 1].
+
+        (1 + k) / (1 + n), where k of the n calibrating photographs score at least `score`.
+        """
         reference = self.reference[name]
         return float(1 + len(reference) - np.searchsorted(reference, score)) / (1 + len(reference))
 
 
 def patches(residual: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C * 64): squares of 8x8 pixels, 4 pixels apart, row by row."""
+    """(B, C, H, W) -> (B, N, C * 64): patches of 8x8 pixels, 4 pixels apart, in row-major order."""
     return F.unfold(residual, PATCH, stride=STRIDE).transpose(1, 2)
 
 
 def largest_mean(values: Tensor, window: int) -> Tensor:
-    """(B, 1, H, W) -> (B,): the largest mean over a square of `window`, at most the image, at any place."""
+    """(B, 1, H, W) -> (B,): the largest mean over any square of side `window`; smaller images limit its sides."""
     return F.avg_pool2d(values, [min(window, side) for side in values.shape[2:]], stride=1).amax((1, 2, 3))
 
 
 def roc(scores: np.ndarray, strange: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """(false positive rates, true positive rates, area under the curve), from (0, 0) to (1, 1); ties as one step.
+    """Return the ROC curve: (false positive rates, true positive rates, area under the curve).
 
-    `strange`: whether each score is that of a strange one. ValueError unless there are both kinds.
+    scores: (N,), higher for more unusual images. strange: (N,), bool, the true labels. The curve runs from (0, 0)
+    to (1, 1); equal scores are one step. Raises ValueError unless both labels occur.
     """
     scores, strange = np.asarray(scores), np.asarray(strange, dtype=bool)
     if strange.all() or not strange.any():
         raise ValueError(f"labels: all are {int(strange.any())}; allowed: some 0 and some 1")
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # of each run of equal scores
+    last = np.append(np.diff(scores[order]) != 0, True)  # the last of each run of equal scores
     true, false = np.cumsum(strange[order])[last], np.cumsum(~strange[order])[last]
     tpr, fpr = np.insert(true / true[-1], 0, 0.0), np.insert(false / false[-1], 0, 0.0)
     return fpr, tpr, float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))

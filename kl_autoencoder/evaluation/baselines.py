@@ -1,4 +1,4 @@
-"""Baselines for an autoencoder: bicubic scaling down and up; JPEG, WebP and AVIF in so many bytes."""
+"""Baselines for an autoencoder: bicubic scaling down and up; JPEG, WebP and AVIF at a given file size."""
 
 import io
 
@@ -9,18 +9,19 @@ from torch import Tensor
 
 from ..data.image_io import image_to_tensor, pad_to_multiple, tensor_to_images
 
-QUALITIES = {"JPEG": (1, 95), "WEBP": (0, 100), "AVIF": (0, 100)}  # PIL's ranges; above 95 JPEG only grows
+# PIL's ranges of quality; Pillow advises against JPEG above 95, which grows without looking better.
+QUALITIES = {"JPEG": (1, 95), "WEBP": (0, 100), "AVIF": (0, 100)}
 WRITER = {
     "JPEG": {"optimize": True},
     "WEBP": {"method": 4},
     "AVIF": {},
-}  # chroma is subsampled, the default of all
+}  # PIL's options of each format; chroma is subsampled, as by default in all three
 
 
 def bicubic(images: Tensor, factor: int) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> the same, scaled down by `factor` and up again: bicubic, antialiased, 8 bits.
+    """Scale images (B, 3, H, W) in [-1, 1] down by `factor` and up again: bicubic, antialiased, in 8 bits.
 
-    Sides that are no multiple of `factor` are padded by reflection, as for a model, and cropped again.
+    Sides that are not multiples of `factor` are padded by reflection first, as for a model, and cropped at the end.
     """
     height, width = images.shape[2:]
     enlarged = []
@@ -31,22 +32,22 @@ def bicubic(images: Tensor, factor: int) -> Tensor:
 
 
 def codec(images: Tensor, kind: str, size: int) -> tuple[Tensor, list[int]]:
-    """(B, 3, H, W) in [-1, 1] -> the same through files of at most `size` bytes, and their bytes.
+    """Compress each image to at most `size` bytes and decode it: (decoded images, bytes of each file).
 
-    kind: JPEG, WEBP or AVIF.
-
-    Each image at the highest quality that fits; where none does, at the lowest, whose file is larger than `size`.
+    images: (B, 3, H, W) in [-1, 1]. kind: JPEG, WEBP or AVIF. Each image has the highest quality that fits. If none
+    fits, it has the lowest quality, and its file is larger than `size`.
     """
-    files = [_largest_that_fits(picture, kind, size) for picture in tensor_to_images(images)]
+    files = [_best_that_fits(picture, kind, size) for picture in tensor_to_images(images)]
     decoded = [torch.from_numpy(np.array(Image.open(io.BytesIO(file)).convert("RGB"))) for file in files]
     tensors = [pixels.permute(2, 0, 1).float() / 127.5 - 1 for pixels in decoded]
     return torch.stack(tensors), [len(file) for file in files]
 
 
-def _largest_that_fits(picture: Image.Image, kind: str, size: int) -> bytes:
+def _best_that_fits(picture: Image.Image, kind: str, size: int) -> bytes:
+    """The file of the highest quality that takes at most `size` bytes, by bisection; else that of the lowest."""
     low, high = QUALITIES[kind]
     best = _encoded(picture, kind, low)
-    while low < high:  # the quality `low` fits, or is the lowest
+    while low < high:  # `best` has quality `low`, which fits or is the lowest
         middle = (low + high + 1) // 2
         file = _encoded(picture, kind, middle)
         if len(file) <= size:

@@ -1,4 +1,4 @@
-"""Models as codecs: photographs through their files, and through JPEG, WebP and AVIF in as many bytes."""
+"""Models as codecs: images compressed by a model, and by JPEG, WebP and AVIF to files of the same size."""
 
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -12,12 +12,21 @@ from ..data.image_io import image_to_tensor
 from . import baselines
 from .methods import FORMATS, Model, Reproduction, Row
 
-QUALITIES = (30, 40, 50, 60, 70)  # with `compact` from 0.06 to 0.2 bits a pixel
-KIND = "codec"  # of the rows
+QUALITIES = (
+    30,
+    40,
+    50,
+    60,
+    70,
+)  # of --codec by default; from 0.06 to 0.2 bits per pixel with the model `compact`
+KIND = "codec"  # `Row.kind` of these rows
 
 
 class Compressed:
-    """A model's codec at several qualities, and beside each the others in the bytes of each of its files."""
+    """A model's codec at several qualities, each compared with JPEG, WebP and AVIF.
+
+    These get, for each image, at most the bytes of the model's file. AVIF is left out if Pillow cannot write it.
+    """
 
     def __init__(self, model: Model, qualities: Sequence[int]):
         self.codec = codec_of(model.vae)
@@ -43,14 +52,14 @@ class Compressed:
         return [row for rows in self.rows_of.values() for row in rows]
 
     def at_middle_quality(self) -> "Compressed":
-        """The same at one quality, the middle one."""
+        """A copy with the middle quality alone (of an even number, the lower of the two)."""
         qualities = sorted(self.rows_of)
         middle, one = qualities[(len(qualities) - 1) // 2], copy(self)
         one.rows_of = {middle: self.rows_of[middle]}
         return one
 
     def reproduce(self, images: Tensor, numbers: Sequence[int]) -> Iterator[Reproduction]:
-        """Images (B, 3, H, W) in [-1, 1] -> those of every row; `bits_per_pixel` are of the files."""
+        """Yield images (B, 3, H, W) in [-1, 1] as reproduced by each row; `bits_per_pixel` counts whole files."""
         latents = [self.codec.latents(image) for image in images]
         for quality, (own, *others) in self.rows_of.items():
             files = [self.codec.packed(*one, quality) for one in latents]
@@ -68,10 +77,11 @@ class Compressed:
 
 
 def curve_of(model: str) -> str:
-    """The name of all rows of a model's codec, and of their curve."""
+    """The name that all rows of a model's codec share; it labels their curve in the plots over the rate."""
     return f"{model}, compressed"
 
 
 def _reproduction(row: Row, images: Tensor, sizes: list[int]) -> Reproduction:
+    """images: (B, 3, H, W), decoded. sizes: bytes of each image's file."""
     pixels = images.shape[2] * images.shape[3]
     return Reproduction(row, images, {"bits_per_pixel": [8 * size / pixels for size in sizes]})

@@ -1,7 +1,7 @@
 """The Frechet distance between two sets of images (Heusel et al. 2017, eq. 6), on the features of a network.
 
-The rFID of the literature is the one on Inception's features, with the weights and the resizing of torch-fidelity,
-which are those of the original TensorFlow code.
+On Inception's features it is the rFID of the literature; weights and resizing are torch-fidelity's, which reproduce
+the original TensorFlow code.
 """
 
 import socket
@@ -18,43 +18,44 @@ from ..extras import needs
 from ..files import read_tensors
 from .metrics import LPIPS, to_8_bits
 
-PATIENCE = 5.0  # seconds to wait for a host before a file counts as out of reach
+PATIENCE = 5.0  # seconds without an answer after which a download fails
 
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] -> (B, D)
 
 
 class FeatureSums:
-    """What of the features of any number of images their distance depends on, in float64."""
+    """Sums over the features of a set of images from which `frechet_distance` is computed, in float64."""
 
     def __init__(self):
         self.count, self.sum, self.products = 0, 0.0, 0.0
 
     def update(self, features: Tensor) -> None:
-        """Add (B, D)."""
+        """Add the features (B, D) of a batch."""
         values = features.detach().cpu().double().numpy()
         self.count += len(values)
         self.sum = self.sum + values.sum(axis=0)
         self.products = self.products + values.T @ values
 
     def __add__(self, other: "FeatureSums") -> "FeatureSums":
-        """Of the images of both together."""
+        """The sums over the images of both."""
         total = FeatureSums()
         total.count, total.sum = self.count + other.count, self.sum + other.sum
         total.products = self.products + other.products
         return total
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (D,) and covariance (D, D), divided by n - 1."""
+        """Mean (D,) and covariance (D, D) with divisor n - 1."""
         mean = self.sum / self.count
         return mean, (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
 
 
 def frechet_distance(a: FeatureSums, b: FeatureSums) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). ValueError for fewer than two images.
+    """Return |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), mu being the means and S the covariances.
 
-    With S_a = R R^T and S_b = Q Q^T the trace of (S_a S_b)^(1/2) is the sum of the singular values of R^T Q. Their
-    rounding errors are not made larger by a square root, as those of the eigenvalues of the product are where a
-    covariance has no inverse (fewer images than features).
+    With S_a = R R^T and S_b = Q Q^T, the trace of (S_a S_b)^(1/2) is the sum of the singular values of R^T Q. The
+    usual way, square roots of the eigenvalues of S_a S_b, loses precision if a covariance is singular (fewer images
+    than features), because a square root enlarges rounding errors near 0. Raises ValueError if either set has fewer
+    than two images.
     """
     if min(a.count, b.count) < 2:
         raise ValueError(f"Frechet distance: {a.count} and {b.count} images; allowed: at least 2 each")
@@ -65,13 +66,16 @@ def frechet_distance(a: FeatureSums, b: FeatureSums) -> float:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """R with R R^T = covariance."""
+    """Return R with R R^T = covariance, both (D, D)."""
     values, vectors = np.linalg.eigh(covariance)
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
 def inception(device: torch.device) -> Features:
-    """The 2048 features of the FID. FileNotFoundError, saying what to do, without its weights (91 MB)."""
+    """Load the Inception network of the FID: images -> (B, 2048); downloads its weights (91 MB) if needed.
+
+    Raises FileNotFoundError, which says what to do, if the weights can be neither found nor downloaded.
+    """
     with needs("eval"):
         from torch_fidelity.feature_extractor_inceptionv3 import (
             URL_INCEPTION_V3,
@@ -90,13 +94,16 @@ def inception(device: torch.device) -> Features:
                 f"the Inception weights are not in {path.parent} and could not be downloaded ({reason}); "
                 f"put {URL_INCEPTION_V3} there"
             ) from None
-    read_tensors(path)  # torch-fidelity would run what a pickle says; this one refuses all but tensors
+    read_tensors(path)  # refuses anything but tensors, because torch-fidelity would run code in a pickle
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
     return lambda images: network(to_8_bits(images).to(device))[0]
 
 
 def squeezenet(device: torch.device) -> Features:
-    """The last 512 feature maps of the SqueezeNet of LPIPS, averaged. FileNotFoundError without its weights."""
+    """Load the SqueezeNet of LPIPS: images -> the means (B, 512) of its last feature maps.
+
+    Raises FileNotFoundError if its weights can be neither found nor downloaded.
+    """
     with download_timeout():
         network = LPIPS("squeeze").to(device).lpips
     return lambda images: network.net(network.scaling_layer(images.to(device)))[-1].mean(dim=(2, 3))
@@ -104,7 +111,7 @@ def squeezenet(device: torch.device) -> Features:
 
 @contextmanager
 def download_timeout() -> Iterator[None]:
-    """Downloads in this block give up where nothing comes for `PATIENCE` seconds, instead of never."""
+    """Let downloads in this block fail after `PATIENCE` seconds without an answer, instead of waiting for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:

@@ -1,6 +1,6 @@
-"""Further measures of how alike two images are, from torchmetrics, by name: `evaluate --metrics dists vif`.
+"""Further similarity metrics, from torchmetrics, chosen by name: `evaluate --metrics dists vif`.
 
-As LPIPS they judge what is seen rather than each pixel. Of images as they would be saved, on any device.
+Like LPIPS they judge what people see rather than each pixel. Inputs are 8-bit images on any device (`as_saved`).
 """
 
 import pickle
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from ..extras import needs
 from .metrics import BACKBONES, colours_of, how_to_provide
 
-VIF_SMALLEST = 41  # side in pixels
+VIF_SMALLEST = 41  # side in pixels; smaller images are left out
 
 
 class DISTS(nn.Module):
     """Deep image structure and texture similarity (Ding et al. 2020): 0 for equal images, lower is better.
 
-    Unlike LPIPS it forgives a texture that is another sample of the same one. Features of VGG16, weights of the
-    authors. Raises FileNotFoundError naming the backbone's file if it can be neither found nor downloaded.
+    Unlike LPIPS it tolerates that a texture is replaced by another sample of the same texture. Computed on features
+    of VGG16 with the authors' weights. Raises FileNotFoundError, which names the file of VGG16's weights, if that
+    can be neither found nor downloaded.
     """
 
-    smallest = 16  # side in pixels below which VGG16 has none left
+    smallest = 16  # side in pixels; of smaller images nothing is left in the last layers of VGG16
 
     def __init__(self):
         super().__init__()
@@ -36,7 +37,7 @@ class DISTS(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """(B, C, H, W) twice, in [-1, 1] -> (B,), float32; gray counts as RGB, alpha is left out."""
+        """Two (B, C, H, W) in [-1, 1] -> (B,), float32; gray is repeated to RGB, alpha is left out."""
         pair = (colours_of(x).float() / 2 + 0.5 for x in (images, references))
         return self.network(*pair).reshape(-1)
 
@@ -44,8 +45,8 @@ class DISTS(nn.Module):
 class VIF(nn.Module):
     """Visual information fidelity in the pixel domain (Sheikh & Bovik 2006): 1 for equal images, higher is better.
 
-    The share of the reference's information that is left in an image, at four scales; above 1 for one of more
-    contrast. Nothing is learned.
+    The share of the reference's information that is left in the image, over four scales; above 1 if the image has
+    more contrast than the reference. It has no learned weights.
     """
 
     smallest = VIF_SMALLEST
@@ -58,7 +59,7 @@ class VIF(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """(B, C, H, W) twice, in [-1, 1] -> (B,), float64: the mean over the channels, at 0 to 255."""
+        """Two (B, C, H, W) in [-1, 1] -> (B,), float64: mean over channels, computed on values from 0 to 255."""
         pair = ((x.double() + 1) * 127.5 for x in (images, references))
         return self.fidelity(*pair, reduction="none")
 

@@ -1,7 +1,8 @@
-"""What a decoder makes of latents that are not quite the encoder's: noise, rounding, paths, flips, turns, scales.
+"""Change latents (noise, rounding, interpolation, flips, rotation, scaling), decode them and measure the result.
 
-Each study looks at few images, since each costs a dozen passes through the network. Images are (1, 3, H, W) in
-[-1, 1], with sides that are multiples of 2f; latents are the posterior's mode.
+Studies use few images, because each image costs some dozen passes through the network. Images are (1, 3, H, W) in
+[-1, 1] with sides that are multiples of 2f; latents (1, C, h, w) are the posterior's mode. E is the encoder, D the
+decoder.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,19 @@ from torch import Tensor
 from ..models.autoencoder_kl import KLAutoencoder
 from .metrics import LPIPS, MAX_PSNR, psnr
 
-SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # of noise, in deviations of the latents over all channels
-SCALES = (0.25, 0.375, 0.5, 0.75)  # of latents and images alike
-STEPS = 8  # from one image to another
-SCALE_MEASURES = ("psnr", "lpips", "psnr_encoded", "lpips_encoded")  # of `Study.scales`
-LPIPS_SIDE = 32  # pixels: AlexNet needs 31
-HISTOGRAM_EDGES = np.linspace(-5.0, 5.0, 51)  # of latents, each channel with mean 0 and deviation 1
+SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # of noise, in standard deviations of the latents over all channels
+SCALES = (0.25, 0.375, 0.5, 0.75)  # factors by which both latents and images are scaled
+STEPS = 8  # on the path from one image to another
+SCALE_MEASURES = (
+    "psnr",
+    "lpips",
+    "psnr_encoded",
+    "lpips_encoded",
+)  # what `Study.scales` returns, in this order
+LPIPS_SIDE = 32  # pixels; LPIPS is not measured on smaller images (AlexNet needs 31)
+HISTOGRAM_EDGES = np.linspace(
+    -5.0, 5.0, 51
+)  # for latents standardised to mean 0 and deviation 1 in each channel
 
 
 def _resized(x: Tensor, height: int, width: int) -> Tensor:
@@ -41,7 +49,11 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Study:
-    """The studies of one model, whose latents have these moments (`LatentSums.summary`)."""
+    """The studies of one model.
+
+    moments: statistics of its latents, from `LatentSums.summary`. lpips: None leaves out LPIPS and `path`. The
+    noise of image i is drawn with `seed` + i.
+    """
 
     def __init__(self, vae: KLAutoencoder, moments: dict[str, Any], lpips: LPIPS | None, seed: int):
         self.vae, self.lpips, self.seed = vae, lpips, seed
@@ -50,7 +62,10 @@ class Study:
 
     @torch.inference_mode()
     def of_pair(self, pair: list[tuple[int, Tensor]]) -> dict[str, list]:
-        """(number, image) of one or two images -> what each study found, an entry an image, or of `path` a pair."""
+        """Run all studies on one or two images, given as (number, image): name of study -> list of results.
+
+        The list has one entry per image; that of `path` has one for the pair, and none without a pair or LPIPS.
+        """
         found = {name: [] for name in ("noise", "eight_bits", "equivariance", "scales", "histogram", "path")}
         ends = []
         for number, image in pair:
@@ -70,10 +85,11 @@ class Study:
     def noise(
         self, number: int, image: Tensor, z: Tensor, decoded: Tensor
     ) -> list[tuple[float, float, float]]:
-        """PSNR of what is decoded from z + sigma e, for each of `SIGMAS`; e is the same for every sigma.
+        """For each of `SIGMAS`, decode z + sigma e, with the same normal noise e for every sigma.
 
-        Against the image, and against what is decoded from z: where a model is far from the image, the first
-        hardly moves. And LPIPS against the image.
+        Returns tuples of the PSNR against the image, the PSNR against the image decoded from z, and the LPIPS
+        against the image. The second PSNR is there because the first hardly changes if reconstructions are poor
+        anyway.
         """
         generator = torch.Generator().manual_seed(self.seed + number)
         e = torch.randn(z.shape, generator=generator).to(z.device) * self.spread
@@ -83,9 +99,10 @@ class Study:
         ]
 
     def scales(self, image: Tensor, z: Tensor) -> list[tuple[float, float, float, float]]:
-        """For each of `SCALES` T, against T x: PSNR and LPIPS of D(T z), and of D(E(T x)), which T z stands in for.
+        """For each scaling T of `SCALES`: PSNR and LPIPS of D(T z), then of D(E(T x)), all against T x.
 
-        What EQ-VAE trains for is judged by what is decoded; the encoder's own latents of a small image may differ.
+        These are the values of `SCALE_MEASURES`. They judge the equivariance that EQ-VAE trains for by decoded
+        images, as the encoder's own latents of a small image may differ from scaled ones.
         """
         (height, width), results = z.shape[2:], []
         for scale in SCALES:
@@ -98,16 +115,22 @@ class Study:
         return results
 
     def path(self, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> list[float]:
-        """(latents, decoded) of two images -> LPIPS of each of `STEPS` equal steps on the straight line between
-        the latents, and of its two ends."""
+        """Interpolate linearly between the latents of two images in `STEPS` equal steps.
+
+        start, end: (latents, decoded image). Returns the LPIPS between the decoded images of each step, and last
+        that between the two ends.
+        """
         (a, first), (b, last) = start, end
         frames = [first, *(self._decode(a + (b - a) * k / STEPS) for k in range(1, STEPS)), last]
         pairs = [*pairwise(frames), (frames[0], frames[-1])]
         return [float(self.lpips(y, x)) for x, y in pairs]
 
     def equivariance(self, image: Tensor, z: Tensor, decoded: Tensor) -> list[tuple[float, float, float]]:
-        """For each of `TRANSFORMS` T: the error of E(T x) against T E(x), as a share of the latents' deviation;
-        and PSNR and LPIPS of D(T z) against T D(z)."""
+        """For each transform T of `TRANSFORMS`: (latent error, PSNR, LPIPS).
+
+        The latent error is the root mean square of E(T x) - T E(x) in standard deviations of the latents. PSNR and
+        LPIPS compare D(T z) with T D(z).
+        """
         results = []
         for transform in TRANSFORMS.values():
             expected = transform(z)
@@ -117,13 +140,13 @@ class Study:
         return results
 
     def histogram(self, z: Tensor) -> np.ndarray:
-        """Counts in `HISTOGRAM_EDGES` of latents that are shifted and scaled, channel by channel."""
+        """Histogram over `HISTOGRAM_EDGES` of the latents, standardised channel by channel: counts (50,)."""
         values = z.transpose(0, 1).flatten(1).cpu().double().numpy()
         values = (values - self.mean[:, None]) / np.maximum(self.std, 1e-12)[:, None]
         return np.histogram(values, HISTOGRAM_EDGES)[0]
 
     def _lpips(self, made: Tensor, image: Tensor) -> float:
-        """NaN where there is no LPIPS, or not of images so small."""
+        """LPIPS of two images; NaN without the network or for images below `LPIPS_SIDE`."""
         if self.lpips is None or min(image.shape[2:]) < LPIPS_SIDE:
             return float("nan")
         return float(self.lpips(made, image))
@@ -136,14 +159,17 @@ class Study:
 
 
 def rounded_to_8_bits(z: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as 256 levels hold them, from the least to the largest value of each channel."""
+    """Round latents (B, C, h, w) to 256 levels between the smallest and the largest value of each channel."""
     low, high = z.amin(dim=(2, 3), keepdim=True), z.amax(dim=(2, 3), keepdim=True)
     step = ((high - low) / 255).clamp_min(1e-12)
     return low + ((z - low) / step).round() * step
 
 
 def summary(found: list[dict[str, list]]) -> dict[str, Any]:
-    """The means over what `Study.of_pair` found, in the order of the images, ready for JSON."""
+    """Average the results of `Study.of_pair` over all pairs, ready for JSON.
+
+    found: in the order of the images, at least one.
+    """
     together = {name: [entry for one in found for entry in one[name]] for name in found[0]}
     noise = np.array(together["noise"]).mean(axis=0)  # (sigmas, 3)
     scales = np.array(together["scales"]).mean(axis=0)  # (scales, 4)
@@ -180,14 +206,14 @@ def summary(found: list[dict[str, list]]) -> dict[str, Any]:
             "pairs": len(paths),
             "lpips_of_steps": steps.mean(axis=0).tolist(),
             "lpips_of_ends": float(ends.mean()),
-            # a decoder that makes the same of everything takes no steps
+            # a decoder with the same output for all latents has steps of 0
             "unevenness": float((steps.max(axis=1) / np.maximum(steps.mean(axis=1), 1e-12)).mean()),
         }
     return result
 
 
 def _listed(values: np.ndarray) -> list[float | None]:
-    """NaN, which JSON does not have, becomes None."""
+    """Convert to a list with None in place of NaN, which JSON lacks."""
     return [None if np.isnan(value) else float(value) for value in values]
 
 

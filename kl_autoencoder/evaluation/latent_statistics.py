@@ -1,4 +1,4 @@
-"""Statistics of latents over a set of images: moments of channels, correlation, logvar, power spectrum."""
+"""Statistics of latents over a set of images: moments and correlation of channels, logvar, power spectrum."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from ..networks.distributions import LOGVAR_RANGE, DiagonalGaussian
 
-ACTIVE_NATS = 0.01  # a channel of less KL a value carries nothing, as the training program counts it
+ACTIVE_NATS = 0.01  # mean KL per latent value above which a channel is active, as in the training program
 LOGVAR_EDGES = np.arange(LOGVAR_RANGE[0], LOGVAR_RANGE[1] + 0.5, 0.5)
-SPECTRUM_EDGES = np.linspace(0.0, 1.0, 17)  # of the Nyquist frequency
+SPECTRUM_EDGES = np.linspace(0.0, 1.0, 17)  # frequency bins; 1 is the Nyquist frequency
 
 
 class SpectrumSum:
-    """Radially averaged power of any number of images or latents (C, H, W), their channels together."""
+    """Radially averaged power spectrum of any number of images or latents (C, H, W), summed over channels."""
 
     def __init__(self):
         self.power = np.zeros(len(SPECTRUM_EDGES) - 1)
         self.count = np.zeros(len(SPECTRUM_EDGES) - 1)
 
     def update(self, planes: Tensor) -> None:
-        """Add one (C, H, W). A Hann window keeps what is at the edges from leaking into all frequencies."""
+        """Add one (C, H, W). A Hann window keeps the jump between opposite edges out of the spectrum."""
         planes = planes.detach().cpu().double()
         height, width = planes.shape[1:]
         window = torch.outer(*(torch.hann_window(n, periodic=False).double() for n in (height, width)))
@@ -40,11 +40,14 @@ class SpectrumSum:
         return total
 
     def summary(self) -> dict[str, Any]:
-        """`frequency` (of Nyquist), `power` with mean 1 (white noise is 1 everywhere), `slope` of log power over
-        log frequency, and `high_frequency_share`, the power above half of Nyquist. Frequencies without power are
-        left out."""
+        """Return the spectrum, ready for JSON; bins without power are left out.
+
+        frequency: centres of the bins, as a share of the Nyquist frequency. power: normalised to mean 1, so that
+        white noise has 1 everywhere. slope: of log power over log frequency. high_frequency_share: share of the
+        power above half the Nyquist frequency. With fewer than two bins, the lists are empty and the numbers None.
+        """
         centres = (SPECTRUM_EDGES[1:] + SPECTRUM_EDGES[:-1]) / 2
-        seen = (self.count > 0) & (self.power > 0)  # small latents have nothing in the lowest frequencies
+        seen = (self.count > 0) & (self.power > 0)  # the lowest bins are empty for small latents
         total = self.power.sum()
         if seen.sum() < 2:
             return {"frequency": [], "power": [], "slope": None, "high_frequency_share": None}
@@ -58,7 +61,7 @@ class SpectrumSum:
 
 
 class LatentSums:
-    """Of the posteriors of any number of images: all that `summary` needs, in float64; sums of ranks add up."""
+    """Sums over the posteriors of any number of images for `summary`, in float64; those of several ranks add up."""
 
     def __init__(self, channels: int):
         self.count = 0
@@ -69,7 +72,7 @@ class LatentSums:
         self.spectrum = SpectrumSum()
 
     def update(self, posterior: DiagonalGaussian) -> None:
-        """Add a batch; an image with values that are not finite is left out."""
+        """Add a batch of posteriors (B, C, h, w); images with non-finite values are left out."""
         finite = posterior.parameters.isfinite().all(dim=(1, 2, 3))
         mean = posterior.mean[finite].double().cpu()
         logvar = posterior.logvar[finite].double().cpu()
@@ -90,17 +93,20 @@ class LatentSums:
         return total
 
     def summary(self) -> dict[str, Any]:
-        """Of each channel `mean`, `std`, `kurtosis` (3 for a normal distribution), `kl` in nats a value, `logvar`
-        (mean); `active_channels`; `effective_dimension`; `correlation` (C x C); the factors of `scale` that would
-        give all channels together mean 0 and deviation 1; `logvar_histogram`; `spectrum`. ValueError if nothing was
-        added."""
+        """Return the statistics, ready for JSON. Raises ValueError if no finite latents were added.
+
+        Per channel: mean, std, kurtosis (3 for a normal distribution), kl (nats per latent value) and logvar
+        (means). Over all: active_channels, effective_dimension, correlation (C x C), logvar_histogram, spectrum,
+        and shift_factor and scaling_factor, with which (z - shift) * scaling has mean 0 and deviation 1 over all
+        channels together. Without variance scaling_factor is None.
+        """
         if not self.count:
             raise ValueError("no latents that are finite")
         first, second, third, fourth = self.powers / self.count
         covariance = self.products / self.count - np.outer(first, first)
         variance = np.maximum(second - first**2, 0.0)
         centred = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
-        with np.errstate(divide="ignore", invalid="ignore"):  # a channel that is constant has neither
+        with np.errstate(divide="ignore", invalid="ignore"):  # both are undefined for a constant channel
             kurtosis = centred / variance**2
             correlation = np.clip(covariance / np.sqrt(np.outer(variance, variance)), -1, 1)
         shift = float(first.mean())
@@ -123,7 +129,10 @@ class LatentSums:
 
 
 def effective_dimension(covariance: np.ndarray) -> float | None:
-    """The participation ratio (sum of eigenvalues)^2 / sum of their squares, of a covariance (C, C): from 1, where
-    all channels are one, to C, where they are independent and equally strong. None where nothing varies."""
+    """The participation ratio of a covariance (C, C): (sum of eigenvalues)^2 / sum of squared eigenvalues.
+
+    From 1, for perfectly correlated channels, to C, for uncorrelated channels of equal variance. None if the
+    covariance is 0.
+    """
     squares = float(np.square(covariance).sum())
     return float(np.trace(covariance)) ** 2 / squares if squares else None

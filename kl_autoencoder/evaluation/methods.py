@@ -1,6 +1,7 @@
 """The methods that `evaluate` compares: autoencoders, and bicubic, JPEG and WebP as baselines.
 
-A method has `rows`, its lines of the table, and `reproduce`, which yields the images of each row.
+A method has `rows`, its rows in the table, and `reproduce(images, numbers)`, which takes images (B, 3, H, W) in
+[-1, 1] and their numbers in the data set and yields a `Reproduction` for each row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,38 +21,40 @@ if TYPE_CHECKING:
     from .other_autoencoders import OtherAutoencoder
 
 LATENTS = ("mode", "sample")
-FORMATS = {"JPEG": "JPEG", "WEBP": "WebP", "AVIF": "AVIF"}  # PIL's names, and people's
+FORMATS = {"JPEG": "JPEG", "WEBP": "WebP", "AVIF": "AVIF"}  # PIL's name -> usual name
 NATS_PER_BIT = 0.6931471805599453  # ln 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. `key` names it in metrics.json and images.csv."""
+    """A row of the table. `key` identifies it in metrics.json and images.csv."""
 
     key: str
     name: str
-    detail: str
+    detail: str  # follows the name in the table
     kind: str  # model, baseline or codec
     latents: str | None = None  # mode or sample
     dtype: str | None = None
 
     def about(self) -> dict[str, str | None]:
+        """All fields but `key`, as in metrics.json."""
         return {name: value for name, value in asdict(self).items() if name != "key"}
 
 
 class Reproduction(NamedTuple):
-    """What a method made of a batch of images."""
+    """A batch of images as a method reproduces them in one row of the table."""
 
     row: Row
     images: Tensor  # (B, 3, H, W), float32 on the CPU, neither clamped nor rounded
-    extras: dict[str, list[float]]  # measures of the way there, an entry an image
+    extras: dict[str, list[float]]  # bits_per_pixel and the like -> a value for each image
     posterior: DiagonalGaussian | None = None
 
 
 class Model:
-    """An autoencoder in one type: images decoded from the posterior's mode and from a sample of it.
+    """An autoencoder in one type, with two rows: images decoded from the posterior's mode and from a sample.
 
-    Image number i is sampled with `seed` + i; the noise is that of float32 in every type.
+    The sample of image i is drawn with `seed` + i in float32, so that the noise is the same in every type. Raises
+    ValueError for a model of other than RGB images.
     """
 
     def __init__(self, name: str, vae: KLAutoencoder, seed: int):
@@ -83,7 +86,7 @@ class Model:
 
 
 class Bicubic:
-    """Images scaled down by `factor` and up again."""
+    """Baseline: images scaled down by `factor` and up again (`baselines.bicubic`)."""
 
     def __init__(self, factor: int):
         self.factor = factor
@@ -95,7 +98,7 @@ class Bicubic:
 
 
 class Codec:
-    """JPEG or WebP, each image at most as large as its latents of 8 bits."""
+    """Baseline: JPEG or WebP files no larger than 8-bit latents of `channels` channels at 1/`factor`."""
 
     def __init__(self, kind: str, factor: int, channels: int):
         self.kind, self.factor, self.channels = kind, factor, channels
@@ -115,16 +118,16 @@ Method = "Model | Bicubic | Codec | OtherAutoencoder"
 
 
 def baselines_of(models: "Sequence[Model | OtherAutoencoder]") -> list[Method]:
-    """One of each for every factor, and for every number of bytes, that a model has."""
+    """One `Bicubic` for each factor of the models, and JPEG and WebP for each shape of their latents."""
     shapes = sorted({(model.downsampling, model.latent_channels) for model in models})
     small = [Bicubic(factor) for factor in sorted({factor for factor, _ in shapes}) if factor > 1]
     return [*small, *(Codec(kind, *shape) for shape in shapes for kind in ("JPEG", "WEBP"))]
 
 
 def short_names(given: Sequence[str]) -> list[str]:
-    """The shortest ends of the models' paths that tell them apart; `export` and `vae` say nothing.
+    """Name models by the shortest ends of their paths that are unique; a last part `export` or `vae` is dropped.
 
-    ValueError if a model is given twice.
+    Raises ValueError if a model is given twice.
     """
     if len(set(given)) < len(given):
         raise ValueError(f"--model: {', '.join(given)}; allowed: each model once")

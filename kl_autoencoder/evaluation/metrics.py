@@ -1,7 +1,7 @@
-"""How alike two images are: PSNR, SSIM, MS-SSIM and LPIPS, of (B, C, H, W) tensors in [-1, 1].
+"""Similarity of two images: PSNR, SSIM, MS-SSIM and LPIPS of tensors (B, C, H, W) in [-1, 1].
 
-All but LPIPS are of the images as they would be saved: clamped and rounded to 8 bits. C is 3 (RGB), 1 (gray) or 4
-(RGBA); of RGBA, PSNR and SSIM are of all four channels, LPIPS of the colours alone.
+All but LPIPS clamp and round the images to 8 bits first, as they would be saved. C is 3 (RGB), 1 (gray) or 4
+(RGBA); of RGBA images, PSNR and SSIM use all four channels, LPIPS the colours alone.
 """
 
 import os
@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from ..extras import needs
 
-BACKBONES = {  # what torchvision downloads for each net
+BACKBONES = {  # net -> the file of weights that torchvision downloads
     "vgg": "vgg16-397923af.pth",
     "alex": "alexnet-owt-7be5be79.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
-LPIPS_SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}  # side in pixels below which a layer has none left
+LPIPS_SMALLEST = {
+    "vgg": 16,
+    "alex": 31,
+    "squeeze": 17,
+}  # side in pixels; in smaller images a layer has none left
 SSIM_WINDOW = 11  # pixels a side
-MAX_PSNR = 100.0  # dB, where a mean over images is taken: one level in one value of 256x256 gives 101
-MS_SSIM_TOO_SMALL = 160  # pixels: 2^4 of them are one at the fifth scale, where 11 are needed
+MAX_PSNR = 100.0  # dB, the cap in means over images; a single 8-bit step in a 256x256 RGB image gives 101
+MS_SSIM_TOO_SMALL = 160  # side in pixels; at the fifth scale, 1/16, the window needs 11
 
 
 def to_8_bits(images: Tensor) -> Tensor:
@@ -37,26 +41,26 @@ def from_8_bits(levels: Tensor) -> Tensor:
 
 
 def as_saved(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> the same after writing and reading 8-bit images. NaN is black, as pipelines write it."""
+    """(B, C, H, W) in [-1, 1] -> the images as saved in 8 bits and loaded. NaN becomes black, as in pipelines."""
     return from_8_bits(to_8_bits(images.nan_to_num(-1.0, 1.0, -1.0)))
 
 
 def colours_of(images: Tensor) -> Tensor:
-    """(B, 1, 3 or 4, H, W) -> (B, 3, H, W) for networks of RGB: gray three times, transparency left out."""
+    """(B, C, H, W) with C = 1, 3 or 4 -> (B, 3, H, W) for networks of RGB: gray is repeated, alpha is left out."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB at 8 bits, an image: (B,), float64. Infinite for equal images."""
+    """Peak signal-to-noise ratio at 8 bits, in dB: (B,), float64. Infinite for equal images."""
     error = (to_8_bits(a).double() - to_8_bits(b).double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity at 8 bits, an image: (B,), float64, with the settings of Wang et al. 2004.
+    """Structural similarity at 8 bits: (B,), float64, at most 1, with the settings of Wang et al. 2004.
 
-    A Gaussian window of deviation 1.5, population covariances, the mean over the colour channels.
-    Raises ValueError for images smaller than the 11-pixel window.
+    An 11-pixel Gaussian window of deviation 1.5, population covariances, mean over the channels. Raises ValueError
+    for images smaller than the window.
     """
     with needs("eval"):
         from skimage.metrics import structural_similarity
@@ -71,10 +75,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Multi-scale structural similarity at 8 bits (Wang et al. 2003), an image: (B,), float64.
+    """Multi-scale structural similarity at 8 bits (Wang et al. 2003): (B,), float64, at most 1.
 
-    Five scales, an 11-pixel Gaussian window of deviation 1.5, the mean over the colour channels, as TensorFlow has
-    it. Raises ValueError for images of 160 pixels or less, whose smallest scale would be below the window.
+    Five scales, an 11-pixel Gaussian window of deviation 1.5, mean over the channels, as in TensorFlow. Raises
+    ValueError for images with a side of 160 pixels or less, whose fifth scale would be smaller than the window.
     """
     with needs("eval"):
         import pytorch_msssim
@@ -85,11 +89,12 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def similarity(images: Tensor, references: Tensor, lpips: "LPIPS | None") -> dict[str, list[float]]:
-    """What each image is measured by, in training and in `evaluate`: `psnr`, `ssim`, and `lpips` where given.
+    """Measure each image by `psnr`, `ssim` and, if the network is given, `lpips`: metric -> B values.
 
-    Of the images as they would be saved, LPIPS too; `references` are 8-bit images already. PSNR ends at
-    `MAX_PSNR`: one image that is reproduced exactly would make the mean over all infinite. SSIM is left out of
-    images that are smaller than its window.
+    Used by validation in training and by `evaluate`. images, references: (B, C, H, W) in [-1, 1]; images are
+    rounded to 8 bits, for LPIPS too, and references must have 8-bit values already. PSNR is capped at `MAX_PSNR`,
+    because a single exact reproduction would make the mean over images infinite. SSIM is left out for images
+    smaller than its window.
     """
     saved = as_saved(images)
     values = {
@@ -105,17 +110,17 @@ def similarity(images: Tensor, references: Tensor, lpips: "LPIPS | None") -> dic
 
 
 class LPIPS(nn.Module):
-    """LPIPS (Zhang et al. 2018) with the weights of the `lpips` package, arranged so that it can be trained on.
+    """LPIPS (Zhang et al. 2018) with the weights of the `lpips` package, usable as a metric and as a training loss.
 
-    Nothing in it is trained; the second images' features carry no gradient; and the norm of a feature vector
-    has a finite gradient where all features are zero (flat images), where the package's is NaN.
+    Its weights are frozen, and no gradient is kept for the features of the references. Unlike in the package, the
+    norm of a feature vector has a finite gradient where all features are zero (flat images); there it is NaN.
 
     Args:
-        net: vgg (what latent diffusion trains on), alex (what the paper measures with) or squeeze.
-        bf16: compute the features in bfloat16, for training on; what is made of them stays float32.
+        net: backbone: vgg (the loss of latent diffusion), alex (the metric of the paper) or squeeze.
+        bf16: compute the features in bfloat16, for training; distances are computed in float32.
 
-    Raises FileNotFoundError naming the backbone's file and where it is looked for, if it can be neither found
-    nor downloaded.
+    Raises ValueError for another net, and FileNotFoundError, which names the backbone's file and the folder where
+    it is expected, if that can be neither found nor downloaded.
     """
 
     def __init__(self, net: str = "alex", bf16: bool = False):
@@ -128,7 +133,7 @@ class LPIPS(nn.Module):
         if net not in BACKBONES:
             raise ValueError(f"LPIPS net: {net!r}; allowed: {', '.join(BACKBONES)}")
         try:
-            with warnings.catch_warnings():  # lpips calls torchvision in a way that torchvision deprecates
+            with warnings.catch_warnings():  # lpips passes torchvision deprecated arguments
                 warnings.simplefilter("ignore")
                 self.lpips = lpips.LPIPS(net=net, verbose=False)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a URLError is an OSError
@@ -136,17 +141,17 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":
-        return super().train(False)  # its dropout is for calibrating the metric, never for using it
+        return super().train(False)  # always eval mode: its dropout was for fitting the metric alone
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Unit-length feature vectors at each layer of images in [-1, 1]; gray counts as RGB, alpha is left out."""
+        """Images (B, C, H, W) in [-1, 1] -> the unit-length feature vectors of each layer, (B, D, h, w) each."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             layers = self.lpips.net(self.lpips.scaling_layer(colours_of(images).float()))
         layers = [f.float() for f in layers]
         return [f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-10) for f in layers]
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """(B, C, H, W) twice, in [-1, 1] -> distances (B,), float32; differentiable in `images` alone."""
+        """Two (B, C, H, W) in [-1, 1] -> distances (B,), float32; differentiable in `images` alone."""
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
                 wanted = self.features(references)
@@ -156,12 +161,12 @@ class LPIPS(nn.Module):
 
 
 def backbone_file(net: str) -> Path:
-    """Where torchvision looks for the backbone of an LPIPS net, and puts what it downloads."""
+    """The path where torchvision expects the backbone of an LPIPS net, and where it saves the download."""
     return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
 
 
 def how_to_provide(metric: str, file: str, error: Exception) -> str:
-    """What to do about the file of weights that a metric needs, in a line."""
+    """One line that says how to provide the file of weights that a metric needs."""
     home = os.environ.get("TORCH_HOME")
     return (
         f"{metric}: {file} could neither be read from {Path(torch.hub.get_dir()) / 'checkpoints'} "

@@ -1,4 +1,4 @@
-"""Other autoencoders of diffusers, to be compared with ours in one table: TAESD, DC-AE, VQ models and the like."""
+"""Other autoencoders of diffusers (TAESD, DC-AE, VQ models ...) as methods, to compare them with ours."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,21 +11,21 @@ from torch import Tensor
 from ..data.image_io import pad_to_multiple
 from .methods import Reproduction, Row
 
-PROBE = 256  # pixels a side of the image that tells the shape of the latents
+PROBE = 256  # side in pixels of the black image that is encoded to learn the shape of the latents
 
 
 def load_other(folder: Path | str, kind: str, subfolder: str | None = None) -> Any:
-    """A folder (or hub id) that holds diffusers' class `kind` -> the model. No pickled file is read."""
+    """Load an autoencoder from a folder or hub id; `kind` is its class in diffusers. No pickled file is read."""
     return getattr(diffusers, kind).from_pretrained(folder, subfolder=subfolder, use_safetensors=True)
 
 
 class OtherAutoencoder:
-    """An autoencoder of diffusers with the usual `encode` and `decode` of images in [-1, 1]; latents by their mode.
+    """A method: an autoencoder of diffusers with the usual `encode` and `decode` of RGB images in [-1, 1].
 
-    Only what is decoded is measured: its latents need not have a posterior. A decoder that draws noise (of
-    ConsistencyDecoderVAE) is seeded with `seed` + the image's number. ValueError if it is not one of RGB images.
-
-    `bits_per_pixel` counts 8 bits a latent value, as for `Model`, also for those of a codebook, which take less.
+    Decodes the posterior's mode, or the latents of a model without a posterior; statistics of latents are not
+    taken. ConsistencyDecoderVAE's decoder, which draws noise, is seeded with `seed` + the image's number.
+    `bits_per_pixel` counts 8 bits per latent value, as in `Model`, also for a code book, whose codes take less.
+    Raises ValueError if the model does not map RGB images to latents (B, C, h, w) and back.
     """
 
     def __init__(self, name: str, vae: Any, seed: int):
@@ -51,14 +51,14 @@ class OtherAutoencoder:
         yield Reproduction(self.rows[0], decoded, {"bits_per_pixel": bits, "not_finite": broken})
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), by whatever name the class gives them."""
+        """(B, 3, H, W) in [-1, 1] -> latents (B, C, h, w); classes return them under different names."""
         encoded = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
         if hasattr(encoded, "latent_dist"):
             return encoded.latent_dist.mode()
         return next(getattr(encoded, name) for name in ("latents", "latent") if hasattr(encoded, name))
 
     def decode(self, z: Tensor, seed: int) -> Tensor:
-        """Latents (1, C, h, w) -> the image, float32 on the CPU."""
+        """Latents (1, C, h, w) -> image (1, 3, H, W), float32 on the CPU."""
         draws = isinstance(self.vae, diffusers.ConsistencyDecoderVAE)
         noise = {"generator": torch.Generator(self.vae.device).manual_seed(seed)} if draws else {}
         return self.vae.decode(z, **noise).sample.float().cpu()

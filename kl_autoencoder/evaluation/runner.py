@@ -23,37 +23,39 @@ from .latent_statistics import LatentSums, SpectrumSum
 from .methods import Method, Model, Reproduction
 from .metrics import LPIPS, MS_SSIM_TOO_SMALL, as_saved, ms_ssim, similarity
 
-FORMAT = 1  # of metrics.json: a number up where a key changes its meaning or goes
-STUDY_SIZE = 256  # of the images of the studies where the others are of any size
+FORMAT = 1  # version of metrics.json, raised when a key is removed or changes its meaning
+STUDY_SIZE = 256  # pixels a side of the images that are studied, if images are measured at their native sizes
 IMAGE_METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "bits_per_pixel", "kl_bits_per_pixel", "not_finite")
 SET_METRICS = ("rfid", "squeezenet_frechet_distance")
 
 
 @dataclass
 class MetricSuite:
-    """The networks that images are measured with, the same on every rank.
+    """The networks of the metrics, the same on every rank.
 
-    Networks whose weights cannot be had are left out, and `notes` say why.
+    Networks whose weights are not available are left out, and `notes` say why.
     """
 
     lpips: LPIPS | None
-    features: dict[str, Features]  # the names are of `SET_METRICS`
+    features: dict[str, Features]  # keys are of `SET_METRICS`
     notes: list[str]
-    further: dict[str, nn.Module]  # the names are of `FURTHER_METRICS`
+    further: dict[str, nn.Module]  # keys are of `FURTHER_METRICS`
     device: torch.device
 
     @classmethod
     def load(
         cls, lpips_net: str, device: torch.device, first: bool, further: Sequence[str] = ()
     ) -> "MetricSuite":
-        """Load them on every rank. `first`: this is rank 0, which downloads what the others then read.
+        """Load the networks on every rank; call it on all of them.
 
-        Raises FileNotFoundError for weights of `further` metrics that cannot be had: they were asked for by name.
+        lpips_net: vgg, alex or squeeze. first: whether this is rank 0, which downloads the files that the others
+        then read. further: names of `FURTHER_METRICS`; as they were asked for by name, missing weights of theirs
+        raise FileNotFoundError.
         """
         notes = []
 
         def load_or_note(load: Callable[[], Any], without: str):
-            return _on_all_ranks(load, first, lambda error: notes.append(f"{without}: {error}"))
+            return _load_on_all_ranks(load, first, lambda error: notes.append(f"{without}: {error}"))
 
         with frechet.download_timeout():
             lpips = load_or_note(lambda: LPIPS(lpips_net).to(device), "no LPIPS")
@@ -68,7 +70,7 @@ class MetricSuite:
                 name: load_or_note(lambda: frechet.squeezenet(device), "no distance on SqueezeNet's features")
             }
         asked_for = {
-            name: _on_all_ranks(lambda made=FURTHER_METRICS[name]: made().to(device), first, _raise)
+            name: _load_on_all_ranks(lambda made=FURTHER_METRICS[name]: made().to(device), first, _raise)
             for name in dict.fromkeys(further)
         }
         features = {name: network for name, network in features.items() if network}
@@ -79,8 +81,8 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _on_all_ranks(load: Callable[[], Any], first: bool, refused: Callable[[Exception], None]) -> Any:
-    """load() on rank 0, and then on the others; None on all if rank 0 finds nothing."""
+def _load_on_all_ranks(load: Callable[[], Any], first: bool, on_error: Callable[[Exception], None]) -> Any:
+    """Call load() on rank 0, then on the others. If it raises OSError on rank 0, return on_error(error) on all."""
     found, error = None, None
     if first:
         try:
@@ -89,18 +91,18 @@ def _on_all_ranks(load: Callable[[], Any], first: bool, refused: Callable[[Excep
             error = caught
     error = distributed.gather([error])[0]
     if error is not None:
-        return refused(error)
+        return on_error(error)
     with distributed.failing_together():
         return found if first else load()
 
 
 class Evaluation:
-    """Methods measured on images: one rank's part of it, and after `measure` the results of all ranks."""
+    """Measures methods on images: each rank its share, after `measure` every rank has the results of all."""
 
     def __init__(self, photographs: Photographs, methods: Sequence[Method], suite: MetricSuite):
         self.photographs, self.methods, self.suite = photographs, methods, suite
         self.rows = [row for method in methods for row in method.rows]
-        # the statistics of a model's latents are those of its first row, in the first type it is given in
+        # latents are the same in all rows of a model: statistics are taken in its first row and its first type
         models = [method for method in methods if isinstance(method, Model)]
         self.models = list({model.name: model for model in reversed(models)}.values())[::-1]
         self.latents_of_row = {model.rows[0].key: model.name for model in self.models}
@@ -115,9 +117,9 @@ class Evaluation:
     # ---------------------------------------------------------------- image by image
 
     def measure(self, batch_size: int, save_to: Path | None = None) -> None:
-        """Every image, on all ranks; `save_to` a folder for the images as they were measured.
+        """Measure every image; `batch_size` images are reproduced at a time.
 
-        ValueError if no image can be used.
+        save_to: a folder that gets the measured images as PNG. Raises ValueError if no image can be used.
         """
         place = distributed.join()
         batches = self.photographs.batches(batch_size, place.process_index, place.num_processes)
@@ -160,7 +162,7 @@ class Evaluation:
     def reproductions(
         self, batch: list[Photograph], methods: Sequence[Method] | None = None
     ) -> Iterator[Reproduction]:
-        """What all methods, or those given, make of a batch."""
+        """Yield a batch as reproduced by each row of `methods` (None: of all)."""
         images = torch.cat([photograph.image for photograph in batch])
         for method in self.methods if methods is None else methods:
             yield from method.reproduce(images, [photograph.number for photograph in batch])
@@ -181,7 +183,7 @@ class Evaluation:
             self.features[key, name].update(network(images))
 
     def _gather(self) -> None:
-        """From now on every rank knows what all have found."""
+        """Combine the records and sums of all ranks, on every rank."""
         self.records = sorted(distributed.gather(self.records), key=lambda record: record["number"])
         for skipped in distributed.gather([self.photographs.skipped]):
             self.photographs.skipped.update(skipped)
@@ -193,7 +195,10 @@ class Evaluation:
     # ---------------------------------------------------------------- together
 
     def results(self) -> dict[str, Any]:
-        """Of each row its metrics: mean, deviation (n - 1) and number of images."""
+        """Row key -> description of the row and its metrics.
+
+        A metric has its mean, its standard deviation (divisor n - 1) and the number of images n.
+        """
         return {row.key: {**row.about(), "metrics": self._row_metrics(row.key)} for row in self.rows}
 
     def _row_metrics(self, key: str) -> dict[str, dict[str, float | int | None]]:
@@ -213,7 +218,10 @@ class Evaluation:
         return metrics
 
     def study(self, images: int, seed: int) -> dict[str, Any]:
-        """Of each model the moments of its latents over all images, and the studies over `images` of them."""
+        """Model name -> statistics of its latents over all images; under "study", the studies of `images` images.
+
+        See `LatentSums.summary` and `latent_probes.summary`.
+        """
         moments = {model.name: self.latents[model.name].summary() for model in self.models}
         numbers = self.study_numbers(images)
         pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
@@ -232,12 +240,12 @@ class Evaluation:
         }
 
     def study_numbers(self, images: int) -> list[int]:
-        """The numbers of at most so many images, spread evenly over those that can be used."""
+        """The numbers of at most `images` images, spread evenly over those that can be used."""
         numbers = [record["number"] for record in self.records]
         return [numbers[i] for i in np.unique(np.linspace(0, len(numbers) - 1, images).round().astype(int))]
 
     def _study_image(self, number: int, model: Model) -> Tensor:
-        # of one size, since there are paths between them; halved, still a multiple of the model's factor
+        # all of one size, to interpolate between them; sides are multiples of 2f, so that halves are multiples of f
         image = self.photographs.at(number, self.photographs.size or STUDY_SIZE).image
         return pad_to_multiple(image, 2 * model.vae.downsampling)
 

@@ -64,7 +64,7 @@ def test_the_report_draws_quality_over_rate(model, pictures):
     names = ["first, compressed", "JPEG", "WebP", *(["AVIF"] if "AVIF" in OTHERS else [])]
     assert all(f">{name}</text>" in drawn["rate_psnr"] for name in names)
     assert "#123456" in drawn["rate_psnr"]
-    shown = {row.key for method in html._shown(evaluation) for row in method.rows}
+    shown = {row.key for method in html._shown_methods(evaluation) for row in method.rows}
     assert {row.key for row in evaluation.rows} - shown == {
         row.key for row in evaluation.rows if row.key.endswith("q90")
     }

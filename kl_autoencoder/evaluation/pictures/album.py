@@ -1,4 +1,4 @@
-"""Which pictures make sense of a model, by what its latents are."""
+"""Choose the pictures that suit a model: by the number of its latents, its bottleneck and its training log."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,14 +20,14 @@ def pictures(
     names: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    """Yield (file name, what draws it) of each picture of a model that makes sense.
+    """Yield (file name, function that draws the figure) for each picture that suits the model.
 
-    classes: (N,), numbers of the images' classes, by which latents are coloured, or None; names: of these classes.
-    records: the lines of the run's metrics.jsonl, or none.
+    classes: (N,), the class numbers of the images, which colour the latents, or None. names: names of the classes,
+    by number. records: lines of the run's metrics.jsonl, may be empty.
     """
     latents, decode = encoded.latents, decoder(model, data)
     single = latents[0, 0].numel() == 1
-    if single and latents.shape[1] == 2 and _is_normal(model, encoded):
+    if single and latents.shape[1] == 2 and _has_normal_prior(model, encoded):
         yield "manifold.png", lambda: grids.manifold(decode)
     if encoded.counts is None:
         yield "traversals.png", lambda: _traversals(decode, encoded)
@@ -39,27 +39,30 @@ def pictures(
         yield "training.png", lambda: plots.elbo_over_training(records)
 
 
-def _is_normal(model: Any, encoded: Encoded) -> bool:
-    """Whether latents were held to the normal distribution, as those of a plain autoencoder are not."""
+def _has_normal_prior(model: Any, encoded: Encoded) -> bool:
+    """Whether the model's prior is normal, by a KL or an adversarial bottleneck; a plain autoencoder has none."""
     bottleneck = model.config.get("bottleneck") or {}
     return encoded.moments is not None or bottleneck.get("prior") == "normal"
 
 
 def _traversals(decode: grids.Decode, encoded: Encoded) -> Figure:
-    """Around the prior's mean, of latents of one position; around the first image, where they have more."""
+    """Draw traversals, around the first image's latents if these are spatial.
+
+    Latents of one position start from the prior's mean if they have a Gaussian posterior, else from their own mean.
+    """
     latents, rates = encoded.latents, encoded.rate_of_values()
     values = latents.transpose(0, 1).flatten(1)  # (C, N h w)
     mean, std = values.mean(1), values.std(1)
     single = latents[0, 0].numel() == 1
     start = mean[:, None, None] if single else latents[0]
-    if rates is not None and single:  # the prior's own scale
+    if rates is not None and single:  # mean and deviation of the prior N(0, I)
         start, mean, std = torch.zeros_like(start), torch.zeros_like(mean), torch.ones_like(std)
     order = grids.most_informative(values.var(1)[:, None, None] if rates is None else rates)
     return grids.traversals(decode, start, order, mean, std, None if rates is None else rates.sum((1, 2)))
 
 
 def decoder(model: Any, data: Images) -> grids.Decode:
-    """Latents on the CPU -> images on the CPU; of a conditional model, of the first image's class."""
+    """Return the function latents -> images, both on the CPU; a conditional model gets the first image's class."""
 
     @torch.no_grad()
     def decode(z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoded images in a grid over the latent space: the manifold of two latents, the traversal of each."""
+"""Grids of decoded images: the manifold of two latents, and traversals of each latent."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,17 +9,18 @@ from torch import Tensor
 
 from .style import axes, titled
 
-REACH = 3.0  # standard deviations, to either side
-MOST_ROWS = 12  # latents of a traversal
-INCHES = 0.62  # of a cell
+REACH = 3.0  # standard deviations to either side in a traversal
+MOST_ROWS = 12  # latents in a figure of traversals
+INCHES = 0.62  # side of a cell
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images (B, C, H, W) in [-1, 1], on the CPU
 
 
 def manifold(decode: Decode, side: int = 20) -> Figure:
-    """What two latents decode to, at side x side quantiles of their normal prior (Kingma & Welling 2013, figure 4).
+    """Draw the decoded images of two latents on a grid of side x side (Kingma & Welling 2013, figure 4).
 
-    Equal steps of the inverse normal CDF, so that each image stands for an equal share of the prior.
+    The latents are equally spaced quantiles of the normal prior, so that each image stands for an equal share of
+    it.
     """
     places = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side).float()
     y, x = torch.meshgrid(places.flip(0), places, indexing="ij")
@@ -27,7 +28,7 @@ def manifold(decode: Decode, side: int = 20) -> Figure:
     figure, ax = axes(7.2, 7.2)
     pitch = _mosaic(ax, images.unflatten(0, (side, side)))
     near = range(0, side // 2, max(1, side // 8))
-    ticks = [*near, *(side - 1 - i for i in reversed(near))]  # the same to both sides
+    ticks = [*near, *(side - 1 - i for i in reversed(near))]  # symmetric about 0
     ax.set_xticks(_centres(ticks, images.shape[-1], pitch[1]), [f"{places[i]:+.1f}" for i in ticks])
     ax.set_yticks(
         _centres(ticks, images.shape[-2], pitch[0]), [f"{places[side - 1 - i]:+.1f}" for i in ticks]
@@ -37,7 +38,7 @@ def manifold(decode: Decode, side: int = 20) -> Figure:
 
 
 def most_informative(rates: Tensor, most: int = MOST_ROWS) -> list[int]:
-    """The channels of largest rate first, at most `most` of them. rates: (C, h, w), nats a latent value."""
+    """The `most` channels of largest rate, in falling order. rates: (C, h, w), nats of each latent value."""
     return rates.sum((1, 2)).argsort(descending=True)[:most].tolist()
 
 
@@ -45,10 +46,11 @@ def traversals(
     decode: Decode, start: Tensor, channels: Sequence[int], mean: Tensor, std: Tensor, rates: Tensor | None = None,
     steps: int = 7,
 ) -> Figure:  # fmt: skip
-    """A row for each of `channels`: that latent moved from -3 to 3 deviations, the others as in `start`.
+    """Draw one row for each of `channels`: this latent moves from -3 to 3 standard deviations, the others stay.
 
-    start: (C, h, w); of a spatial latent the whole channel is moved by the same amount, around `start`. A latent of
-    one position takes the values mean + t std. mean, std: (C,). rates: (C,), nats, written beside the rows.
+    start: (C, h, w), the latents that stay. A latent of one position takes the values mean + t std; a channel of a
+    spatial latent becomes start + t std at all positions. mean, std: (C,). rates: (C,), nats, printed at the rows.
+    steps: images in a row.
     """
     moves = torch.linspace(-REACH, REACH, steps)
     single = start[0].numel() == 1
@@ -78,7 +80,10 @@ def _centres(cells: Iterable[int], length: int, pitch: int) -> list[float]:
 
 
 def _mosaic(ax: Axes, images: Tensor) -> tuple[int, int]:
-    """Draw images (R, K, C, H, W) as R rows of K; returns the pixels from one to the next, down and across."""
+    """Draw images (R, K, C, H, W) in [-1, 1] as R rows of K; return the pixels from cell to cell, down and across.
+
+    Raises ValueError for images that are neither gray nor RGB.
+    """
     rows, columns, channels, height, width = images.shape
     gap = max(1, width // 16)
     if channels not in (1, 3):

@@ -1,4 +1,4 @@
-"""Plots of latents by class, of a code book's use, of rate against distortion, and of the ELBO over training."""
+"""Plots: latents by class, use of a code book, rate against distortion, the ELBO over training."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,23 +11,23 @@ from numpy.typing import ArrayLike
 from .style import ACCENT, CLASSES, INK, QUIET, SECOND, axes, titled
 
 SEED = 0  # of t-SNE
-PCA_BEFORE_TSNE = 50  # dimensions, as van der Maaten & Hinton 2008 do
-MOST_BARS = 512
-SAME_PLACE = 0.02  # of the range of rates: closer dots share a label
+PCA_BEFORE_TSNE = 50  # dimensions that PCA leaves for t-SNE, following van der Maaten & Hinton 2008
+MOST_BARS = 512  # larger code books are drawn as an area
+SAME_PLACE = 0.02  # dots share a label if their rates differ by at most this part of the range of rates
 
 
 def latents_by_class(latents: ArrayLike, labels: Sequence[int] | None, names: Sequence[str] = ()) -> Figure:
-    """Latents (N, D) as dots in the colours of their classes: themselves if D = 2, else by PCA and by t-SNE.
+    """Draw latents (N, D) as dots coloured by class: directly if D is 1 or 2, else by PCA and by t-SNE.
 
-    labels: (N,), numbers of classes, or None: all in one colour. names: of the classes, by number.
+    labels: (N,), class numbers, or None for one colour. names: names of the classes, by number.
     """
     latents = np.asarray(latents, np.float64)
     maps = {"Latents": latents} if latents.shape[1] == 2 else _projections(latents)
     figure, grid = axes(5.6 * len(maps) + 0.8, 5.4, columns=len(maps), squeeze=False)
-    for ax, (title, (points, x, y)) in zip(grid[0], _with_names(maps).items(), strict=True):
+    for ax, (title, (points, x, y)) in zip(grid[0], _with_axis_names(maps).items(), strict=True):
         _dots(ax, points, labels, names)
         titled(ax, title, x, y)
-        if not x:  # distances of t-SNE have no unit
+        if not x:  # t-SNE: its coordinates have no meaning of their own
             ax.set_xticks([])
             ax.set_yticks([])
     if labels is not None:
@@ -39,6 +39,7 @@ def latents_by_class(latents: ArrayLike, labels: Sequence[int] | None, names: Se
 
 
 def _projections(latents: np.ndarray) -> dict[str, np.ndarray]:
+    """Latents (N, D) with D other than 2 -> title and points (N, 2) of each map."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -47,7 +48,7 @@ def _projections(latents: np.ndarray) -> dict[str, np.ndarray]:
     dimensions = min(PCA_BEFORE_TSNE, *latents.shape)
     components = PCA(dimensions, random_state=SEED).fit_transform(latents)
     perplexity = min(30.0, max(1.0, (len(latents) - 1) / 3))
-    # the tree of the fast method overflows the stack where latents are equal, as codes are
+    # Barnes-Hut overflows the stack if points are equal, as the latents of a code book can be.
     different = len(np.unique(components.round(6), axis=0)) == len(components)
     method = "barnes_hut" if different else "exact"
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=SEED, method=method)
@@ -55,7 +56,8 @@ def _projections(latents: np.ndarray) -> dict[str, np.ndarray]:
     return {"Latents by PCA": components[:, :2], "Latents by t-SNE": embedded}
 
 
-def _with_names(maps: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, str, str]]:
+def _with_axis_names(maps: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, str, str]]:
+    """Add the names of both axes to each map; those of t-SNE have none."""
     names = {"Latents": ("$z_0$", "$z_1$"), "Latents by PCA": ("component 1", "component 2")}
     return {title: (points, *names.get(title, ("", ""))) for title, points in maps.items()}
 
@@ -73,7 +75,10 @@ def _dots(ax, points: np.ndarray, labels: Sequence[int] | None, names: Sequence[
 
 
 def code_usage(counts: ArrayLike, perplexity: float) -> Figure:
-    """How often each code occurs, the most frequent first; the dashed line is a code book used evenly."""
+    """Draw the share of each code, most frequent first; the dashed line is the share if all were used equally.
+
+    counts: (codes,), how often each occurs. perplexity: of these counts, for the title.
+    """
     counts = np.asarray(counts, np.float64)
     shares = np.sort(counts)[::-1] / counts.sum()
     figure, ax = axes(7.2, 3.4)
@@ -98,15 +103,18 @@ def code_usage(counts: ArrayLike, perplexity: float) -> Figure:
 
 
 class RatePoint(NamedTuple):
-    """Of one model: KL and -E[log p(x|z)] in nats per image, and the weight of the KL that it was trained with."""
+    """Rate and distortion of one model, and the KL weight that it was trained with."""
 
-    rate: float
-    distortion: float
+    rate: float  # KL in nats per image
+    distortion: float  # -E[log p(x|z)] in nats per image
     beta: float
 
 
 def rate_distortion(points: Sequence[RatePoint]) -> Figure:
-    """Rate against distortion, a dot a beta (Alemi et al. 2018); the dashed line has the ELBO of the best dot."""
+    """Draw rate against distortion, one dot per model (Alemi et al. 2018).
+
+    On the dashed line the ELBO, -(rate + distortion), is that of the best model.
+    """
     points = sorted(points)
     rates, distortions, _ = np.array(points).T
     figure, ax = axes(5.6, 4.6)
@@ -116,7 +124,7 @@ def rate_distortion(points: Sequence[RatePoint]) -> Figure:
     ax.plot(
         span, best.rate + best.distortion - span, color=QUIET, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1
     )
-    for (rate, distortion), betas in _by_place(points, span).items():
+    for (rate, distortion), betas in _betas_by_dot(points, span).items():
         text = "$\\beta$ = " + ", ".join(f"{beta:g}" for beta in sorted(betas))
         ax.annotate(text, (rate, distortion), (7, 5), textcoords="offset points", color=INK, fontsize=9)
     ax.margins(0.12)
@@ -124,8 +132,11 @@ def rate_distortion(points: Sequence[RatePoint]) -> Figure:
     return figure
 
 
-def _by_place(points: Sequence[RatePoint], span: np.ndarray) -> dict[tuple[float, float], list[float]]:
-    """The betas of dots at one place; collapsed models all have rate 0 and one distortion."""
+def _betas_by_dot(points: Sequence[RatePoint], span: np.ndarray) -> dict[tuple[float, float], list[float]]:
+    """(rate, distortion) -> betas, those of nearly equal rates together: collapsed models all lie at rate 0.
+
+    span: (2,), smallest and largest rate.
+    """
     places: dict[tuple[float, float], list[float]] = {}
     for rate, distortion, beta in points:
         near = [place for place in places if abs(rate - place[0]) <= SAME_PLACE * (span[1] - span[0])]
@@ -134,9 +145,9 @@ def _by_place(points: Sequence[RatePoint], span: np.ndarray) -> dict[tuple[float
 
 
 def elbo_over_training(records: Sequence[dict[str, Any]]) -> Figure:
-    """The negative ELBO over steps, as distortion and rate, of the lines of metrics.jsonl; nats per pixel value.
+    """Draw the negative ELBO over training steps with its parts, distortion and rate, in nats per pixel value.
 
-    ValueError if no line has both.
+    records: lines of metrics.jsonl. Raises ValueError if none has both train/reconstruction and train/kl.
     """
     wanted = ("step", "train/reconstruction", "train/kl")
     rows = [[record[key] for key in wanted] for record in records if all(key in record for key in wanted)]

@@ -1,4 +1,4 @@
-"""How pictures look, and how they are written: PNG on white, whole or not at all."""
+"""The style of the figures, and how they are saved: as PNG on white."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ STYLE = {
 
 
 def axes(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of so many inches with its axes, an array of them if there are several."""
+    """Make a figure of `width` x `height` inches: (figure, its axes); several axes come as an array.
+
+    options: passed to `Figure.subplots`.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         return figure, figure.subplots(rows, columns, **options)
 
 
 def titled(ax: Axes, title: str, x: str = "", y: str = "") -> None:
+    """Set the title and the labels of both axes."""
     with matplotlib.rc_context(STYLE):
         ax.set_title(title)
         ax.set_xlabel(x)
@@ -37,6 +41,6 @@ def titled(ax: Axes, title: str, x: str = "", y: str = "") -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG; an error leaves what was there."""
+    """Write the figure as PNG; an error leaves a file that was there before unchanged."""
     with replacing(path) as temporary, temporary.open("wb") as file, matplotlib.rc_context(STYLE):
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})

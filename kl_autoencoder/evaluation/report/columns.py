@@ -1,14 +1,14 @@
-"""The columns of tables of methods: which metric, its name, digits, unit, and which way is better."""
+"""The columns of tables of methods: metric, label, digits, unit, and whether higher or lower is better."""
 
 from typing import NamedTuple
 
 
 class Column(NamedTuple):
-    """A metric as the tables show it; `better` says whether higher (up) or lower (down) values are."""
+    """A metric as tables show it."""
 
-    key: str
+    key: str  # in metrics.json
     label: str
-    better: str  # up, down, or nothing
+    better: str  # "up" if higher values are better, "down" if lower ones are, "" if neither
     digits: int
     unit: str = ""
 
@@ -17,6 +17,7 @@ class Column(NamedTuple):
         return {"up": "↑", "down": "↓", "": ""}[self.better]
 
     def text(self, value: float | None) -> str:
+        """The value as a table shows it; a dash for None."""
         return "–" if value is None else f"{value:,.{self.digits}f}"
 
 

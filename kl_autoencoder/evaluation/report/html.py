@@ -21,17 +21,20 @@ from . import plots
 from .columns import COLUMNS, Column
 
 SHOWN = ("best", "median", "worst")
-SHOWN_PIXELS = 768  # a side; of larger images the centre
+SHOWN_PIXELS = 768  # pixels a side; of larger images the page shows the centre
 
 
 def columns(metrics: dict[str, Any]) -> list[Column]:
-    """The columns of the metrics that were measured on at least one image."""
+    """The columns of all metrics that were measured on at least one image. metrics: content of metrics.json."""
     measured = [result["metrics"] for result in metrics["results"].values()]
     return [c for c in COLUMNS if any(c.key in row and row[c.key]["n"] for row in measured)]
 
 
 def best(metrics: dict[str, Any], column: Column) -> str | None:
-    """The best value of a column as it is printed, so that what looks equal is equally good."""
+    """The best value of a column as printed, so that rows that print the same value all count as best.
+
+    None for a column without values or without a better direction.
+    """
     values = [result["metrics"][column.key]["mean"] for result in metrics["results"].values()]
     values = [value for value in values if value is not None]
     if not values or not column.better:
@@ -40,7 +43,7 @@ def best(metrics: dict[str, Any], column: Column) -> str | None:
 
 
 def plain_table(metrics: dict[str, Any]) -> str:
-    """The table for the terminal: a line a method, with its means over the images."""
+    """The table for the terminal: one line per row with its means over the images, then the notes."""
     shown = columns(metrics)
     heads = [f"{c.label} {c.arrow}".strip() for c in shown]
     names = {key: f"{r['name']}, {r['detail']}" for key, r in metrics["results"].items()}
@@ -56,7 +59,10 @@ def plain_table(metrics: dict[str, Any]) -> str:
 
 
 def render(metrics: dict[str, Any], evaluation: Evaluation) -> str:
-    """The report as one HTML page that holds its style, script, plots and pictures."""
+    """Render the report as one HTML page that contains its style, script, plots and images.
+
+    metrics: content of metrics.json. evaluation: the one it comes from; it reproduces the shown images once more.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,
@@ -88,7 +94,7 @@ def render(metrics: dict[str, Any], evaluation: Evaluation) -> str:
 
 
 def _kurtosis(latents: dict[str, Any]) -> dict[str, float | None]:
-    """The extremes over the channels that have one."""
+    """The smallest and the largest kurtosis of the channels; constant channels have none."""
     values = [value for value in latents["kurtosis"] if value is not None and np.isfinite(value)]
     return {"least_kurtosis": min(values, default=None), "largest_kurtosis": max(values, default=None)}
 
@@ -97,7 +103,7 @@ def _kurtosis(latents: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _ranking(metrics: dict[str, Any]) -> tuple[Column, str]:
-    """The measure, and the best model's row, that tell the best image from the worst."""
+    """(column, row key) by which images are ranked: LPIPS if measured, else PSNR, of the model best by it."""
     name = "lpips" if metrics["settings"]["lpips"] else "psnr"
     rows = {key: row for key, row in metrics["results"].items() if row["latents"] == "mode"}
     sign = 1 if name == "lpips" else -1
@@ -106,16 +112,16 @@ def _ranking(metrics: dict[str, Any]) -> tuple[Column, str]:
 
 
 def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Iterator[dict[str, Any]]:
-    """The best, the median and the worst image of the row `key`, each with all that was made of it."""
+    """Yield the best, the median and the worst image of the row `key`, each as reproduced by all methods."""
     column, _ = _ranking(metrics)
     many_types = len({row.dtype for row in evaluation.rows if row.dtype}) > 1
     order = sorted(evaluation.records, key=lambda record: record["values"][key][column.key])
     order = order if column.better == "down" else order[::-1]
     places = {"best": 0, "median": (len(order) - 1) // 2, "worst": len(order) - 1}
-    numbers, methods = set(), _shown(evaluation)
+    numbers, methods = set(), _shown_methods(evaluation)
     for title in SHOWN:
         record = order[places[title]]
-        if record["number"] in numbers:  # of one or two images
+        if record["number"] in numbers:  # one or two images fill several of these places
             continue
         numbers.add(record["number"])
         photograph = evaluation.photographs[record["number"]]
@@ -127,21 +133,21 @@ def _figures(metrics: dict[str, Any], evaluation: Evaluation, key: str) -> Itera
                 {
                     "first": row.key == key,
                     "label": _label(row, many_types),
-                    "values": [  # with spaces that do not break
+                    "values": [  # with non-breaking spaces
                         f"{c.label} {c.text(values[c.key])} {c.unit}".strip().replace(" ", "\u00a0")
                         for c in COLUMNS
                         if c.key in ("psnr", "ssim", "lpips") and c.key in values
                     ],
-                    "source": _embedded(as_saved(reproduction.images)),
+                    "source": _data_uri(as_saved(reproduction.images)),
                 }
             )
-        original = _centre(photograph.image)
+        original = _centre_crop(photograph.image)
         yield {
             "title": title,
             "name": record["name"],
             "width": original.shape[3],
             "height": original.shape[2],
-            "original": _embedded(original),
+            "original": _data_uri(original),
             "choices": choices,
         }
 
@@ -152,23 +158,23 @@ def _label(row: Row, many_types: bool) -> str:
     return f"{row.name}, {row.detail}" if row.kind == KIND else row.name
 
 
-def _shown(evaluation: Evaluation) -> list[Method]:
-    """The methods whose images are on the page: codecs at the middle quality alone."""
+def _shown_methods(evaluation: Evaluation) -> list[Method]:
+    """The methods whose images the page shows, codecs at their middle quality alone."""
     return [
         method.at_middle_quality() if isinstance(method, Compressed) else method
         for method in evaluation.methods
     ]
 
 
-def _centre(images: Tensor) -> Tensor:
+def _centre_crop(images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     top, left = max(height - SHOWN_PIXELS, 0) // 2, max(width - SHOWN_PIXELS, 0) // 2
     return images[:, :, top : top + SHOWN_PIXELS, left : left + SHOWN_PIXELS]
 
 
-def _embedded(images: Tensor) -> str:
-    """A data URI of one image, without loss."""
-    picture: Image.Image = tensor_to_images(_centre(images))[0]
+def _data_uri(images: Tensor) -> str:
+    """Image (1, 3, H, W) -> data URI of its centre as lossless WebP."""
+    picture: Image.Image = tensor_to_images(_centre_crop(images))[0]
     file = io.BytesIO()
     picture.save(file, "WEBP", lossless=True)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
@@ -184,7 +190,9 @@ def _plots(metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, str]:
     normal = np.linspace(-5, 5, 101)
     bell = (normal, np.exp(-(normal**2) / 2) / np.sqrt(2 * np.pi))
     found = {
-        f"dots_{c.key}": plots.rows_of_dots(_dots(evaluation, drawn, c.key), f"{c.label} {c.unit}".strip())
+        f"dots_{c.key}": plots.rows_of_dots(
+            _dot_rows(evaluation, drawn, c.key), f"{c.label} {c.unit}".strip()
+        )
         for c in columns(metrics)
         if c.key in ("psnr", "ssim", "lpips")
     }
@@ -220,7 +228,7 @@ def _plots(metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, str]:
 
 
 def _rate_plots(metrics: dict[str, Any], drawn: dict[str, str]) -> dict[str, str]:
-    """PSNR, MS-SSIM and LPIPS of the codecs over bits a pixel; those without a value are left out."""
+    """PSNR, MS-SSIM and LPIPS of the codecs over bits per pixel; metrics without a value are left out."""
     rows = [row for row in metrics["results"].values() if row["kind"] == KIND]
     colours = {curve_of(name): colour for name, colour in drawn.items()}
     found = {}
@@ -239,7 +247,7 @@ def _rate_plots(metrics: dict[str, Any], drawn: dict[str, str]) -> dict[str, str
 
 
 def _diffusability_plots(studies: dict[str, dict[str, Any]], drawn: dict[str, str]) -> dict[str, str]:
-    """LPIPS over noise, PSNR and LPIPS over scale; those without a value are left out."""
+    """LPIPS over noise, PSNR and LPIPS over scale; metrics without a value are left out."""
     found = {}
     for plot, study, x, key, y in (
         ("noise_lpips", "noise", "sigma", "lpips", "LPIPS"),
@@ -264,8 +272,11 @@ def _diffusability_plots(studies: dict[str, dict[str, Any]], drawn: dict[str, st
     return found
 
 
-def _dots(evaluation: Evaluation, drawn: dict[str, str], name: str) -> list[tuple[str, str, list[float]]]:
-    """The values of `name` of all images, of the rows of models in their first type and of the baselines."""
+def _dot_rows(evaluation: Evaluation, drawn: dict[str, str], name: str) -> list[tuple[str, str, list[float]]]:
+    """(name, colour, values of the metric `name` on all images) of each row shown as dots.
+
+    These are the baselines and, of each model, its first row in its first type.
+    """
     rows = [row for row in evaluation.rows if row.kind == "baseline" or row.key in evaluation.latents_of_row]
     return [
         (row.name, drawn.get(row.name, plots.QUIET), [r["values"][row.key][name] for r in evaluation.records])

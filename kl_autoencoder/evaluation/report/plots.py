@@ -1,4 +1,4 @@
-"""Plots as SVG that takes its colours and its font from the page around it, in light and in dark."""
+"""Plots as SVG that take their colours and font from the page around them, in its light and its dark style."""
 
 import io
 import re
@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-# Matplotlib draws in colours that nobody sees: each stands for a variable of the page's style sheet.
+# Placeholder colours for matplotlib: each is replaced in the SVG by a variable of the page's style sheet.
 INK, GRID = "#0a0b01", "#0a0b02"
-SERIES = [f"#0a0c{i:02x}" for i in range(6)]  # of the models, in the order they are given
-QUIET = "#0a0b03"  # of what they are compared with
+SERIES = [f"#0a0c{i:02x}" for i in range(6)]  # of the models, in the order in which they are given
+QUIET = "#0a0b03"  # of baselines and other curves for comparison
 VARIABLES = {INK: "--muted", GRID: "--line", QUIET: "--quiet"} | {c: f"--c{i}" for i, c in enumerate(SERIES)}
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "kl-autoencoder", "font.size": 9, "axes.linewidth": 0.8,
@@ -24,33 +24,35 @@ STYLE = {
     "lines.linewidth": 1.8, "lines.solid_capstyle": "round", "xtick.major.size": 0, "ytick.major.size": 0,
     "xtick.minor.size": 0, "ytick.minor.size": 0,
 }  # fmt: skip
-DOTS = 160  # of a row of values; of more images, as many quantiles
+DOTS = 160  # at most in a row; more values are replaced by this many quantiles
 
 Line = tuple[Sequence[float], Sequence[float]]  # x, y
 
 
 def colour(index: int) -> str:
-    """The page's variable for model number `index`."""
+    """The CSS colour of model number `index`: a variable of the page."""
     return f"var(--c{index % len(SERIES)})"
 
 
 @contextmanager
 def _figure(height: float, result: list[str]) -> Iterator[Axes]:
+    """Yield axes to draw on, in a figure `height` inches high; on leaving, append its SVG to `result`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, height), layout="constrained")
         axes = figure.add_subplot()
         yield axes
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    result.append(_for_the_page(file.getvalue()))
+    result.append(_page_svg(file.getvalue()))
 
 
-def _for_the_page(svg: str) -> str:
+def _page_svg(svg: str) -> str:
+    """Remove what does not belong in a page (header, size, font, repeated ids) and insert its colour variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    # what several plots have in common would be an id twice on a page
+    # matplotlib gives these elements the same ids in every plot; ids must be unique in a page
     svg = re.sub(r' id="(?:figure|axes|patch|line2d|matplotlib|text|xtick|ytick|Path)[^"]*"', "", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     for drawn, variable in VARIABLES.items():
@@ -59,7 +61,10 @@ def _for_the_page(svg: str) -> str:
 
 
 def rows_of_dots(rows: Sequence[tuple[str, str, Sequence[float]]], label: str) -> str:
-    """(name, colour, a value an image) -> a line of dots each, their median marked."""
+    """Draw each of `rows`, (name, colour, values of the images), as a line of dots with a bar at their median.
+
+    label: of the x axis. Returns SVG, as all plots here do.
+    """
     result: list[str] = []
     with _figure(0.55 + 0.3 * len(rows), result) as axes:
         for y, (_, drawn, values) in enumerate(rows):
@@ -80,7 +85,7 @@ def rows_of_dots(rows: Sequence[tuple[str, str, Sequence[float]]], label: str) -
 def lines(
     curves: Sequence[tuple[str, Line]], x: str, y: str, quiet: Sequence[Line] = (), markers: bool = False
 ) -> str:
-    """(colour, (x, y)) -> lines; `quiet` are dashed, behind them."""
+    """Draw lines. curves: (colour, (x values, y values)); quiet: dashed lines for comparison; x, y: axis labels."""
     result: list[str] = []
     with _figure(2.6, result) as axes:
         _curves(axes, curves, quiet, "o" if markers else None)
@@ -90,7 +95,7 @@ def lines(
 
 
 def rates(curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], y: str) -> str:
-    """(name, colour, (bits a pixel, value)) -> lines with their names, the rate on a logarithmic scale."""
+    """Draw labelled lines over a logarithmic rate. curves: (name, colour, points (bits per pixel, value))."""
     result: list[str] = []
     with _figure(2.6, result) as axes:
         for name, drawn, points in curves:
@@ -106,6 +111,7 @@ def rates(curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], y: s
 
 
 def log_log(curves: Sequence[tuple[str, Line]], x: str, y: str, quiet: Sequence[Line] = ()) -> str:
+    """Draw lines on two logarithmic axes; the arguments are those of `lines`."""
     result: list[str] = []
     with _figure(2.6, result) as axes:
         _curves(axes, curves, quiet, None)
@@ -122,7 +128,10 @@ def log_log(curves: Sequence[tuple[str, Line]], x: str, y: str, quiet: Sequence[
 def histogram(
     counts: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, quiet: Sequence[Line] = ()
 ) -> str:
-    """colour -> (edges, counts): outlines of density 1, over the range where there are any."""
+    """Draw histograms as densities, over the range of the bins that are not empty.
+
+    counts: colour -> (edges (K + 1,), counts (K,)). x: axis label. quiet: dashed lines for comparison.
+    """
     result: list[str] = []
     with _figure(2.6, result) as axes:
         low, high = np.inf, -np.inf
@@ -149,7 +158,9 @@ def _curves(axes: Axes, curves, quiet: Sequence[Line], marker: str | None) -> No
     for line in quiet:
         axes.plot(*line, color=QUIET, linewidth=1.4, linestyle=(0, (3, 3)))
     for drawn, (x, y) in curves:
-        axes.plot(x, np.asarray(y, dtype=float), color=drawn, marker=marker, markersize=4)  # None: a gap
+        axes.plot(
+            x, np.asarray(y, dtype=float), color=drawn, marker=marker, markersize=4
+        )  # None leaves a gap
 
 
 def _labels(axes: Axes, x: str, y: str) -> None:

@@ -1,4 +1,4 @@
-"""Lower bounds of log p(x) by a model's own posterior: ELBO (Kingma & Welling 2013), IWAE (Burda et al. 2016)."""
+"""Lower bounds of log p(x) from a model's posterior: ELBO (Kingma & Welling 2013), IWAE (Burda et al. 2016)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from .likelihoods import log_likelihood, log_mean_exp
 
 
 class Likelihood(NamedTuple):
-    """The p(x|z) of `log_likelihood`: its kind, and the logarithm of its scale if it has one."""
+    """log p(x|z) as a function of images and decoded latents; kind and log_scale as in `log_likelihood`."""
 
     kind: str
     log_scale: float | None = None
@@ -21,9 +21,9 @@ class Likelihood(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Terms of importance sampling, (K, B) each, float64, in nats per image: K draws z ~ q(z|x) for each image.
+    """Logarithmic importance weights of K draws z ~ q(z|x) for each of B images.
 
-    log_likelihood: log p(x|z). log_ratio: log p(z) - log q(z|x).
+    Both terms are (K, B), float64, in nats per image. log_likelihood: log p(x|z). log_ratio: log p(z) - log q(z|x).
     """
 
     log_likelihood: Tensor
@@ -35,7 +35,10 @@ class Weights(NamedTuple):
 
 
 def posterior_of(model: Any, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
-    """q(z|x) in float64. ValueError if the model's bottleneck has no density, as that of a plain autoencoder."""
+    """Encode images (B, C, H, W) to the posterior q(z|x) in float64; labels (B,) are for a conditional model.
+
+    Raises ValueError if the posterior is not Gaussian, as that of a plain autoencoder.
+    """
     given = {} if labels is None else {"labels": labels}
     posterior = model.encode(images, **given).latent_dist
     if not isinstance(posterior, DiagonalGaussian):
@@ -53,16 +56,18 @@ def importance_weights(
     labels: Tensor | None = None,
     at_once: int = 256,
 ) -> Weights:
-    """Draw `samples` latents for each image from q(z|x) and weigh them; `at_once` images are decoded at a time.
+    """Draw `samples` latents for each image from q(z|x) and compute their importance weights (samples, B).
 
-    model: with encode(images).latent_dist and decode(z).sample. images: (B, C, H, W) of its device and type, labels
-    (B,) of a conditional one. generator: of the CPU, so that draws are the same on every device.
+    model: has encode(images).latent_dist and decode(z).sample. images: (B, C, H, W) in [-1, 1], on the model's
+    device and in its type. likelihood: log p(x|z) from images and decoded latents. generator: on the CPU, so that
+    draws are the same on every device. labels: (B,), for a conditional model. at_once: images decoded at a time.
+    Raises the errors of `posterior_of`.
     """
     posterior = posterior_of(model, images, labels)
     prior = DiagonalGaussian(torch.zeros_like(posterior.parameters[:1]))
     found = []
     for count in _chunks(samples, max(1, at_once // len(images))):
-        # one call a draw: `at_once` changes no number
+        # one call of randn per draw, so that the noise does not depend on `at_once`
         noise = [torch.randn(posterior.mean.shape, generator=generator).double() for _ in range(count)]
         z = posterior.mean + posterior.std * torch.stack(noise).to(images.device)
         given = {} if labels is None else {"labels": labels.repeat(count)}
@@ -79,15 +84,15 @@ def importance_weights(
 
 
 def elbo(weights: Weights, kl: Tensor) -> Tensor:
-    """E_q[log p(x|z)] - KL(q(z|x) || p(z)), the expectation by the draws and the KL (B,) in closed form: (B,)."""
+    """E_q[log p(x|z)] - KL(q(z|x) || p(z)): (B,). The expectation is the mean over draws, `kl` (B,) is exact."""
     return weights.log_likelihood.mean(0) - kl.to(weights.log_likelihood)
 
 
 def importance_bound(log_weights: Tensor, k: int) -> Tensor:
     """L_k = E[log mean of k weights] (Burda et al. 2016, section 3): (K, B) -> (B,).
 
-    The mean over all groups of k draws in a row. L_1 is the ELBO; in expectation L_k grows with k to log p(x).
-    ValueError unless K is a multiple of k.
+    The expectation is the mean over consecutive groups of k draws. L_1 is an estimate of the ELBO; in expectation
+    L_k grows with k and tends to log p(x). Raises ValueError unless K is a multiple of k.
     """
     if k < 1 or len(log_weights) % k:
         raise ValueError(f"k: {k}; allowed: a divisor of the number of draws, {len(log_weights)}")

@@ -1,13 +1,13 @@
-"""How a code book is used: counts of its indices over images, their perplexity, the share of codes in use."""
+"""Usage of a code book: counts of its indices over images, their perplexity, the share of codes in use."""
 
 import torch
 from torch import Tensor
 
 
 def code_counts(indices: Tensor, codes: int) -> Tensor:
-    """How often each code occurs in `indices`, integers of any shape -> (codes,), int64.
+    """Count how often each code occurs in `indices`, integers of any shape: (codes,), int64.
 
-    Counts of several batches or ranks add up. ValueError for an index that is none of the code book's.
+    Counts of several batches or ranks add up. Raises ValueError for an index outside 0 to codes - 1.
     """
     if len(outside := indices[(indices < 0) | (indices >= codes)]):
         raise ValueError(f"indices: {int(outside[0])}; allowed: from 0 to {codes - 1}")
@@ -15,11 +15,14 @@ def code_counts(indices: Tensor, codes: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of the codes' frequencies: as many equally likely codes would carry as much. From 1 to K."""
+    """exp(entropy) of the codes' frequencies, from 1 (one code in use) to the number of codes (all equally often).
+
+    counts: (codes,).
+    """
     frequencies = counts.double() / counts.sum()
     return float(torch.special.entr(frequencies).sum().exp())
 
 
 def usage(counts: Tensor) -> float:
-    """The share of codes that occur at all."""
+    """The share of codes that occur at least once, in [0, 1]. counts: (codes,)."""
     return float((counts > 0).double().mean())

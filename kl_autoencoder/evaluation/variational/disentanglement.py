@@ -1,7 +1,7 @@
-"""Whether single latents stand for single factors: MIG (Chen et al. 2018), DCI (Eastwood & Williams 2018).
+"""Measure whether single latents stand for single factors: MIG (Chen et al. 2018), DCI (Eastwood & Williams 2018).
 
-Both take a table of latents (N, D), such as posterior means, and a table of factors (N, F), from which the images
-were made. A factor of at most 20 different values is a class; others are numbers.
+Both take a table of latents (N, D), such as posterior means, and a table (N, F) of the factors that the images were
+made from. A factor with at most 20 different values counts as a class, any other as a number.
 """
 
 from typing import NamedTuple
@@ -9,18 +9,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-BINS = 20  # of continuous values, as Locatello et al. 2019 compare models
-TREES, LEAF = 30, 5  # of a forest, and the images in a leaf that keep noise from looking like a cause
-HELD_OUT = 0.25  # of the images, on which factors are predicted
+BINS = 20  # into which continuous values are discretised, as in Locatello et al. 2019
+TREES, LEAF = 30, 5  # trees of a forest; images a leaf has at least, so that trees do not fit noise
+HELD_OUT = 0.25  # share of the images on which informativeness is measured
 
 Table = NDArray[np.float64]
 
 
 def mutual_information_gap(latents: ArrayLike, factors: ArrayLike) -> float:
-    """MIG: mean over factors of (I(latent; factor) of the best latent - that of the second) / H(factor).
+    """MIG: mean over factors of (largest - second largest I(latent; factor)) / H(factor), over all latents.
 
-    0 (every latent says as much) to 1 (one latent says all of a factor, and no other anything). Continuous latents
-    and factors are counted in 20 bins of equal width. ValueError for a factor that never changes.
+    From 0 (the two best latents tell equally much about each factor) to 1 (one latent tells all about a factor, the
+    others nothing). Latents and factors that are numbers are discretised into 20 bins of equal width. Raises
+    ValueError for tables of other shapes than (N, D) and (N, F), and for a factor that is the same in all images.
     """
     from sklearn.metrics import mutual_info_score
 
@@ -35,10 +36,11 @@ def mutual_information_gap(latents: ArrayLike, factors: ArrayLike) -> float:
 
 
 class DCI(NamedTuple):
-    """disentanglement: each latent says something of one factor alone. completeness: each factor is in one latent.
+    """Scores of DCI, all means from 0 to 1, higher is better (informativeness may be negative by R^2).
 
-    informativeness: how well factors are predicted of held-out images, accuracy of classes and R^2 of numbers. All
-    are means, from 0 to 1 (R^2 may be below 0). importance: (D, F), of each latent for each factor.
+    disentanglement: whether each latent tells about one factor only. completeness: whether each factor is told by
+    one latent only. informativeness: how well factors are predicted on held-out images, as accuracy for classes and
+    R^2 for numbers. importance: (D, F), importance of each latent for each factor.
     """
 
     disentanglement: float
@@ -48,10 +50,11 @@ class DCI(NamedTuple):
 
 
 def dci(latents: ArrayLike, factors: ArrayLike, seed: int = 0) -> DCI:
-    """Disentanglement, completeness and informativeness by random forests, one a factor (section 2 of the paper).
+    """Measure disentanglement, completeness and informativeness by one random forest per factor (section 2).
 
-    Scores are 1 - entropy of importances, over factors for a latent and over latents for a factor, the entropy to
-    the base of their number; latents count by their share of all importance.
+    Disentanglement is the mean over latents of 1 - the entropy of a latent's importances for the factors, with base
+    F, weighted by the latent's share of all importance. Completeness is the mean over factors of 1 - the entropy of
+    the latents' importances for a factor, with base D. Raises the errors of `mutual_information_gap`.
     """
     from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
     from sklearn.model_selection import train_test_split
@@ -74,13 +77,14 @@ def dci(latents: ArrayLike, factors: ArrayLike, seed: int = 0) -> DCI:
 
 
 def _entropy(rows: Table) -> Table:
-    """Entropy of each row's shares, to the base of their number: (R, K) -> (R,); 1 for a row of zeros."""
+    """(R, K) -> (R,): entropy with base K of each row divided by its sum, in [0, 1]; 1 for a row of zeros."""
     total = rows.sum(1, keepdims=True)
     shares = np.where(total > 0, rows / np.where(total > 0, total, 1), 1 / rows.shape[1])
     return -(shares * np.log(np.where(shares > 0, shares, 1))).sum(1) / np.log(max(2, rows.shape[1]))
 
 
 def _tables(latents: ArrayLike, factors: ArrayLike) -> tuple[Table, Table]:
+    """Check both tables and convert them to float64."""
     latents, factors = np.asarray(latents, np.float64), np.asarray(factors, np.float64)
     if latents.ndim != 2 or factors.ndim != 2 or len(latents) != len(factors):
         raise ValueError(f"latents {latents.shape}, factors {factors.shape}; allowed: (N, D) and (N, F)")
@@ -100,6 +104,6 @@ def _classes(factor: Table) -> NDArray[np.int64]:
 
 
 def _binned(values: Table) -> NDArray[np.int64]:
-    """The number of each value's bin; equal widths from the least value to the largest."""
+    """The number of each value's bin; bins have equal widths from the smallest value to the largest."""
     edges = np.histogram_bin_edges(values, BINS)
     return np.digitize(values, edges[1:-1])

@@ -1,7 +1,7 @@
-"""Log-likelihoods log p(x|z) in nats per image, normalised densities in float64.
+"""Log-likelihoods log p(x|z) in nats per image, from normalised densities, in float64.
 
-Images and reconstructions are (B, C, H, W) in [-1, 1], and densities are those of these values: the training
-program's likelihoods of the same names, without the penalty on Bernoulli means outside [0, 1].
+Images and reconstructions are (B, C, H, W) in [-1, 1], and densities are over values on this scale. They are the
+training program's likelihoods of the same names, without its penalty on Bernoulli means outside [0, 1].
 """
 
 import math
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Laplace, Normal
 
-PROBABILITY_FLOOR = 1e-3  # of Bernoulli, as in training
-SCALED = ("gaussian", "laplace")  # with a scale, one for all values
+PROBABILITY_FLOOR = 1e-3  # smallest probability of Bernoulli, as in training
+SCALED = ("gaussian", "laplace")  # have a scale, the same for all values
 LIKELIHOODS = (*SCALED, "bernoulli")
 
 
 def log_likelihood(kind: str, images: Tensor, decoded: Tensor, log_scale: float | None = None) -> Tensor:
     """Log-likelihood of `images` (B, C, H, W) under `decoded`, (..., B, C, H, W) -> (..., B), float64, nats.
 
-    kind: "gaussian" with the deviation exp(log_scale); "laplace" with the scale exp(log_scale); "bernoulli" of
-        (x + 1) / 2 with the probability (decoded + 1) / 2, clamped to [1e-3, 1 - 1e-3]. The last is a likelihood
-        of binary images; of others it is their cross-entropy. ValueError for another kind, and for a log_scale
-        that is missing or for nothing.
+    kind: "gaussian" with standard deviation exp(log_scale); "laplace" with scale exp(log_scale); "bernoulli" of
+        (x + 1) / 2 with probability (decoded + 1) / 2, clamped to [1e-3, 1 - 1e-3]. Bernoulli is a likelihood for
+        binary images only; for others it is the negative cross-entropy.
+
+    Raises ValueError for another kind, for a missing log_scale, and for one with "bernoulli".
     """
     if kind not in LIKELIHOODS:
         raise ValueError(f"likelihood: {kind!r}; allowed: {', '.join(LIKELIHOODS)}")
@@ -40,9 +41,9 @@ def log_likelihood(kind: str, images: Tensor, decoded: Tensor, log_scale: float 
 
 
 def best_log_scale(kind: str, mean_error: float) -> float | None:
-    """The scale of greatest likelihood, as a logarithm; None for Bernoulli, which has none.
+    """The logarithm of the scale of greatest likelihood; None for Bernoulli, which has no scale.
 
-    mean_error: over all values, of |x - y|^2 for Gaussian (the sigma-VAE of Rybkin et al. 2021), of |x - y| for
+    mean_error: mean over all values of |x - y|^2 for Gaussian (the sigma-VAE of Rybkin et al. 2021), of |x - y| for
         Laplace.
     """
     if kind not in SCALED:
@@ -51,10 +52,11 @@ def best_log_scale(kind: str, mean_error: float) -> float | None:
 
 
 def error(kind: str, images: Tensor, decoded: Tensor) -> float:
-    """The mean over all values that `best_log_scale` takes."""
+    """The `mean_error` of `best_log_scale`: mean squared error for Gaussian, mean absolute error for Laplace."""
     difference = images.double() - decoded.double()
     return float((difference.square() if kind == "gaussian" else difference.abs()).mean())
 
 
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:
+    """log of the mean of exp(values) over `dim`, without overflow."""
     return torch.logsumexp(values, dim) - math.log(values.shape[dim])

@@ -1,4 +1,4 @@
-"""The linear Gaussian model, of which all is known: its marginal likelihood, posterior and best fit (pPCA).
+"""The linear Gaussian model, whose marginal likelihood, posterior and best fit (probabilistic PCA) are exact.
 
 z ~ N(0, I), x|z ~ N(W z + mean, variance I). Tipping & Bishop 1999, "Probabilistic principal component analysis";
 Lucas et al. 2019, "Don't blame the ELBO! A linear VAE perspective on posterior collapse". All in float64.
@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 
 class LinearGaussian(NamedTuple):
-    """weight: W (D, C). mean: (D,). variance: of the noise on x."""
+    """x = W z + mean + noise with z ~ N(0, I). weight: W (D, C). mean: (D,). variance: of the noise."""
 
     weight: Tensor
     mean: Tensor
@@ -24,7 +24,7 @@ class LinearGaussian(NamedTuple):
         return MultivariateNormal(self.mean, self.weight @ self.weight.T + noise).log_prob(x.double())
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """p(z|x) = N(M^-1 W^T (x - mean), variance M^-1) with M = W^T W + variance I: (N, C), (C, C).
+        """p(z|x) = N(M^-1 W^T (x - mean), variance M^-1), M = W^T W + variance I: means (N, C), covariance (C, C).
 
         Tipping & Bishop 1999, section 3.
         """
@@ -34,18 +34,18 @@ class LinearGaussian(NamedTuple):
 
 
 def covariance_eigenvalues(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the covariance of x (N, D), divided by N: eigenvalues (D,), falling, and eigenvectors, columns (D, D)."""
+    """Eigenvalues (D,), falling, and eigenvectors, columns of (D, D), of the covariance (divisor N) of x (N, D)."""
     centred = x.double() - x.double().mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def probabilistic_pca(x: Tensor, components: int, variance: float | None = None) -> LinearGaussian:
-    """The linear Gaussian model of greatest likelihood of x (N, D), with W = U (L - variance I)^(1/2).
+    """Fit the linear Gaussian model of greatest likelihood to x (N, D): W = U (L - variance I)^(1/2).
 
-    variance: given, or None for the best one, the mean of the discarded eigenvalues. A component whose
-    eigenvalue is below a given variance has collapsed: its column of W is 0 (Lucas et al. 2019).
-    ValueError unless 0 < components < D.
+    L are the `components` largest eigenvalues of the covariance, U their eigenvectors. variance: of the noise; None
+    for the best one, the mean of the other eigenvalues. A component whose eigenvalue is below a given variance has
+    collapsed: its column of W is 0 (Lucas et al. 2019). Raises ValueError unless 0 < components < D.
     """
     if not 0 < components < x.shape[1]:
         raise ValueError(f"components: {components}; allowed: from 1 to {x.shape[1] - 1}")
@@ -57,5 +57,5 @@ def probabilistic_pca(x: Tensor, components: int, variance: float | None = None)
 
 
 def collapsed(model: LinearGaussian, tolerance: float = 1e-6) -> Tensor:
-    """Which of the latents say nothing of x: their column of W is shorter than `tolerance`. (C,), bool."""
+    """Whether each latent has no effect on x, as its column of W is shorter than `tolerance`: (C,), bool."""
     return model.weight.norm(dim=0) < tolerance

@@ -1,4 +1,4 @@
-"""The measures that make sense of a model on a set of images, by whether it has posteriors or a code book."""
+"""Choose the measures that suit a model, with Gaussian posteriors or a code book or neither, and take them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,15 +14,15 @@ from .discrepancy import squared_mmd
 from .information import active_units, split_rate
 from .likelihoods import best_log_scale, error
 
-PIXELS_AT_ONCE = 2**20  # of the images that are encoded or decoded together
+PIXELS_AT_ONCE = 2**20  # pixels in a batch
 DRAWS = 50  # z ~ q(z|x) for each image, for the ELBO and the bound L_50
 
 
 class Encoded(NamedTuple):
-    """What a model makes of N images, on the CPU.
+    """N images as encoded by a model, on the CPU.
 
-    latents: (N, C, h, w), the mode of the posterior. moments: (N, 2C, h, w), mean and logvar of a Gaussian
-    posterior, None where there is none. counts: (codes,), how often each code occurs, None without a code book.
+    latents: (N, C, h, w), the posterior's mode. moments: (N, 2C, h, w), mean and logvar of a Gaussian posterior,
+    else None. counts: (codes,), how often each code occurs, None without a code book.
     """
 
     latents: Tensor
@@ -31,30 +31,35 @@ class Encoded(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
+        """(N, C h w)."""
         return self.latents.flatten(1)
 
     @property
     def logvar(self) -> Tensor:
+        """(N, C h w), of a Gaussian posterior alone."""
         return DiagonalGaussian(self.moments).logvar.flatten(1)
 
     def rate_of_values(self) -> Tensor | None:
-        """The mean KL of each latent value in nats, (C, h, w); None without a Gaussian posterior."""
+        """KL of each latent value in nats, mean over the images: (C, h, w); None without a Gaussian posterior."""
         return None if self.moments is None else DiagonalGaussian(self.moments).kl_map().mean(0)
 
 
 class Images(NamedTuple):
-    """Images (N, C, H, W) in [-1, 1] on the CPU, and the classes (N,) that a conditional model is given."""
+    """Images (N, C, H, W) in [-1, 1] on the CPU, and for a conditional model their classes (N,)."""
 
     images: Tensor
     labels: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
-        """As many images as PIXELS_AT_ONCE allows, up to 256."""
+        """The number of images with PIXELS_AT_ONCE pixels together, from 1 to 256."""
         return min(256, max(1, PIXELS_AT_ONCE // self.images[0, 0].numel()))
 
     def batches(self, device: torch.device, done: Callable[[int], None] = lambda count: None):
-        """Yield (images, {"labels": labels} or {}) on `device`; `done` is called with the size of each used one."""
+        """Yield batches (images, {"labels": labels} or {}) on `device`.
+
+        `done` is called with the size of each batch after it was used.
+        """
         labels = [None] * len(self.images) if self.labels is None else self.labels
         for start in range(0, len(self.images), self.batch_size):
             images = self.images[start : start + self.batch_size].to(device)
@@ -65,6 +70,7 @@ class Images(NamedTuple):
 
 @torch.no_grad()
 def encode(model: Any, data: Images, done: Callable[[int], None] = lambda count: None) -> Encoded:
+    """Encode all images in batches; `done` is called with the size of each."""
     latents, moments, counts = [], [], 0
     for images, labels in data.batches(model.device, done):
         posterior = model.encode(images, **labels).latent_dist
@@ -83,7 +89,7 @@ def is_discrete(model: Any) -> bool:
 
 
 def prior_of(model: Any) -> str:
-    """The prior that a model's latents were held to: that of an adversarial bottleneck, else the normal one."""
+    """The name of the prior in `PRIORS`: that of an adversarial bottleneck, "normal" for any other."""
     return (model.config.get("bottleneck") or {}).get("prior", "normal")
 
 
@@ -95,10 +101,12 @@ def measure(
     seed: int = 0,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, float | int | str]:
-    """Name -> measure, those that make sense of the model, in nats per image where they are of information.
+    """Take the measures that suit the model: name -> value, likelihoods and information in nats per image.
 
-    mse: of the reconstruction from the mode, in [-1, 1]. Of a Gaussian posterior: `bounds` and `information`. Of a
-    code book: codes, perplexity, usage. Of other latents: prior and mmd, the squared MMD from it.
+    encoded: of `encode`. likelihood: a kind of `log_likelihood`. done: called with the size of each batch. For
+    every model: images (their number) and mse (of reconstructions from the mode, in [-1, 1]). With a Gaussian
+    posterior: the measures of `bounds` and `information`. With a code book: codes, perplexity and usage. With other
+    latents: those of `discrepancy`.
     """
     found = {"images": len(data.images), "mse": _mse(model, data, encoded)}
     if encoded.moments is not None:
@@ -124,9 +132,10 @@ def _mse(model: Any, data: Images, encoded: Encoded) -> float:
 def bounds(
     model: Any, data: Images, kind: str, seed: int = 0, done: Callable[[int], None] = lambda count: None
 ) -> dict[str, float | str]:
-    """ELBO, split into distortion and rate, and the bound L_50; means over the images.
+    """The ELBO, its parts distortion and rate, and the bound L_50: means over the images, in nats.
 
-    The scale of a Gaussian or Laplace likelihood is the likeliest for draws from the posteriors of these images.
+    A Gaussian or Laplace likelihood has the scale of greatest likelihood for draws from the posteriors of these
+    images; log_scale is returned too.
     """
     likelihood = Likelihood(kind, _best_log_scale(model, data, kind, seed))
     generator = torch.Generator().manual_seed(seed + 1)
@@ -154,7 +163,7 @@ def _best_log_scale(model: Any, data: Images, kind: str, seed: int) -> float | N
 
 
 def information(encoded: Encoded, seed: int = 0) -> dict[str, float | int]:
-    """Active units of how many, and the rate as mutual information (at most log N) and the aggregate's KL."""
+    """The number of active units and of all units, and the two parts of the rate (`split_rate`)."""
     generator = torch.Generator().manual_seed(seed)
     active = active_units(encoded.mean)
     units = {"active_units": int(active.sum()), "units": len(active)}
@@ -162,7 +171,10 @@ def information(encoded: Encoded, seed: int = 0) -> dict[str, float | int]:
 
 
 def discrepancy(latents: Tensor, prior: str, seed: int = 0) -> dict[str, float | str]:
-    """The squared MMD of latents (N, C, h, w), N positions spread over all of them, from N draws of a prior."""
+    """prior: its name. mmd: the squared MMD between latents and prior, both vectors of C channels.
+
+    latents: (N, C, h, w). N random positions of all N h w are compared with N draws from the prior.
+    """
     generator, count = torch.Generator().manual_seed(seed), len(latents)
     positions = latents.permute(0, 2, 3, 1).flatten(0, 2)
     chosen = positions[torch.randperm(len(positions), generator=generator)[:count]]

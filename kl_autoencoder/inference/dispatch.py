@@ -13,8 +13,8 @@ from .executor import Executor
 from .layers import out_channels
 from .memory import available_host_memory
 from .module_kinds import (
-    has_global_hooks,
     blocks_in_order,
+    has_global_hooks,
     is_adapter,
     is_local,
     is_plain,

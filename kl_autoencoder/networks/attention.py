@@ -11,14 +11,18 @@ Processor = Callable[["AttentionBlock", Tensor], Tensor]
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W), plus the input.
+    """GroupNorm, single-head self-attention over all positions, plus the input: (B, C, H, W) -> (B, C, H, W).
 
-    processor: None, or one of diffusers' attention processors, which then computes the block from its layers and
-    the members below under "what processors use". Without a processor, or with one whose `own_attention` is true,
-    the block computes `attend`, or `inference` the same in pieces.
+    channels: C. groups: of the GroupNorm.
+
+    The attribute `processor` is None or one of diffusers' attention processors. A processor computes the block from
+    its layers and from the members below, under "what processors use". Without a processor, or with one whose
+    `own_attention` is true, the block computes `attend` (or `inference` computes the same in pieces).
     """
 
-    _from_deprecated_attn_block = True  # diffusers then renames query/key/value/proj_attn of old folders
+    _from_deprecated_attn_block = (
+        True  # makes diffusers rename query, key, value and proj_attn of old folders
+    )
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -37,7 +41,7 @@ class AttentionBlock(nn.Module):
 
     @property
     def is_own(self) -> bool:
-        """Whether the block computes `attend`, rather than a processor of somebody else."""
+        """Whether `attend` computes the block, and not a processor of somebody else."""
         return self.processor is None or getattr(self.processor, "own_attention", False)
 
     def attend(self, x: Tensor) -> Tensor:
@@ -58,11 +62,11 @@ class AttentionBlock(nn.Module):
         return self.processor
 
     def set_processor(self, processor: Processor | None) -> None:
-        self._modules.pop("processor", None)  # the one before, if it had weights
+        self._modules.pop("processor", None)  # the previous processor, if it had weights
         self.processor = processor
 
     def fuse_projections(self, fuse: bool = True) -> None:
-        """Add `to_qkv`, the three projections concatenated, for fused processors; False removes it."""
+        """Add `to_qkv`, (C -> 3C), the concatenated projections that fused processors use; False removes it."""
         self.fused_projections = fuse
         if not fuse:
             self._modules.pop("to_qkv", None)
@@ -84,6 +88,6 @@ class AttentionBlock(nn.Module):
     batch_to_head_dim = head_to_batch_dim
 
     def get_attention_scores(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention weights: queries (B, N, C), keys (B, M, C) -> (B, N, M), which sum to one over M."""
+        """Attention weights: queries (B, N, C), keys (B, M, C) -> (B, N, M), summing to one over M."""
         scores = self.scale * (query @ key.mT)
         return (scores if mask is None else scores + mask).softmax(dim=-1)

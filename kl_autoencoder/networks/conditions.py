@@ -1,4 +1,4 @@
-"""Class conditions: a label embedding that modulates a network (CVAE, Sohn et al. 2015)."""
+"""Class conditions: an embedding of the label modulates the layers of a network (CVAE, Sohn et al. 2015)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,18 @@ from torch import Tensor, nn
 
 from .convolutional import Checkpointing, Decoder, Encoder, ResnetBlock, recomputed
 
-EMBEDDING = 64
+EMBEDDING = 64  # width of a label's embedding
 
 
 class ClassCondition(nn.Module):
-    """A scale and a shift for each modulated layer, from the embedding of the label.
+    """A scale and a shift for each modulated layer, computed from the embedding of the label.
 
-    x (1 + scale) + shift (FiLM, Perez et al. 2018; on norms, Dhariwal & Nichol 2021), both 0 at the start.
+    x (1 + scale) + shift (FiLM, Perez et al. 2018; after norms, Dhariwal & Nichol 2021); scale and shift start at
+    0.
 
     Args:
-        classes: number of classes. Label `classes` itself is "no label", which label dropout teaches; it is what
-            an image without one gets.
+        classes: number of classes. Labels are 0 to classes - 1; the label `classes` stands for "no label". Label
+            dropout trains it, and images without a label get it.
     """
 
     def __init__(self, classes: int):
@@ -26,14 +27,14 @@ class ClassCondition(nn.Module):
         self.projections = nn.ModuleList()
 
     def add(self, channels: int) -> None:
-        """Add a layer of so many channels to those that are modulated."""
+        """Add a modulated layer with this many channels; layers are numbered from 0 in the order they are added."""
         projection = nn.Linear(EMBEDDING, 2 * channels)
         nn.init.zeros_(projection.weight)
         nn.init.zeros_(projection.bias)
         self.projections.append(projection)
 
     def modulate(self, number: int, x: Tensor, labels: Tensor | None) -> Tensor:
-        """x (B, C, ...) of layer `number`, with labels (B,) or None for no label."""
+        """Modulate x (B, C, ...) of layer `number` by labels (B,); None: no image has a label."""
         if labels is None:
             labels = torch.full((len(x),), self.classes, device=x.device)
         scale, shift = self.projections[number](self.embedding(labels)).chunk(2, dim=1)
@@ -42,7 +43,7 @@ class ClassCondition(nn.Module):
 
 
 class _Conditional(Checkpointing):
-    """What both conditional networks have in common: the second norm of each ResNet block is modulated."""
+    """The common part of the conditional encoder and decoder: the second norm of each ResNet block is modulated."""
 
     condition: ClassCondition
 
@@ -50,7 +51,7 @@ class _Conditional(Checkpointing):
         self.condition = ClassCondition(classes)
         blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
         for number, block in enumerate(blocks):
-            block.modulation = number  # which of the condition's projections is its own
+            block.modulation = number  # number of its layer in `condition`
             self.condition.add(block.norm2.num_channels)
 
     def _call(self, block: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -95,5 +96,6 @@ class ConditionalDecoder(_Conditional, Decoder):
         return self.conv_out(self.features(z, labels))
 
     def features(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Latents -> the input of `conv_out`: (B, first width, f*h, f*w)."""
         x = self._run([self.mid_block, *self.up_blocks], self.conv_in(z), labels)
         return F.silu(self.conv_norm_out(x))

@@ -1,8 +1,8 @@
 """The convolutional encoder and decoder of Stable Diffusion's autoencoder, in plain torch.
 
-The module tree itself produces the parameter names of diffusers' AutoencoderKL, so weights of that family
-load without any conversion. Architecture: Rombach et al. 2022 (latent diffusion), appendix; ResNet blocks as
-in Ho et al. 2020. Every tensor is (B, C, H, W), in whatever memory format and floating type it arrives.
+Modules are named so that parameters have the names of diffusers' AutoencoderKL: its weights load without
+conversion. Architecture: Rombach et al. 2022 (latent diffusion), appendix; ResNet blocks as in Ho et al. 2020.
+Every tensor is (B, C, H, W), of any memory format and floating type.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import NORM_EPS, AttentionBlock
 
-# Recomputes up to the last tensor that the backward pass needs: the input of a final convolution, not its output.
+# Checkpointing that recomputes only what the backward pass needs: of a last convolution the input, not the output.
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -25,14 +25,15 @@ def group_norm(groups: int, channels: int) -> nn.GroupNorm:
 
 
 def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(SiLU(norm(x))): (B, in, H, W) -> (B, out, H, W)."""
     return conv(F.silu(norm(x)))
 
 
 def recomputed_norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """`norm_silu_conv` that computes norm and SiLU again in the backward pass instead of keeping their results.
+    """`norm_silu_conv` that recomputes norm and SiLU in the backward pass instead of keeping their results.
 
-    These are two thirds of the memory of a training step; the convolutions, nearly all of its work, are not
-    repeated.
+    The results of norm and SiLU are two thirds of the memory of a training step. The convolutions, nearly all of
+    its work, are not repeated.
     """
     return (
         recomputed(norm_silu_conv, norm, conv, x)
@@ -42,13 +43,14 @@ def recomputed_norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) ->
 
 
 def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling by two, then conv: (B, in, H, W) -> (B, out, 2H, 2W)."""
     return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class ResnetBlock(nn.Module):
-    """(B, in_channels, H, W) -> (B, out_channels, H, W): norm-SiLU-conv twice, plus the input."""
+    """(B, in_channels, H, W) -> (B, out_channels, H, W): norm, SiLU, conv twice, plus the input."""
 
-    norm_silu_conv = staticmethod(norm_silu_conv)  # training may set another function that computes the same
+    norm_silu_conv = staticmethod(norm_silu_conv)  # training may replace it by a function of the same result
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -79,7 +81,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
 
-    upsample_conv = staticmethod(upsample_conv)  # as ResnetBlock.norm_silu_conv
+    upsample_conv = staticmethod(upsample_conv)  # may be replaced, as ResnetBlock.norm_silu_conv
 
     def __init__(self, channels: int):
         super().__init__()
@@ -92,15 +94,14 @@ class Upsample(nn.Module):
 class Checkpointing(nn.Module):
     """A module that can recompute each of its blocks in the backward pass instead of keeping their activations.
 
-    diffusers' `enable_gradient_checkpointing` sets both attributes on every module that has
-    `gradient_checkpointing`.
+    diffusers' `enable_gradient_checkpointing` sets both attributes, on every module that has the first.
     """
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable
 
     def call(self, block: nn.Module, x: Tensor) -> Tensor:
-        """block(x), recomputed in the backward pass where `gradient_checkpointing` is on."""
+        """Return block(x), recomputed in the backward pass if `gradient_checkpointing` is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, x)
         return block(x)
@@ -111,9 +112,13 @@ def call_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """A sequence of blocks. `forward` computes each as `call(block, x)`, where checkpointing comes in."""
+    """A sequence of blocks.
+
+    `forward` computes each as `call(block, x)`; with `Checkpointing.call` it is recomputed.
+    """
 
     def blocks(self) -> list[nn.Module]:
+        """Return the blocks in the order of execution."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = call_block) -> Tensor:
@@ -123,12 +128,13 @@ class Stage(nn.Module):
 
 
 def resnet_run(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
+    """Return `layers` ResNet blocks, the first from in_channels to out_channels."""
     widths = [in_channels] + [out_channels] * layers
     return nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
 
 
 class DownBlock(Stage):
-    """`layers` ResNet blocks, then a downsampling unless it is the last level."""
+    """`layers` ResNet blocks, then downsampling by two if `downsample` (all levels but the last)."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool):
         super().__init__()
@@ -140,7 +146,7 @@ class DownBlock(Stage):
 
 
 class UpBlock(Stage):
-    """`layers` ResNet blocks, then an upsampling unless it is the last level."""
+    """`layers` ResNet blocks, then upsampling by two if `upsample` (all levels but the last)."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool):
         super().__init__()
@@ -162,16 +168,21 @@ class MidBlock(Stage, Checkpointing):
     def blocks(self):
         return [self.resnets[0], *self.attentions, self.resnets[1]]
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without `call`: it is Checkpointing itself
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no argument `call`: it has its own
         return super().forward(x, self.call)
 
 
-# Programs, and diffusers' own tests, find modules with gradient checkpointing by the names of diffusers' classes.
+# Programs, and diffusers' own tests, look for modules with gradient checkpointing by their class names in
+# diffusers.
 MidBlock.__name__ = "UNetMidBlock2D"
 
 
 class Encoder(Checkpointing):
-    """Images (B, in_channels, H, W) -> moments (B, 2*latent_channels, H/f, W/f), f = 2 ** (levels - 1)."""
+    """Images (B, in_channels, H, W) -> moments (B, 2*latent_channels, H/f, W/f), f = 2 ** (levels - 1).
+
+    The moments are mean and log-variance of the posterior, in this order in the channels. block_out_channels: width
+    of each level, highest resolution first. layers_per_block: ResNet blocks of a level.
+    """
 
     def __init__(
         self,
@@ -203,7 +214,11 @@ class Encoder(Checkpointing):
 
 
 class Decoder(Checkpointing):
-    """Latents (B, latent_channels, h, w) -> images (B, out_channels, f*h, f*w), f = 2 ** (levels - 1)."""
+    """Latents (B, latent_channels, h, w) -> images (B, out_channels, f*h, f*w), f = 2 ** (levels - 1).
+
+    block_out_channels: width of each level, highest resolution first, as in the encoder. layers_per_block: of the
+    encoder; each level of the decoder has one ResNet block more.
+    """
 
     def __init__(
         self,
@@ -232,7 +247,7 @@ class Decoder(Checkpointing):
     def features(self, x: Tensor) -> Tensor:
         """Latents (B, latent_channels, h, w) -> the input of `conv_out`: (B, first width, f*h, f*w)."""
         x = self.mid_block(self.conv_in(x))
-        # `upcast_vae` of pipelines may leave the layers above in float16, with those below in float32
+        # `upcast_vae` of pipelines may leave the layers before here in float16 and put those after it in float32
         dtype = self.up_blocks[0].resnets[0].norm1.weight.dtype
         x = x if self.conv_in.weight.dtype == dtype else x.to(dtype)
         for block in self.up_blocks:

@@ -1,4 +1,4 @@
-"""Fully connected encoder and decoder, for small images and for latents of few numbers (Kingma & Welling 2013)."""
+"""Fully connected encoder and decoder, for small images and few latents (Kingma & Welling 2013)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,7 +9,7 @@ from .conditions import ClassCondition
 
 
 def hidden_layers(widths: Sequence[int], condition: ClassCondition | None) -> nn.ModuleList:
-    """Linear layers from each of `widths` to the next; `condition` learns a modulation for each."""
+    """Return linear layers from each of `widths` to the next, and register them with `condition`, if any."""
     layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
     if condition is not None:
         for layer in layers:
@@ -20,7 +20,7 @@ def hidden_layers(widths: Sequence[int], condition: ClassCondition | None) -> nn
 def run_layers(
     layers: nn.ModuleList, x: Tensor, labels: Tensor | None, condition: ClassCondition | None
 ) -> Tensor:
-    """(B, first width) -> (B, last width): linear, modulated by the class where there is one, ReLU."""
+    """(B, first width) -> (B, last width): for each layer linear, modulation if there is a condition, ReLU."""
     for number, layer in enumerate(layers):
         x = layer(x)
         if condition is not None:
@@ -30,7 +30,11 @@ def run_layers(
 
 
 class MLPEncoder(nn.Module):
-    """Images (B, C, H, W) of one size -> h (B, channels, 1, 1), through `hidden` layers of ReLU."""
+    """Images (B, C, H, W) of one size -> h (B, channels, 1, 1).
+
+    shape: (C, H, W). hidden: widths of the hidden layers, with ReLU. classes: number of classes of a conditional
+    encoder; 0: `labels` are ignored.
+    """
 
     def __init__(self, shape: tuple[int, int, int], hidden: Sequence[int], channels: int, classes: int = 0):
         super().__init__()
@@ -45,7 +49,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """Latents (B, channels, 1, 1) -> images (B, C, H, W) of one size, the encoder turned round."""
+    """Latents (B, channels, 1, 1) -> images (B, *shape): the mirror image of `MLPEncoder`, with its arguments."""
 
     def __init__(self, channels: int, hidden: Sequence[int], shape: tuple[int, int, int], classes: int = 0):
         super().__init__()

@@ -1,9 +1,9 @@
 """Priors p(z) to draw from: normal, a mixture of Gaussians, a swiss roll (Makhzani et al. 2015).
 
-Each is a function of standard normal noise, as a posterior sample is, so that a training program which draws noise
-by sample number draws the prior alike. The mixture and the roll lie in planes of two channels each, (0, 1), (2, 3)
-..., independent of one another. All have zero mean and unit variance (of the roll: its two channels' average), so
-that one scale fits latents of any of them.
+A draw is a function of standard normal noise, as a sample of a posterior is: training draws the noise of both by
+the number of the sample. The mixture and the swiss roll are distributions in a plane of two channels; planes (0,
+1), (2, 3) ... are independent of one another. All have zero mean and unit variance (the swiss roll: on average over
+its two channels), so that latents of all of them have the same scale.
 """
 
 import math
@@ -13,17 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-COMPONENTS = 10  # of the mixture: petals around the origin
-PETAL = (1.4, 0.5, 0.1)  # distance of their centres, deviation along and across the radius, before scaling
-TURNS, THICKNESS = 2.0, 0.01  # of the roll, whose outer radius is 1 before scaling
+COMPONENTS = 10  # of the mixture, arranged as petals around the origin
+PETAL = (1.4, 0.5, 0.1)  # before scaling: distance of a centre from 0, deviation along and across the radius
+TURNS, THICKNESS = 2.0, 0.01  # of the roll, before scaling: its outer radius is 1; deviation of its noise
 
 
 class Prior(NamedTuple):
-    """A distribution of latents with any number of channels that is a multiple of `plane`.
+    """A distribution of latents (B, C, ...), where C is any multiple of `plane`.
 
-    from_noise: standard normal noise (B, noise_channels, ...) -> latents (B, C, ...); each position is a draw of
-        its own.
-    plane, noise_of_plane: so many channels of latents are made of so many channels of noise.
+    from_noise: standard normal noise (B, noise_channels(C), ...) -> latents (B, C, ...), independent at each
+    position. plane, noise_of_plane: `noise_of_plane` channels of noise become `plane` channels of latents.
     """
 
     from_noise: Callable[[Tensor], Tensor]
@@ -31,20 +30,23 @@ class Prior(NamedTuple):
     noise_of_plane: int
 
     def noise_channels(self, channels: int) -> int:
-        """Channels of the noise that `channels` of latents are made of. ValueError for no multiple of `plane`."""
+        """Return the channels of noise for `channels` of latents.
+
+        ValueError unless these are a multiple of `plane`.
+        """
         if channels < 1 or channels % self.plane:
             raise ValueError(f"channels: {channels}; allowed for this prior: multiples of {self.plane}")
         return channels // self.plane * self.noise_of_plane
 
     def sample(self, number: int, channels: int, generator: torch.Generator | None = None) -> Tensor:
-        """`number` draws on the generator's device (the CPU without one): (number, channels), float32."""
+        """Return `number` draws, on the generator's device (without one, the CPU): (number, channels), float32."""
         device = None if generator is None else generator.device
         shape = (number, self.noise_channels(channels))
         return self.from_noise(torch.randn(shape, generator=generator, device=device))
 
 
 def mixture(noise: Tensor) -> Tensor:
-    """(B, 3P, ...) -> (B, 2P, ...): in each plane one of ten petals, long along the radius, with equal chance."""
+    """Noise (B, 3P, ...) -> (B, 2P, ...): in each of P planes one of ten petals, Gaussians of equal probability."""
     chosen, along, across = noise.unflatten(1, (-1, 3)).unbind(2)
     petal = (torch.special.ndtr(chosen) * COMPONENTS).floor().clamp(max=COMPONENTS - 1)
     distance, length, width = PETAL
@@ -55,9 +57,10 @@ def mixture(noise: Tensor) -> Tensor:
 
 
 def swiss_roll(noise: Tensor) -> Tensor:
-    """(B, 3P, ...) -> (B, 2P, ...): in each plane a spiral r = s, angle = a s, with r^2 uniform and a little noise.
+    """Noise (B, 3P, ...) -> (B, 2P, ...): in each of P planes a spiral with a little noise, centred and scaled.
 
-    Its mean is (4 / a^2, -2 / a), the integrals of 2 s^2 cos(a s) and 2 s^2 sin(a s), and E[r^2] = 1/2.
+    The spiral is r = s, angle = a s, with s^2 uniform in [0, 1]. So E[r^2] = 1/2, and its mean, the integrals of
+    2 s^2 cos(a s) and 2 s^2 sin(a s) over [0, 1], is (4 / a^2, -2 / a) for a = 2 pi TURNS.
     """
     place, *around = noise.unflatten(1, (-1, 3)).unbind(2)
     radius, a = torch.special.ndtr(place).sqrt(), 2 * math.pi * TURNS

@@ -1,7 +1,7 @@
-"""Gradients for a result that was computed in pieces: the backward pass runs the whole network again.
+"""Gradients for a result that was computed without a graph: the backward pass executes the whole network again.
 
-The forward pass keeps only the input, so a result that is never differentiated costs no more than without
-gradients; a backward pass begins with a forward pass of the whole network.
+The forward pass keeps only the input, so a result that is never differentiated costs no more than under no_grad. A
+backward pass begins with a forward pass of the whole network.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,10 @@ from torch.func import functional_call
 
 
 def recomputed_for_gradients(execute: Callable[[], Tensor], network: nn.Module, x: Tensor) -> Tensor:
-    """Return execute(), which must equal network(x), with the gradients of network(x) in x and the parameters."""
+    """Return execute() with the gradients of network(x), in x and the parameters; the two must be equal.
+
+    The backward pass raises RuntimeError if x or a parameter was changed in place since.
+    """
     parameters = {name: p for name, p in network.named_parameters() if not p.is_meta}
     return _Recomputed.apply(execute, network, list(parameters), x, *parameters.values())
 
@@ -27,7 +30,7 @@ class _Recomputed(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
         }
-        # `backward` then raises if their values were changed in between
+        # makes `backward` raise if their values were changed in between
         ctx.save_for_backward(x, *parameters)
         return execute()
 
@@ -35,7 +38,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, gradient):
         x, *parameters = ctx.saved_tensors
         tensors, needed = (x, *parameters), ctx.needs_input_grad[3:]
-        create_graph = torch.is_grad_enabled()  # as the caller of backward asked for
+        create_graph = torch.is_grad_enabled()  # True if backward was called with create_graph
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             y = functional_call(ctx.network, dict(zip(ctx.names, parameters, strict=True)), (x,))
         wanted = [t for t, need in zip(tensors, needed, strict=True) if need]

@@ -1,7 +1,7 @@
 """A causal transformer over the codes of an image: p(c_1 ... c_n) = prod p(c_i | c_1 ... c_(i-1), label).
 
-A GPT-2 of a few layers (Radford et al. 2019): norms before each branch, learned positions, weights of deviation
-0.02, the last layer of each branch smaller by the square root of the number of branches.
+A small GPT-2 (Radford et al. 2019): a norm before each branch, learned positions, weights drawn with a standard
+deviation of 0.02, in the last layer of each branch divided by the square root of the number of branches.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Past = tuple[Tensor, Tensor]  # keys and values of the positions so far, (B, heads, n, width / heads) each
+Past = tuple[Tensor, Tensor]  # keys and values of the previous positions, (B, heads, n, width / heads) each
 
 
 class CausalAttention(nn.Module):
@@ -23,7 +23,10 @@ class CausalAttention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
-        """(B, n, width) -> (B, n, width), keys and values. After `past` x is one position, the next one."""
+        """x (B, n, width) -> (B, n, width), and keys and values so far.
+
+        With `past`, x is the one next position (n = 1).
+        """
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -32,7 +35,7 @@ class CausalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a layer of four times the width, each added to what goes in."""
+    """Attention and a feed-forward layer of four times the width, each added to its input: (B, n, width)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -47,23 +50,24 @@ class Block(nn.Module):
 
 
 class CodeTransformer(nn.Module):
-    """Logits of each code of a sequence, given those before it and a label.
+    """Logits of each code of a sequence, given the codes before it and a label.
 
-    codes: how many different ones there are. length: of a sequence. labels: how many; 1 without labels.
+    codes: size of the code book. length: codes in a sequence. labels: number of labels, 1 if there are none. width,
+    layers, heads: of the transformer.
     """
 
     def __init__(self, codes: int, length: int, labels: int, width: int, layers: int, heads: int):
         super().__init__()
-        self.start = nn.Embedding(labels, width)  # stands where a code before the first would
+        self.start = nn.Embedding(labels, width)  # in place of a code before the first one
         self.code = nn.Embedding(codes, width)
         self.position = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, codes)
-        self._start_weights(layers)
+        self._initialise_weights(layers)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Codes (B, n) and labels (B,), int64 -> logits (B, n, codes), of each code given those before it."""
+        """Codes (B, n) and labels (B,), int64 -> logits (B, n, codes) of each code given those before it."""
         before = torch.cat([self.start(labels)[:, None], self.code(codes[:, :-1])], dim=1)
         x = before + self.position.weight[: codes.shape[1]]
         for block in self.blocks:
@@ -74,10 +78,10 @@ class CodeTransformer(nn.Module):
     def draw(
         self, labels: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Labels (B,) -> codes (B, n), drawn one position after another; each is computed once.
+        """Labels (B,), int64 -> drawn codes (B, length), int64, one position after another.
 
-        generator: on the CPU, where the numbers are drawn whatever the device. temperature: the logits are divided
-        by it.
+        Keys and values of previous positions are kept, so that each position is computed once. temperature: divides
+        the logits. generator: on the CPU, where codes are drawn whatever the model's device.
         """
         x, pasts, drawn = self.start(labels), [None] * len(self.blocks), []
         for position in self.position.weight:
@@ -90,7 +94,7 @@ class CodeTransformer(nn.Module):
             x = self.code(drawn[-1])
         return torch.stack(drawn, dim=1)
 
-    def _start_weights(self, layers: int) -> None:
+    def _initialise_weights(self, layers: int) -> None:
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 is_last = name.endswith(("to_out.weight", "feed_forward.2.weight"))

@@ -1,4 +1,4 @@
-"""Bottlenecks by the name that a configuration has for them."""
+"""Bottlenecks by their `kind` in a configuration."""
 
 from .base import Bottleneck, Code, Discrete, PointPosterior, code_facts
 from .fsq import FiniteScalarQuantizer
@@ -24,9 +24,9 @@ __all__ = [
     "posterior_summary",
 ]
 
-# kind -> a bottleneck for so many latent channels, with options by name
+# kind -> class, or function, that makes a bottleneck from latent_channels and its options by name
 BOTTLENECKS = {
-    "kl": lambda latent_channels: KLBottleneck(),  # its free bits are the loss's
+    "kl": lambda latent_channels: KLBottleneck(),  # free bits are an option of the loss
     "none": PlainBottleneck,
     "adversarial": AdversarialBottleneck,
     "vq": VectorQuantizer,

@@ -1,4 +1,4 @@
-"""`Bottleneck`: what lies between encoder and decoder, and `Code`, what it returns in training."""
+"""`Bottleneck`, the interface of what lies between encoder and decoder, and `Code`, its result in training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ from ..distributions import DiagonalGaussian
 class Code:
     """The output of a bottleneck.
 
-    z: (B, C, h, w), what the decoder reads. penalties: name -> (B,), in nats per pixel dimension. facts: a function
-    that returns scalars to log by name; it is called only in steps that are logged.
+    z: latents (B, C, h, w), the decoder's input. penalties: name -> (B,), in nats per pixel dimension. facts: a
+    function that returns scalars to log, by name; it is called only in steps that are logged.
     """
 
     z: Tensor
@@ -23,7 +23,7 @@ class Code:
 
 
 class PointPosterior:
-    """The posterior of an encoder without noise: all of it lies at one point, `mean` (B, C, h, w)."""
+    """The posterior of a deterministic encoder: all its probability is at one point, `mean` (B, C, h, w)."""
 
     def __init__(self, mean: Tensor):
         self.mean = mean
@@ -40,53 +40,59 @@ class PointPosterior:
 
 
 class Bottleneck(nn.Module):
-    """From what the encoder returns, h (B, encoder_channels, h, w), to latents z (B, C, h, w).
+    """Turns the encoder's output h (B, encoder_channels, h, w) into latents z (B, C, h, w).
 
-    `forward` is what training calls; `posterior` is what a finished model needs. The defaults are those of a
-    bottleneck with a Gaussian's moments in h.
+    Training calls `forward`; a trained model calls `posterior`. The methods implemented here fit a bottleneck for
+    which h holds the moments of a Gaussian.
     """
 
     def encoder_channels(self, latent_channels: int) -> int:
-        """The channels that it wants of the encoder for `latent_channels` of latents."""
+        """Return the number of channels that h must have for `latent_channels` of latents."""
         return 2 * latent_channels
 
     def noise_shape(self, latent: tuple[int, int, int]) -> tuple[int, ...]:
-        """The shape of the standard normal noise that an image needs, for latents of the shape (C, h, w)."""
+        """Return the shape of the standard normal noise for one image, whose latents have the shape (C, h, w)."""
         return latent
 
     def forward(self, h: Tensor, noise: Tensor, dimensions: int) -> Code:
-        """h (B, encoder_channels, h, w), noise (B, *noise_shape), D = `dimensions` pixel values -> Code."""
+        """h (B, encoder_channels, h, w), noise (B, *noise_shape) -> Code.
+
+        dimensions: D, the number of values (pixels times channels) of an image, by which penalties are divided.
+        """
         raise NotImplementedError
 
     def posterior(self, h: Tensor) -> DiagonalGaussian | PointPosterior:
-        """The distribution of latents that h stands for."""
+        """Return the distribution of latents that h parametrises."""
         return DiagonalGaussian(h)
 
     def begin_step(self, step: int) -> None:
-        """Called before the first forward of a step of training, counted from 0: schedules."""
+        """Called before the first `forward` of each training step, for schedules. step: counted from 0."""
 
     def end_step(self, gathered: Callable[[Tensor], Tensor]) -> None:
-        """Called after a step of training. gathered: (N, ...) of each rank -> that of all ranks, in their order."""
+        """Called after each training step.
+
+        gathered: tensor (N, ...) of this rank -> those of all ranks, in their order.
+        """
 
     def wants_start(self) -> int:
-        """How many vectors of h it has to see before the first step; 0: none."""
+        """Return how many vectors of h `start` needs before the first training step; 0: `start` is not called."""
         return 0
 
     def start(self, h: Tensor, seed: int) -> None:
-        """Begin with h (N, C) of the first images of the training data, the same on every rank."""
+        """Initialise from vectors h (N, C) of the first training images, the same on every rank."""
 
 
 class Discrete(Bottleneck):
-    """A bottleneck whose latents are `codes` vectors: each position of an image is one number below `codes`."""
+    """A bottleneck whose latents are codes: each position is one of `codes` vectors, given by its index."""
 
     codes: int
 
     def indices(self, h: Tensor) -> Tensor:
-        """h (B, encoder_channels, h, w) -> (B, h, w), int64, below `codes`."""
+        """h (B, encoder_channels, h, w) -> indices (B, h, w), int64, from 0 to codes - 1."""
         raise NotImplementedError
 
     def from_indices(self, indices: Tensor) -> Tensor:
-        """The inverse of `indices` up to rounding: (B, h, w) -> latents (B, C, h, w)."""
+        """Indices (B, h, w), int64 -> latents (B, C, h, w), the vectors of the codes."""
         raise NotImplementedError
 
     def posterior(self, h: Tensor) -> PointPosterior:
@@ -94,7 +100,7 @@ class Discrete(Bottleneck):
 
 
 def code_facts(indices: Tensor, codes: int) -> dict[str, Tensor]:
-    """Perplexity, exp of the entropy of the codes' frequencies, and the share of the codes that are used."""
+    """Return perplexity (exp of the entropy of the codes' frequencies) and the share of the codes that occur."""
     counts = torch.bincount(indices.flatten(), minlength=codes).double()
     p = counts / counts.sum()
     return {
@@ -104,5 +110,5 @@ def code_facts(indices: Tensor, codes: int) -> dict[str, Tensor]:
 
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
-    """`value`, with the gradient of the identity in `source` (Bengio et al. 2013)."""
+    """Return `value`, whose gradient is passed on to `source` unchanged (Bengio et al. 2013)."""
     return source + (value - source).detach()

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from .base import Code, Discrete, code_facts, straight_through
 
-EPS = 1e-3  # lets the outermost values be reached
+EPS = 1e-3  # widens the range a little, so that the outermost values are reached
 
 
 class FiniteScalarQuantizer(Discrete):
-    """Round channel i to `levels[i]` values in [-1, 1]; codes are all their combinations. No code book is learned.
+    """Round channel i to `levels[i]` values in [-1, 1]; codes are the combinations of these. Nothing is learned.
 
     Args:
-        levels: a whole number from 2 on for each latent channel; (8, 5, 5, 5) has 1000 codes (table 1).
+        levels: for each latent channel the number of its values, from 2 on; (8, 5, 5, 5) has 1000 codes (table 1).
+
+    Raises ValueError for levels that do not fit latent_channels, are below 2 or have a product above 2^31.
     """
 
     def __init__(self, latent_channels: int, levels: Sequence[int] = (8, 5, 5, 5)):
@@ -50,9 +52,9 @@ class FiniteScalarQuantizer(Discrete):
         return (numbers - self.level // 2).float() / (self.level // 2)
 
     def _bounded(self, h: Tensor) -> Tensor:
-        """h bounded by the outermost of `level` whole numbers around 0; even ones have one more below.
+        """Bound h to the range of `level` whole numbers around 0; an even `level` has one more below 0 than above.
 
-        Section 3.1, with atanh where the paper's listing has tan, so that 0 stays 0.
+        Section 3.1 of the paper; its listing has tan where atanh is used here, so that h = 0 gives 0.
         """
         half = (self.level - 1) * (1 + EPS) / 2
         offset = 0.5 * (self.level % 2 == 0)

@@ -16,10 +16,11 @@ class GumbelSoftmax(Discrete):
     The penalty `kl` is KL(softmax(h) || uniform) per pixel dimension, which `loss.kl` weights.
 
     Args:
-        codes: how many there are.
-        temperature, final_temperature, anneal_steps: it falls from the first to the second geometrically over so
-            many steps.
-        hard: decode the one code of the largest y, with the gradient of y (straight through).
+        codes: number of codes.
+        temperature, final_temperature, anneal_steps: the temperature falls geometrically from the first to the
+        second
+            in `anneal_steps` training steps.
+        hard: use only the code with the largest y, with the gradient of y (straight through).
     """
 
     def __init__(
@@ -70,5 +71,5 @@ class GumbelSoftmax(Discrete):
 
 
 def gumbel(noise: Tensor) -> Tensor:
-    """Standard normal numbers -> standard Gumbel numbers, -log(-log u) of u = Phi(noise)."""
+    """Standard normal numbers -> standard Gumbel numbers, -log(-log u) with u = Phi(noise), the normal CDF."""
     return -torch.log(-torch.special.log_ndtr(noise.float()))

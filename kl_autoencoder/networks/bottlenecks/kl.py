@@ -15,7 +15,7 @@ class KLBottleneck(Bottleneck):
     Its penalty is KL(q(z|x) || N(0, I)) per pixel dimension.
 
     Args:
-        free_bits: a channel's KL counts as at least so many bits a latent value (see `kl_per_dimension`).
+        free_bits: smallest KL that a channel is counted with, in bits a latent value (see `kl_per_dimension`).
     """
 
     def __init__(self, free_bits: float = 0.0):
@@ -23,7 +23,7 @@ class KLBottleneck(Bottleneck):
         self.free_bits = free_bits
 
     def noise_shape(self, latent: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The shape of the standard normal noise that an image needs, for latents of the shape (C, h, w)."""
+        """Return the shape of the standard normal noise for one image: that of its latents, (C, h, w)."""
         return latent
 
     def forward(self, moments: Tensor, noise: Tensor, dimensions: int) -> Code:
@@ -35,10 +35,12 @@ class KLBottleneck(Bottleneck):
 
 
 def kl_per_dimension(posterior: DiagonalGaussian, image_dimensions: int, free_bits: float = 0.0) -> Tensor:
-    """KL(q(z|x) || N(0, I)) in nats, summed over an image's latents and divided by D: (B,), float32.
+    """KL(q(z|x) || N(0, I)) in nats, summed over an image's latents and divided by D: (B,), float32 or better.
 
-    free_bits: a channel's KL counts as at least this many bits a latent value, below which it has no gradient
-        (Kingma et al. 2016, appendix C.8). Taken image by image, so that a batch may be split over ranks.
+    image_dimensions: D, the number of values (pixels times channels) of an image.
+    free_bits: a channel with a KL below this many bits a latent value counts as if it had that much, and has no
+        gradient (Kingma et al. 2016, appendix C.8). Applied to each image by itself, so that a batch may be split
+        over ranks.
     """
     channels = posterior.kl_map().mean(dim=(2, 3))  # nats a latent value, (B, C)
     if free_bits:
@@ -49,10 +51,10 @@ def kl_per_dimension(posterior: DiagonalGaussian, image_dimensions: int, free_bi
 
 @torch.no_grad()
 def posterior_summary(posterior: DiagonalGaussian) -> dict[str, Tensor]:
-    """Scalars that show a collapsed or a runaway posterior, as tensors.
+    """Return scalars, as tensors, that show whether a posterior has collapsed or diverged.
 
-    A channel counts as active if its KL is above 0.01 nats a value; below, it carries no information. (Burda et al.
-    2016 call a unit active where the variance of its mean is above 0.01.)
+    A channel counts as active if its KL is above 0.01 nats a latent value; below, it carries hardly any
+    information. (Burda et al. 2016 call a unit active if the variance of its mean is above 0.01.)
     """
     kl = posterior.kl_map().mean(dim=(0, 2, 3))  # nats a latent value, (C,)
     mean = posterior.mean.float()

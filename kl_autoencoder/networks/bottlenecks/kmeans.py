@@ -1,4 +1,4 @@
-"""k-means (Lloyd 1982) of latents, the start of a code book. The same on every rank, in plain torch."""
+"""k-means (Lloyd 1982) of latents, for an initial code book; in plain torch, the same on every rank."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ ITERATIONS = 20
 
 
 def kmeans(vectors: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Vectors (N, C) -> centres (clusters, C) and the number of vectors of each, (clusters,).
+    """Vectors (N, C) -> centres (clusters, C) and the number of vectors in each cluster, (clusters,).
 
-    A cluster without vectors stays where it is.
+    The centre of a cluster without vectors does not move. seed: of the k-means++ start.
     """
-    centres = spread(vectors, clusters, torch.Generator().manual_seed(seed))
+    centres = initial_centres(vectors, clusters, torch.Generator().manual_seed(seed))
     for _ in range(ITERATIONS):
         owner = nearest(vectors, centres)
         counts = torch.bincount(owner, minlength=clusters).to(vectors.dtype)
@@ -20,10 +20,11 @@ def kmeans(vectors: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
     return centres, counts
 
 
-def spread(vectors: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """`number` of the vectors (N, C), each drawn in proportion to its squared distance from those before.
+def initial_centres(vectors: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """Draw `number` of the vectors (N, C), far apart: (number, C), k-means++ (Arthur & Vassilvitskii 2007).
 
-    k-means++ (Arthur & Vassilvitskii 2007). Vectors repeat where there are fewer different ones than `number`.
+    The probability of a vector is proportional to its squared distance to the nearest one drawn before. If fewer
+    than `number` vectors are distinct, some are drawn repeatedly.
     """
     draws = torch.rand(number, generator=generator, dtype=torch.float64)
     distances = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)
@@ -38,6 +39,6 @@ def spread(vectors: Tensor, number: int, generator: torch.Generator) -> Tensor:
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The row of `codebook` (K, C) nearest to each of `vectors` (N, C): (N,), int64."""
+    """Return for each of `vectors` (N, C) the number of the nearest row of `codebook` (K, C): (N,), int64."""
     scores = codebook.square().sum(dim=1) - 2 * vectors @ codebook.T  # |v - e|^2 without |v|^2
     return scores.argmin(dim=1)

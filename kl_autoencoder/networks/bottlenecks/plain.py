@@ -1,4 +1,4 @@
-"""Bottlenecks without noise: of the plain autoencoder, and of the adversarial one."""
+"""Bottlenecks without noise: those of the plain and of the adversarial autoencoder."""
 
 from torch import Tensor
 
@@ -7,10 +7,10 @@ from .base import Bottleneck, Code, PointPosterior
 
 
 class PlainBottleneck(Bottleneck):
-    """Latents as the encoder returns them.
+    """Latents are the encoder's output, unchanged.
 
     Args:
-        sparsity: weight of the mean |z|, which makes a sparse autoencoder.
+        sparsity: weight of the penalty mean |z|; above 0 the autoencoder is a sparse one.
     """
 
     def __init__(self, latent_channels: int, sparsity: float = 0.0):
@@ -35,13 +35,14 @@ class PlainBottleneck(Bottleneck):
 
 
 class AdversarialBottleneck(PlainBottleneck):
-    """The adversarial autoencoder (Makhzani et al. 2015): a discriminator tells latents from draws of a prior.
+    """The adversarial autoencoder's: a discriminator tells latents from draws of a prior (Makhzani et al. 2015).
 
-    The discriminator and its step belong to training; what a finished model keeps is the prior's name.
+    The discriminator and its training step are in `train`; a trained model keeps only the prior's name.
 
     Args:
-        prior: "normal", "mixture" or "swiss_roll", see `networks.priors`. ValueError for another one, and for a
-            number of latent channels that it cannot have.
+        prior: "normal", "mixture" or "swiss_roll", see `networks.priors`.
+
+    Raises ValueError for another prior, and for a number of latent channels that the prior cannot have.
     """
 
     def __init__(self, latent_channels: int, prior: str = "normal"):
@@ -52,5 +53,5 @@ class AdversarialBottleneck(PlainBottleneck):
         self.noise = self.prior.noise_channels(latent_channels)
 
     def noise_shape(self, latent: tuple[int, int, int]) -> tuple[int, ...]:
-        """That of the draws of the prior with which latents are compared."""
+        """Return the shape of the noise for one draw of the prior, which an image's latents are compared with."""
         return (self.noise, *latent[1:])

@@ -1,8 +1,9 @@
-"""Vector quantisation: each latent vector becomes the nearest of a code book (VQ-VAE, van den Oord et al. 2017).
+"""Vector quantisation: each latent vector is replaced by the nearest one of a code book (VQ-VAE).
 
-Written here rather than taken from vector-quantize-pytorch: that draws its k-means start and the replacements of
-dead codes from torch's global generator, anew for each number of ranks and each restart, and moves the code book in
-each forward pass, so that micro-batches are not one batch. Here all of it is a function of the step's images.
+Van den Oord et al. 2017, whose sections and equations are cited below. vector-quantize-pytorch is not used because
+it draws its k-means start and the replacements of dead codes from torch's global generator, so that they depend on
+the number of ranks and on restarts, and because it moves the code book in each forward pass, so that micro-batches
+are not the same as one batch. Here all of this depends only on the images of a step.
 """
 
 from collections.abc import Callable
@@ -15,21 +16,21 @@ from torch import Tensor, nn
 from .base import Code, Discrete, code_facts, straight_through
 from .kmeans import kmeans, nearest
 
-CANDIDATES = 8  # vectors of each image that dead codes may be replaced by in a step
-START_VECTORS = 32  # for each code, at the k-means start
+CANDIDATES = 8  # vectors of each image that may replace dead codes in a step
+START_VECTORS = 32  # for each code, in the initial k-means
 
 
 class VectorQuantizer(Discrete):
-    """The nearest code of each latent vector, with a straight-through gradient.
+    """Replace each latent vector h by the nearest code e, with a straight-through gradient.
 
     Args:
-        codes: how many there are.
-        codebook: "ema" moves codes to the mean of their latents, by exponential moving averages (appendix A.1);
-            "gradient" by the gradient of |sg(h) - e|^2 (equation 3).
-        commitment: weight of the mean of (h - sg(e))^2 over an image's latents (beta of equation 3).
-        decay: of the averages.
-        revive_below: a code whose average count of latents a step is below this is dead, and replaced by a latent
-            of the step, with its averages; 0: never. Of "ema" alone.
+        codes: number of codes.
+        codebook: how codes are learned. "ema": by moving them to the mean of their latents, with exponential moving
+            averages (appendix A.1); "gradient": by the gradient of |sg(h) - e|^2 (equation 3).
+        commitment: weight of the penalty (h - sg(e))^2, a mean over an image's latents (beta of equation 3).
+        decay: of the moving averages.
+        revive_below: with "ema", a code with an average count of latents a step below this is dead: it and its
+            averages are replaced by a latent of the step. 0: never.
     """
 
     def __init__(
@@ -52,10 +53,9 @@ class VectorQuantizer(Discrete):
             self.register_buffer("counts", torch.ones(codes))
             self.register_buffer("sums", vectors.clone())
         self.register_buffer("started", torch.zeros(()))
-        self.is_moved = codebook == "ema"
-        self._of_step: list[
-            tuple[Tensor, ...]
-        ] = []  # of each micro-batch: counts, sums, candidates and their order
+        self.learns_by_averages = codebook == "ema"
+        # For each micro-batch of the step: counts, sums, candidates, and noise that puts these in order.
+        self._micro_batches: list[tuple[Tensor, ...]] = []
 
     def encoder_channels(self, latent_channels: int) -> int:
         return latent_channels
@@ -66,9 +66,9 @@ class VectorQuantizer(Discrete):
     def forward(self, h: Tensor, noise: Tensor, dimensions: int) -> Code:
         indices = self.indices(h)
         quantized = self.from_indices(indices)
-        apart = (h.float() - quantized.detach()).square().mean(dim=(1, 2, 3))
-        penalties = {"commitment": self.commitment * apart}
-        if self.is_moved:
+        distance = (h.float() - quantized.detach()).square().mean(dim=(1, 2, 3))
+        penalties = {"commitment": self.commitment * distance}
+        if self.learns_by_averages:
             if self.training and torch.is_grad_enabled():
                 self._observe(h, indices, noise)
         else:
@@ -87,21 +87,27 @@ class VectorQuantizer(Discrete):
 
     @torch.no_grad()
     def _observe(self, h: Tensor, indices: Tensor, noise: Tensor) -> None:
-        """Keep what `end_step` needs of a micro-batch. A candidate's place is the normal CDF of its noise."""
+        """Keep what `end_step` needs of a micro-batch.
+
+        Candidates are latents at places drawn uniformly, by the noise.
+        """
         vectors = h.float().movedim(1, -1).flatten(1, 2)  # (B, h*w, C)
         counts = torch.bincount(indices.flatten(), minlength=self.codes).float()
         sums = torch.zeros_like(self.sums).index_add_(0, indices.flatten(), vectors.flatten(0, 1))
         places = (torch.special.ndtr(noise) * vectors.shape[1]).long().clamp(max=vectors.shape[1] - 1)
         candidates = vectors.gather(1, places.unsqueeze(-1).expand(-1, -1, vectors.shape[2]))
-        self._of_step.append((counts, sums, candidates.flatten(0, 1), noise.flatten()))
+        self._micro_batches.append((counts, sums, candidates.flatten(0, 1), noise.flatten()))
 
     @torch.no_grad()
     def end_step(self, gathered: Callable[[Tensor], Tensor]) -> None:
-        """Move the code book by all latents of the step, over micro-batches and ranks; a NaN leaves it as it is."""
-        if not self._of_step:
+        """Move the code book by all latents of the step: those of all micro-batches and ranks.
+
+        If any of them is not finite, the code book stays as it is.
+        """
+        if not self._micro_batches:
             return
-        counts, sums, candidates, order = zip(*self._of_step, strict=True)
-        self._of_step = []
+        counts, sums, candidates, order = zip(*self._micro_batches, strict=True)
+        self._micro_batches = []
         counts = gathered(torch.stack(counts)).sum(dim=0)
         sums = gathered(torch.stack(sums)).sum(dim=0)
         candidates, order = gathered(torch.cat(candidates)), gathered(torch.cat(order))
@@ -119,10 +125,10 @@ class VectorQuantizer(Discrete):
 
     @torch.no_grad()
     def start(self, h: Tensor, seed: int) -> None:
-        """Begin with the k-means centres of latents h (N, C)."""
+        """Set the code book to the k-means centres of latents h (N, C)."""
         centres, sizes = kmeans(h.float(), self.codes, seed)
         self.codebook.copy_(centres)
-        if self.is_moved:
+        if self.learns_by_averages:
             share = sizes / sizes.sum()
             self.counts.copy_((share * self.codes).clamp(min=self.revive_below))
             self.sums.copy_(centres * self.counts.unsqueeze(1))

@@ -1,4 +1,4 @@
-"""python -m train CONFIG.yaml [key=value ...]: parse, build, fit. `kl-autoencoder train` is the same."""
+"""The training program: `python -m train CONFIG.yaml [key=value ...]`, or `kl-autoencoder train`."""
 
 import os
 import sys
@@ -14,12 +14,13 @@ from kl_autoencoder.distributed import (
 from kl_autoencoder.extras import MissingExtra, require
 from kl_autoencoder.files import one_line
 
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+# exit codes
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues
 
 
 def start(argv: list[str], prog: str = "python -m train") -> int:
-    """Do what the program does in a process of its own, perhaps one of several that a launcher started."""
+    """Set up this process, which may be one of several that a launcher started, and run `main`."""
     share_the_cores()
     end_with_the_launcher()
     start_all_cpu_processes("train", argv)
@@ -27,7 +28,7 @@ def start(argv: list[str], prog: str = "python -m train") -> int:
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m train") -> int:
-    """Train, or print what was asked for; the exit code. A mistake is told in one line on stderr."""
+    """Train, or print what was asked for; returns the exit code. An error is one line on stderr."""
     with quiet_without_a_reader():
         try:
             arguments = _parser(prog).parse_intermixed_args(argv)
@@ -75,7 +76,7 @@ def _parser(prog: str) -> Parser:
 
 
 def smoke(config) -> int:
-    """Run a recipe's phases at a fraction of its sizes, in a folder that is removed again."""
+    """Run all phases of a recipe at tiny sizes, in a folder that is then removed; returns the exit code."""
     from .smoke import replaced, smoke_run
 
     is_main = rank_of(os.environ)[0] == 0
@@ -89,10 +90,10 @@ def smoke(config) -> int:
 
 
 def run(config, small: bool = False) -> int:
-    """Train to the end, export and print the summary; the exit code. Errors are printed, one line each."""
+    """Train to the end, export and print the summary; returns the exit code. An error is one line on stderr."""
     try:
         return _run(config, small)
-    except KeyboardInterrupt:  # before the first step or after the last; between them it is a request to stop
+    except KeyboardInterrupt:  # outside of the loop; in the loop SIGINT is a request to stop (`StopRequest`)
         return interrupted()
 
 
@@ -123,7 +124,7 @@ def _run(config, small: bool) -> int:
 
 
 def interrupted() -> int:
-    """Say so; the exit code."""
+    """Print that the program was interrupted; returns the exit code."""
     print("\ninterrupted; the same command continues", file=sys.stderr)
     return INTERRUPTED
 

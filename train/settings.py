@@ -1,4 +1,4 @@
-"""Sections of a configuration: frozen pydantic dataclasses whose keys have bounds and a sentence."""
+"""Sections of a configuration: frozen pydantic dataclasses whose keys have bounds and a line of documentation."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -7,14 +7,18 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
 Section = TypeVar("Section")
-Whole = Annotated[int, Field(strict=True)]  # of the values of a list
+# Strict types for the values of a list: no text for a number, no number for text.
+Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 
 
 @dataclass_transform(frozen_default=True)  # type checkers know the arguments of a section
 def section(cls: type[Section]) -> type[Section]:
-    """Make a class a section: its annotated names are keys, its __init__ refuses what they do not allow."""
+    """Make a class a section: its annotated names are the keys; creating it with a wrong or unknown key raises.
+
+    The error is pydantic's ValidationError, a ValueError.
+    """
     made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)
     return made
 
@@ -22,16 +26,17 @@ def section(cls: type[Section]) -> type[Section]:
 def key(
     default: Any, doc: str, *, low: float | None = None, above: float | None = None, high: float | None = None
 ) -> Any:
-    """A key of a section with its default (`...`: it must be given) and a sentence for `--keys`.
+    """A key of a section: its default (`...`: the key is required) and a line of documentation for `--keys`.
 
-    Strict: no text for a number, no number for a truth value. The value must be >= low, > above and <= high, those
-    that are given. The bounds of a list's values are part of its type: tuple[Annotated[Whole, Field(ge=1)], ...].
+    Values are checked strictly: no text for a number, no number for a truth value. A value must be >= low, > above
+    and <= high, of these the ones that are given. Bounds for the values of a list belong to its type:
+    tuple[Annotated[Whole, Field(ge=1)], ...].
     """
     return Field(default, strict=True, ge=low, gt=above, le=high, description=doc)
 
 
 def choice(default: str | int | None, doc: str) -> Any:
-    """A key that is one of the words, or numbers, of its Literal type."""
+    """A key whose type is a Literal, the words or numbers that are allowed; `doc` is a line for `--keys`."""
     return Field(default, description=doc)
 
 

@@ -1,4 +1,4 @@
-"""What each task of `train/config/tasks.py` does: its `Task` by the class of its configuration."""
+"""The `Task` that each class of configuration of `train/config/tasks.py` trains."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from .smoke import STATISTICS_SAMPLES
 
 
 class Maker(NamedTuple):
-    """What builds a task, and what builds it for a smoke test."""
+    """How to build a task, and how to build it for a smoke test (`small`)."""
 
     task: Callable[[RunContext], Task]
     small: Callable[[RunContext], Task]
@@ -32,6 +32,6 @@ TASKS: dict[type[Config], Maker] = {
 
 
 def task_maker(config: Config, small: bool = False) -> Callable[[RunContext], Task]:
-    """What builds the task that `config` describes. small: for a smoke test, which measures little."""
+    """The function that builds the task of `config`; small: for a smoke test, which measures on few samples."""
     maker = TASKS[type(config)]
     return maker.small if small else maker.task

@@ -26,7 +26,7 @@ from train.autoencoder import task
 from train.autoencoder.task import AutoencoderTask
 from train.config import to_yaml
 from train.loop import launch, trainer
-from train.loop.launch import hold
+from train.loop.launch import lock_folder
 
 STEPS = 8
 KILLS = 20
@@ -322,7 +322,7 @@ def test_two_ranks_whose_launcher_is_killed_go_on_when_it_is_run_again(photograp
 
 def keep(folder):
     """Hold the lock of an output folder until the process is killed."""
-    lock = hold(folder, print)
+    lock = lock_folder(folder, print)
     (folder / "held").touch()
     time.sleep(PATIENCE)
     lock.close()
@@ -332,10 +332,10 @@ def test_an_output_folder_belongs_to_one_run_at_a_time(tmp_path):
     process, said = start(tmp_path / "log.txt", keep, tmp_path), []
     wait_until((tmp_path / "held").exists, process)
     with pytest.raises(ValueError, match=f"output_dir: another run is writing to {tmp_path}; allowed: "):
-        hold(tmp_path, said.append, patience=0.3)
+        lock_folder(tmp_path, said.append, patience=0.3)
     assert len(said) == 1 and "waiting" in said[0]
     process.kill()
-    hold(tmp_path, said.append)
+    lock_folder(tmp_path, said.append)
 
 
 # ------------------------------------------------------------------ other numbers of ranks

@@ -1,4 +1,4 @@
-"""The first lines of a run: what trains, on how many samples a step, and at which learning rate."""
+"""The first lines that a run prints: what trains, on how many samples a step, and at which learning rate."""
 
 from ..config import Config
 from .schedules import LearningRate
@@ -7,9 +7,10 @@ from .schedules import LearningRate
 def first_lines(
     config: Config, rate: LearningRate, parameters: int, ranks: int, device: str, counted: dict[str, int]
 ) -> str:
-    """The effective values rather than the configured ones: the batch over all ranks, the rate for that batch.
+    """Describe a run by its effective values: the batch over all ranks, and the learning rate for that batch.
 
-    counted: the task's keys that count steps, and their values.
+    parameters: how many are trained. device: its type, "cuda" say. counted: the task's keys that count steps, and
+    their values (`Task.counted_in_steps`).
     """
     train, batch = config.train, rate.samples_per_step
     ranks_word = "rank" if ranks == 1 else "ranks"
@@ -32,10 +33,11 @@ def first_lines(
 
 
 def for_the_same_samples(config: Config, batch: int, counted: dict[str, int]) -> dict[str, float]:
-    """The keys that count steps, and ema.decay, converted to a batch of k times the reference for the same samples.
+    """Convert the keys that count steps, and ema.decay, to a batch of k times `optimizer.reference_batch`.
 
-    Numbers of steps become steps / k, so that they keep their place among the samples. The decay becomes decay^k,
-    which averages over as many samples (Busbridge et al. 2023, "How to Scale Your EMA", eq. 4).
+    A number of steps becomes steps / k, after which the run has consumed as many samples. ema.decay becomes
+    decay^k, which averages over as many samples (Busbridge et al. 2023, "How to Scale Your EMA", eq. 4). `counted`
+    as in `first_lines`; returns dotted key -> converted value.
     """
     k = batch / config.optimizer.reference_batch
     keys: dict[str, float] = {"train.steps": max(1, round(config.train.steps / k))}

@@ -1,4 +1,4 @@
-"""Steps that were skipped because their gradient is not finite: noted on the device, counted when asked."""
+"""Count and log the steps that were skipped because their gradient is not finite."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,11 @@ from .journal import Journal
 
 
 class BadSteps:
-    """Count skipped steps: `total` over the run, and `in_a_row` up to now. Checkpoints keep both."""
+    """Counts skipped steps: `total` in the run, and `in_a_row` up to the last step that was reported.
+
+    `note` leaves on the device whether a step was skipped; only `report` waits for it. Checkpoints keep both
+    counts.
+    """
 
     def __init__(self, samples_per_step: int, journal: Journal, say: Callable[[str], None]):
         self.samples_per_step, self.journal, self.say = samples_per_step, journal, say
@@ -17,10 +21,10 @@ class BadSteps:
         self.noted: list[tuple[int, int, Tensor]] = []  # step, samples after it, whether it was skipped
 
     def note(self, step: int, samples: int, norms: list[Tensor]) -> None:
-        """Note a step, whether it was skipped or not.
+        """Note a step, skipped or not.
 
-        samples: how many the run has consumed by its end, over all ranks. norms: gradient norms of the networks
-        that it trained.
+        samples: how many the run has consumed after this step, over all ranks. norms: the gradient norms (scalars)
+        of the networks that it trained; the step counts as skipped unless all are finite.
         """
         self.noted.append((step, samples, ~torch.stack(norms).isfinite().all()))
 
@@ -33,7 +37,7 @@ class BadSteps:
             most = max(most, self.in_a_row)
             if bad:
                 self.total += 1
-                # a step takes the next samples of the one order, over all ranks
+                # samples are numbered in the order in which all ranks together consume them
                 samples = list(range(end - self.samples_per_step, end))
                 self.say(
                     f"step {step} skipped: its gradient is not finite (samples {samples[0]} to {samples[-1]})"
@@ -43,9 +47,9 @@ class BadSteps:
         return most
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """The counts, for a checkpoint."""
         return {"bad_total": self.total, "bad_in_a_row": self.in_a_row}
 
     def load(self, state: dict[str, int]) -> None:
-        """The inverse of `state`."""
+        """Take over the counts that `state` returned."""
         self.total, self.in_a_row = state["bad_total"], state["bad_in_a_row"]

@@ -11,18 +11,18 @@ from .launch import Agreement
 
 
 class AgreedBatches:
-    """Reads groups of batches one group ahead, so that the ranks agree on it while a step is computed.
+    """Reads groups of batches, one group ahead: whether all ranks have it is exchanged while a step is computed.
 
-    on_failure: called on all ranks when any of them cannot read on; it returns the end of the error message.
+    on_failure: called on all ranks when one of them cannot read on; it returns the end of the error message.
     """
 
     def __init__(self, agreement: Agreement, on_failure: Callable[[], str]):
         self.agreement, self.on_failure = agreement, on_failure
 
     def grouped(self, loader: Iterable[dict], groups: int, size: int) -> Iterator[list[dict]]:
-        """Yield `groups` lists of `size` batches, each once every rank has read its own.
+        """Yield `groups` lists of `size` batches from `loader`, each as soon as every rank has read its own.
 
-        If a rank cannot read its list, all ranks raise LoaderFailed after the last list that every rank has.
+        If a rank cannot read a list, all ranks raise LoaderFailed after the last list that every rank could read.
         """
         batches = iter(loader)
         ready, failure = _read(batches, size * bool(groups))
@@ -41,7 +41,7 @@ class AgreedBatches:
 
 
 def _read(batches: Iterator[dict], count: int) -> tuple[list[dict], str | None]:
-    """The next `count` batches and None, or no batches and the reason."""
+    """Read the next `count` batches; returns (batches, None), or ([], why they cannot be read)."""
     with record_function("data"):
         try:
             return list(islice(batches, count)), None

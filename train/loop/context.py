@@ -1,4 +1,4 @@
-"""`RunContext`: what all parts of a run share: configuration, ranks, device, folder, printing once."""
+"""`RunContext`: what all parts of a run share: configuration, ranks, device, folder, printing on one rank."""
 
 import os
 from collections.abc import Callable
@@ -11,16 +11,17 @@ from tqdm import tqdm
 from kl_autoencoder.distributed import ranks_on_cpus
 
 from ..config import Config
-from .launch import hold, refuse_plugins
+from .launch import lock_folder, refuse_plugins
 from .schedules import LearningRate
 from .trackers import check_trackers
 
 
 class RunContext:
-    """One rank of a run, set up before anything is built to train. Creating it locks the run's folder.
+    """One rank of a run, created before data and networks; creating it locks the run's folder.
 
-    Raises ValueError for an accelerate plug-in or a precision that is not supported, and for a folder that another
-    run has locked.
+    rank, ranks: the number of this rank, from 0, and how many there are. learning_rate: step -> rate. Raises
+    ValueError for an accelerate plug-in or tracker that is not supported, for fp16 on a CPU, and for a folder that
+    cannot be written to or that another run has locked.
     """
 
     def __init__(self, config: Config):
@@ -49,12 +50,12 @@ class RunContext:
         return self.learning_rate.samples_per_step
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar, on the main rank alone."""
+        """Print a line above the progress bar, on the main rank only."""
         if self.is_main:
             tqdm.write(text)
 
     def on_main(self, work: Callable[[], None]) -> str | None:
-        """Call `work` on the main rank while the others wait; all get the message of its OSError, or None."""
+        """Call `work` on the main rank while the others wait; all return the message of its OSError, or None."""
         problem = None
         if self.is_main:
             try:
@@ -68,7 +69,7 @@ class RunContext:
         if self.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock = hold(self.folder, self.say)
+                self.lock = lock_folder(self.folder, self.say)
             except OSError as error:
                 raise ValueError(
                     f"output_dir: {self.folder} cannot be written to ({error.strerror})"

@@ -1,4 +1,4 @@
-"""Log a run to metrics.jsonl and its trackers, with means over the steps between two lines."""
+"""Log a run to metrics.jsonl and to trackers; a line holds the means over the steps since the line before."""
 
 import contextlib
 import json
@@ -18,13 +18,15 @@ from kl_autoencoder.models.run_folder import METRICS_FILE, read_metrics
 
 from .trackers import Trackers
 
-MOST_UNWRITTEN = 10_000  # lines of metrics.jsonl that are kept in memory while the disk is full
+MOST_UNWRITTEN = 10_000  # while the disk is full, at most so many lines are kept in memory, the newest
 
 
 class Journal:
-    """Collects scalars, on the device, and writes their means over the steps, micro-batches and ranks of a line.
+    """Collects scalars on the device, and writes their means over a window of steps, micro-batches and ranks.
 
-    A value that is not finite is left out of its mean, so that a skipped step does not hide the steps around it.
+    A window lasts from one line of metrics.jsonl to the next. A value that is not finite is left out of its mean,
+    so that a skipped step does not hide the steps around it. trackers: names for `Trackers`. config: the run's,
+    nested.
     """
 
     def __init__(
@@ -42,13 +44,13 @@ class Journal:
         self.start_window(step=0)
 
     def start_window(self, step: int) -> None:
-        # names -> a vector of their values for each micro-batch
+        # (names of the terms) -> for each micro-batch that logged these terms, a vector of their values
         self.window: dict[tuple[str, ...], list[Tensor]] = {}
         self.first_step, self.started, self.seconds_stopped = step, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Do not count the time of the block, such as a validation, in steps a second."""
+        """Leave the time of the `with` block, such as a validation, out of the steps a second."""
         since = time.perf_counter()
         yield
         self.seconds_stopped += time.perf_counter() - since
@@ -58,9 +60,9 @@ class Journal:
         self.window.setdefault(tuple(terms), []).append(values)
 
     def close_window(self, step: int) -> tuple[dict[str, float], float]:
-        """The means since the window was started (NaN if no value was finite), and the steps a second.
+        """Return name -> mean over the window (NaN if no value was finite) and the steps a second; start the next.
 
-        Starts the next window.
+        step: how many steps were taken. All ranks must call it, with terms of the same names.
         """
         totals: dict[str, Tensor] = {}  # name: (sum, count) of the finite values
         for names, vectors in self.window.items():
@@ -76,10 +78,10 @@ class Journal:
         return dict(zip(totals, means, strict=True)), rate
 
     def write(self, step: int, samples: int, values: dict) -> None:
-        """Write a line of metrics.jsonl, with null for values that are not finite, and numbers to the trackers.
+        """Write a line of metrics.jsonl, and its numbers to the trackers; values that are not finite become null.
 
-        While the disk is full, lines are kept, after one warning, and written with the next for which there is
-        room.
+        If the line cannot be written (a full disk), a warning is printed once, and the line is kept and written
+        together with the next one that can be. Does nothing on other ranks than the main one.
         """
         if not self.accelerator.is_main_process:
             return
@@ -88,7 +90,7 @@ class Journal:
         try:
             append_whole(self.path, "".join(self.unwritten))
         except OSError as error:
-            if not self.warned:  # a disk that is full is so at every step
+            if not self.warned:  # once: a full disk would fail at every line
                 self.say(f"WARNING: {self.path}: cannot be written ({error.strerror}); training goes on")
             self.warned = True
             return
@@ -97,14 +99,14 @@ class Journal:
         self.trackers.log(numbers, step)
 
     def show(self, name: str, picture: Path, step: int) -> None:
-        """Send a picture to the trackers."""
+        """Send a picture (an image file) to the trackers."""
         self.trackers.show(name, picture, step)
 
     def close(self) -> None:
         self.trackers.close()
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a continued run will take again, and a line that was cut off."""
+        """Drop the lines after `step`, whose steps a continued run will take again, and a line that was cut off."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return
         kept = [line for line in self.lines() if line["step"] <= step]
@@ -113,7 +115,10 @@ class Journal:
         beside.replace(self.path)
 
     def recorded_start(self, prefix: str) -> dict[str, float]:
-        """The values at step 0 of an earlier start of this run, of names that begin with `prefix`, without it."""
+        """What an earlier start of this run logged at step 0 under names that begin with `prefix`; {} if nothing.
+
+        The names are returned without the prefix.
+        """
         for line in self.lines():
             found = {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
             if line["step"] == 0 and found:
@@ -121,12 +126,12 @@ class Journal:
         return {}
 
     def lines(self) -> list[dict]:
-        """The lines of metrics.jsonl that are whole."""
+        """The complete lines of metrics.jsonl."""
         return read_metrics(self.path)
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Append all of `text` or, raising OSError, nothing: half a line would spoil the next one."""
+    """Append all of `text`, or raise OSError and append nothing: half a line would spoil the one after it."""
     rest = text.encode()
     with path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -134,6 +139,6 @@ def append_whole(path: Path, text: str) -> None:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
-            with contextlib.suppress(OSError):  # of a device
+            with contextlib.suppress(OSError):  # a device such as /dev/full cannot be truncated
                 os.ftruncate(file.fileno(), before)
             raise

@@ -1,4 +1,4 @@
-"""`Player`, a network with its optimizer, clipping, skipped steps and saved state; and a moving average."""
+"""`Player`, a network with its optimizer; `MovingAverage` of a network's weights."""
 
 import copy
 import math
@@ -11,13 +11,13 @@ from torch.profiler import record_function
 from .checkpoints.files import load_optimizer, optimizer_tensors
 from .context import RunContext
 
-Tensors = dict[str, dict[str, Tensor]]  # by the name of their file in a checkpoint
+Tensors = dict[str, dict[str, Tensor]]  # file name in a checkpoint, without suffix -> {tensor name: tensor}
 
 
 class MovingAverage:
-    """Exponential moving average of a network's weights, in float32: `network` is the averaged one.
+    """Exponential moving average (EMA) of a network's weights, in their dtype; `network` is the averaged network.
 
-    Buffers, which hold averages of their own, are copied.
+    Buffers, which may hold averages of their own, are copied.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -26,7 +26,11 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """`step` counts from 1; the decay rises with it, so that the first weights are soon forgotten."""
+        """Move the average: average = decay * average + (1 - decay) * weights, once after each step.
+
+        step: the number of steps taken, from 1. The decay is min(`decay`, (1 + step) / (10 + step)), as in
+        TensorFlow's ExponentialMovingAverage, so that the first weights are soon forgotten.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
         for own, other in zip(self.network.buffers(), network.buffers(), strict=True):
@@ -34,11 +38,12 @@ class MovingAverage:
 
 
 class Player:
-    """One of the networks that a task trains.
+    """One of the networks that a task trains, with its AdamW optimizer.
 
-    module: the network; `network` is the same, wrapped by DDP, to be called in a step. learning_rate: step -> rate.
-    name: "" for a task's first player, saved in checkpoints as `model` and `optimizer`; the files of any other are
-    `NAME` and `NAME_optimizer`, and its gradient's norm is logged as `NAME/gradient_norm`.
+    module: the network. Steps must call `network`, which is the same, wrapped by DDP if there are several ranks.
+    learning_rate: step, from 0 -> rate. name: "" for a task's main player, whose checkpoint files are `model` and
+    `optimizer`; those of any other are `NAME` and `NAME_optimizer`, and its gradient norm is logged as
+    `NAME/gradient_norm`.
     """
 
     def __init__(
@@ -56,22 +61,22 @@ class Player:
         )
 
     def begin(self, step: int) -> None:
-        """Set the learning rate of a step, before its first micro-batch."""
+        """Set the learning rate of `step`, before its first micro-batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
 
     def backward(self, loss: Tensor, watched: Tensor) -> None:
-        """Compute gradients; if `watched` is not finite, all become NaN, and on every rank, as DDP averages them.
+        """Accumulate the gradients of `loss`; if `watched` is not finite, make all of them NaN. Both are scalars.
 
-        `update` then skips the step.
+        DDP's average is then NaN on every rank, and `update` skips the step on all of them.
         """
         self.accelerator.backward(loss * torch.where(watched.detach().isfinite(), 1.0, math.nan))
 
     def update(self) -> dict[str, Tensor]:
-        """Clip the gradients and step; the step is skipped if the gradients' norm is not finite.
+        """Clip the gradients and step the optimizer, which skips the step if the gradients' norm is not finite.
 
-        The device decides that (`found_inf`), so the host does not wait for it. Returns the norm by its name, and
-        {} before the last micro-batch of a step.
+        The skip is decided on the device (`found_inf`), so the host does not wait for it. Returns
+        {name: norm before clipping}. Before the last micro-batch of a step it does nothing and returns {}.
         """
         if not self.accelerator.sync_gradients:
             return {}
@@ -83,19 +88,19 @@ class Player:
             if scaler is not None:
                 scaler.step(self.optimizer)
             else:
-                self.optimizer.found_inf = (~norm.isfinite()).float()  # AdamW reads it as from a GradScaler
+                self.optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW skips the step if it is 1
                 self.optimizer.step()
             self.optimizer.zero_grad()
         return {self.gradient_norm: norm}
 
     def tensors(self) -> Tensors:
-        """Everything that its next step depends on."""
+        """Weights and optimizer state: everything of this player that the next step depends on."""
         return {
             self.file: self.module.state_dict(),
             self.optimizer_file: optimizer_tensors(self.optimizer),
         }
 
     def load(self, tensors: Tensors) -> None:
-        """The inverse of `tensors`."""
+        """Load what `tensors` returned. Raises KeyError or RuntimeError for the tensors of another network."""
         self.module.load_state_dict(tensors[self.file])
         load_optimizer(self.optimizer, tensors[self.optimizer_file])

@@ -1,4 +1,4 @@
-"""Profile what a step spends on data, autoencoder, LPIPS, discriminator, optimizer and communication."""
+"""Profile how long a step takes for data, autoencoder, LPIPS, discriminator, optimizer and communication."""
 
 from pathlib import Path
 
@@ -6,12 +6,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule, supported_activities
 
 PARTS = ("data", "autoencoder", "perceptual", "discriminator", "optimizer", "communication")
-COMMUNICATION = ("nccl", "gloo", "all_reduce", "allreduce")
-WARMUP, MEASURED = 3, 5
+COMMUNICATION = ("nccl", "gloo", "all_reduce", "allreduce")  # an event with one of these in its name
+WARMUP, MEASURED = 3, 5  # steps
 
 
 def profiler(folder: Path, say) -> profile:
-    """Profile five steps after three of warm-up: writes `folder/trace.json`, for Perfetto, and prints a table."""
+    """A torch profiler of five steps, after three of warm-up; call its `step()` after each step.
+
+    At the end it writes `folder/trace.json` (for Perfetto) and `folder/table.txt`, and calls `say` with the table.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def finished(result: profile) -> None:
@@ -30,11 +33,11 @@ def profiler(folder: Path, say) -> profile:
 
 
 def cost_table(result: profile) -> str:
-    """A table of milliseconds a step for each part: on the host, and on the device where there is one.
+    """A table of milliseconds a step for each part of a step: on the host, and on the device (0 on a CPU).
 
-    The host's time of a part is the time between its start and its end; on a GPU that is what it takes to queue
-    the work, and the device's column is what it takes to do it. Communication overlaps the autoencoder's
-    backward pass and is counted in both.
+    "host ms" is the time from the start of a part to its end on the host: on a CPU the time to compute it, with a
+    GPU the time to queue its work; "device ms" is the time that the GPU takes for it. Communication overlaps the
+    autoencoder's backward pass and is counted in both.
     """
     rows = {part: [0.0, 0.0] for part in PARTS}
     for event in result.events() or []:

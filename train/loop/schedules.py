@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, and the ramp that other schedules are made of."""
+"""The learning rate as a function of the step, and the linear ramp that other schedules use, too."""
 
 import math
 
@@ -6,12 +6,16 @@ from ..config import Config
 
 
 def ramp(step: int, warmup_steps: int) -> float:
-    """0 at step 0, 1 from `warmup_steps` on, linear between."""
+    """A factor that rises linearly from 0 at step 0 to 1 at `warmup_steps`, and stays there."""
     return 1.0 if step >= warmup_steps else step / warmup_steps
 
 
 class LearningRate:
-    """The learning rate of a step, counted from 0: scaled to the batch over all ranks, warmed up and decayed."""
+    """The learning rate of a step: scaled to the batch over all ranks, warmed up linearly, then decayed.
+
+    Call it with the step, counted from 0. The decay is `optimizer.schedule`: none, or linear or by a half cosine to
+    0 at `train.steps`. samples_per_step: the batch over all ranks and micro-batches.
+    """
 
     def __init__(self, config: Config, ranks: int):
         self.config, self.steps = config.optimizer, config.train.steps

@@ -1,4 +1,4 @@
-"""Trackers that accelerate knows (TensorBoard, Weights & Biases, MLflow ...): scalars and pictures of a run."""
+"""Send scalars and pictures of a run to the trackers of accelerate: TensorBoard, Weights & Biases, MLflow ..."""
 
 import contextlib
 import threading
@@ -15,14 +15,15 @@ from PIL import Image
 from ..config import dotted
 
 PROJECT = "kl-autoencoder"  # the project, or experiment, that runs appear in
-TENSORBOARD, FOLDER = "tensorboard", "logs"
+TENSORBOARD, FOLDER = "tensorboard", "logs"  # name of the tracker; its folder in the run's
+# trackers of accelerate itself, whose packages `check_trackers` looks for; plugins may register others
 BUILT_IN = (
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 )  # fmt: skip
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """ValueError for a name that accelerate does not know, or whose package is not installed."""
+    """Raise ValueError for a name that accelerate does not know, or whose package is not installed."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             allowed = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
@@ -32,7 +33,10 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, written on its main rank alone. One that fails is warned of once; training goes on."""
+    """The trackers of a run, written on its main rank only.
+
+    A tracker that fails does not end the run: a warning is printed, once for each tracker.
+    """
 
     def __init__(
         self,
@@ -42,13 +46,16 @@ class Trackers:
         say: Callable[[str], None],
         config: Mapping[str, Any] | None = None,
     ):
-        """config: the run's, nested, which trackers other than TensorBoard show beside the curves."""
+        """Start the trackers `names`, in the run's `folder`.
+
+        config: the run's, nested; trackers other than TensorBoard show it beside the curves.
+        """
         self.folder, self.accelerator, self.say, self.warned = folder, accelerator, say, set()
         names = tuple(dict.fromkeys(names))
         if TENSORBOARD in names and accelerator.is_main_process:
             (folder / FOLDER).mkdir(exist_ok=True)
             _hush_tensorboard_thread()
-        accelerator.log_with = [_made(name, folder) for name in names]
+        accelerator.log_with = [_create_tracker(name, folder) for name in names]
         accelerator.init_trackers(PROJECT)
         pairs = dotted(config or {}).items()
         keys = {key: str(value) if isinstance(value, (list, tuple)) else value for key, value in pairs}
@@ -72,22 +79,22 @@ class Trackers:
             self._to_other(tracker, lambda t=tracker: _show(t, name, picture, image, step))
 
     def close(self) -> None:
-        """End the trackers; writes what TensorBoard still holds in memory, up to two minutes."""
+        """End the trackers; writes what TensorBoard still holds in memory, up to two minutes of scalars."""
         if board := self._tensorboard():
             self._to_tensorboard(lambda: board.writer.flush())
         self.accelerator.end_training()
 
     def _tensorboard(self) -> Any:
-        return next((t for t in self._mine() if t.name == TENSORBOARD), None)
+        return next((t for t in self._on_main_rank() if t.name == TENSORBOARD), None)
 
     def _others(self) -> list[GeneralTracker]:
-        return [t for t in self._mine() if t.name != TENSORBOARD]
+        return [t for t in self._on_main_rank() if t.name != TENSORBOARD]
 
-    def _mine(self) -> list[Any]:
+    def _on_main_rank(self) -> list[Any]:
         return self.accelerator.trackers if self.accelerator.is_main_process else []
 
     def _to_tensorboard(self, write: Callable[[], None]) -> None:
-        """Call `write`; after an OSError, which ends the writer's thread, the next call opens a new file."""
+        """Call `write`; after an OSError, which ends TensorBoard's thread, the next call opens a new file."""
         try:
             write()
         except OSError as error:
@@ -104,20 +111,24 @@ class Trackers:
             self._warn(tracker.name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
     def _warn(self, what: str, reason: str) -> None:
-        """Warn once for each tracker: one that cannot be reached would be warned of at every step."""
+        """Print a warning, once for each `what`: a tracker that cannot be reached fails at every step."""
         if what not in self.warned:
             self.say(f"WARNING: {what}: cannot be written ({reason}); training goes on")
         self.warned.add(what)
 
 
-def _made(name: str, folder: Path) -> GeneralTracker:
+def _create_tracker(name: str, folder: Path) -> GeneralTracker:
     kind = LOGGER_TYPE_TO_CLASS[name]
-    project = FOLDER if name == TENSORBOARD else PROJECT  # TensorBoard's is the name of its folder
+    project = FOLDER if name == TENSORBOARD else PROJECT  # TensorBoard takes the name of its folder instead
     return kind(project, folder) if kind.requires_logging_directory else kind(project)
 
 
 def _show(tracker: Any, name: str, picture: Path, image: np.ndarray, step: int) -> None:
-    """Send a picture in each tracker's own way, as accelerate has no common one; `log_images` of a plugin's."""
+    """Send a picture in each tracker's own way, since accelerate has no common one.
+
+    picture: the image file; image: its pixels, (H, W, C) uint8. A tracker that a plugin registered gets it by
+    `log_images`, if it has that method.
+    """
     if tracker.name == "mlflow":
         tracker.log_artifact(str(picture), name)
     elif tracker.name == "comet_ml":
@@ -136,7 +147,7 @@ def _show(tracker: Any, name: str, picture: Path, image: np.ndarray, step: int) 
 
 @cache
 def _hush_tensorboard_thread() -> None:
-    """Leave out the traceback of a TensorBoard thread that a full disk ends: `Trackers` reports the error."""
+    """Print no traceback when an OSError (a full disk) ends a TensorBoard thread: `Trackers` reports the error."""
     print_traceback = threading.excepthook
 
     def hook(failure) -> None:

@@ -1,4 +1,4 @@
-"""The training loop, and what happens around a step: logs, validation, checkpoints, export."""
+"""`Trainer`: the training loop, with logs, validation, checkpoints and the export."""
 
 import contextlib
 import dataclasses
@@ -27,13 +27,14 @@ from .task import Task
 
 
 class TooManyBadSteps(RuntimeError):
-    """Gradients were not finite for too many steps in a row."""
+    """Gradients were not finite in `train.max_bad_steps` steps in a row."""
 
 
 class Trainer:
     """A run. Creating it opens the data, builds the networks and loads the newest checkpoint, if there is one.
 
-    step: how many steps were taken. samples: how many they consumed over all ranks, the position in the data.
+    make_task: builds what is trained. step: how many steps were taken. samples: how many samples they consumed over
+    all ranks, the position in the data. Raises ValueError or OSError, one line each, for what prevents a start.
     """
 
     def __init__(self, config: Config, make_task: Callable[[RunContext], Task]):
@@ -67,7 +68,11 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def fit(self) -> dict | None:
-        """Train to the last step and export; returns the result of `finish`, or None if it was asked to stop."""
+        """Train to the last step and export; returns the result of `finish`, or None after a signal to stop.
+
+        Raises, after saving, LoaderFailed if the data cannot be read on and TooManyBadSteps; OSError if the last
+        checkpoint or the export cannot be written.
+        """
         every = self.config.validation.every
         self._announce()
         if self.finished:
@@ -79,7 +84,7 @@ class Trainer:
             total=self.config.train.steps, initial=self.step, unit="step", disable=not self.is_main
         )
         self.journal.start_window(self.step)
-        with self._profiler() as profiler, self.stop, progress:  # the bar must end its line whatever happens
+        with self._profiler() as profiler, self.stop, progress:  # an error must not print into the bar's line
             for micro_batches in self.batches():
                 self.train_step(micro_batches)
                 progress.update()
@@ -102,12 +107,12 @@ class Trainer:
         return self.finish(before)
 
     def batches(self) -> Iterator[list[dict]]:
-        """The micro-batches of each remaining step, from the first sample that was not yet consumed."""
+        """Yield the micro-batches of each remaining step, from the first sample that was not yet consumed."""
         steps = max(self.config.train.steps - self.step, 0)
         return self.agreed.grouped(self.loader, steps, self.config.train.gradient_accumulation)
 
     def train_step(self, micro_batches: list[dict]) -> None:
-        """Take one step, and note its terms, skipped images and gradient norms."""
+        """Take one step; hand its terms to the journal, and note its skipped images and gradient norms."""
         for batch, terms in zip(micro_batches, self.take_step(micro_batches), strict=True):
             self.journal.add(terms)
             self.skipped.add(batch["skipped"])
@@ -119,7 +124,7 @@ class Trainer:
             self._report_bad_steps()
 
     def take_step(self, micro_batches: list[dict]) -> list[dict[str, Tensor]]:
-        """Forward and backward for each micro-batch, then update; the terms of each micro-batch."""
+        """Forward and backward for each micro-batch, and one update; returns the terms of each micro-batch."""
         for player in self.task.players:
             player.begin(self.step)
         networks = [player.network for player in self.task.playing(self.step)]
@@ -128,13 +133,17 @@ class Trainer:
             with self.accelerator.accumulate(*networks):
                 found.append(self.task.micro_batch(self.step, batch))
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # once all have stepped: accumulated gradients share one scale
+            self.accelerator.scaler.update()  # once a step: all players and micro-batches share one loss scale
         self.step += 1
         self.task.end_step(self.step)
         return found
 
     def finish(self, before: dict) -> dict:
-        """Validate and export the final weights; returns metrics before and after, picture and export folder."""
+        """Validate and export the final weights.
+
+        before: metrics before training. Returns the metrics `before` and `after`, and the paths `picture` and
+        `export`. Raises OSError on all ranks if the model cannot be written.
+        """
         after, exported = self.validate(), self.folder / "export"
         facts = {"before": before, "after": after, "step": self.step, "samples": self.samples}
         facts |= self.task.measure(self.agreed.grouped)
@@ -147,7 +156,7 @@ class Trainer:
     # ---------------------------------------------------------------- what is written down
 
     def log(self) -> dict[str, str]:
-        """Log the means since the last line, over all ranks; returns the few that the progress bar shows."""
+        """Log the means since the last line, over all ranks; returns the terms that the progress bar shows."""
         self._report_bad_steps()
         values, rate = self.journal.close_window(self.step)
         values |= {
@@ -159,7 +168,7 @@ class Trainer:
         return shown | {"images/s": f"{values['images_per_second']:.3g}"}
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the held-out data for the weights that would be exported; writes the picture."""
+        """Measure the weights that would be exported on held-out data; logs the metrics and writes a picture."""
         metrics = self.task.validate()
         self.journal.write(self.step, self.samples, {f"validation/{n}": v for n, v in metrics.items()})
         if self.is_main:
@@ -175,7 +184,7 @@ class Trainer:
         return self.folder / "samples" / f"step-{self.step:06d}.png"
 
     def _report_bad_steps(self) -> None:
-        """Log the skipped steps since the last report; too many in a row raise TooManyBadSteps."""
+        """Log the skipped steps since the last report; for too many in a row, save and raise TooManyBadSteps."""
         most = self.bad_steps.report()
         if most >= self.config.train.max_bad_steps:
             self.save()
@@ -190,10 +199,10 @@ class Trainer:
     def save(self, last: bool = False) -> None:
         """Write a checkpoint of everything that the next step depends on.
 
-        If it cannot be written (a full disk), a warning is printed and the next save tries again; but the `last` of
-        a run raises OSError, on all ranks. Earlier checkpoints stay whole in any case.
+        If it cannot be written (a full disk), a warning is printed and the next save tries again; for the `last`
+        save of a run, OSError is raised on all ranks instead. Earlier checkpoints stay whole in any case.
         """
-        self._report_bad_steps()  # these steps will not be taken again
+        self._report_bad_steps()  # a continued run does not repeat these steps, so they must be reported now
         self.saver.gather_notes(self.skipped)
         counters = {"samples": self.samples, **self.bad_steps.state(), "skipped": self.skipped.state()}
         problem = self.saver.save(self.step, counters)
@@ -203,7 +212,7 @@ class Trainer:
             self.say(f"WARNING: {problem}; training goes on, and the next save tries again")
 
     def _save_and_close(self) -> str:
-        """Save and close after a rank could not read on; returns the end of the error message."""
+        """Save, and close the journal, when a rank could not read on; returns the end of the error message."""
         if self.step != self.saver.step:
             self.save()
         self.journal.close()
@@ -213,7 +222,9 @@ class Trainer:
         """Continue from the newest checkpoint, if there is one, and say what has changed in the configuration."""
         found = self.saver.load()
         if found is None:
-            self.journal.forget_after(-1)  # of a run that was killed before its first checkpoint
+            self.journal.forget_after(
+                -1
+            )  # drop all lines, of a run that was killed before its first checkpoint
             return
         self.step, self.samples = found.state["step"], found.state["samples"]
         self.bad_steps.load(found.state)
@@ -228,7 +239,7 @@ class Trainer:
     # ---------------------------------------------------------------- the start
 
     def _profiler(self):
-        """A torch profiler of five steps that writes a trace and a table; nothing unless train.profile is on."""
+        """A context whose value has `step()`: a profiler on the main rank if train.profile is on, else a no-op."""
         if not (self.config.train.profile and self.is_main):
             return contextlib.nullcontext(_NoProfiler)
         from .profiling import profiler

@@ -1,1 +1,1 @@
-"""What a run saves, and what it goes on from."""
+"""Save the state of a run, and continue from it."""

@@ -1,7 +1,7 @@
-"""Compare the configuration of a run that is continued with the one that it was started with.
+"""Compare the configuration of a continued run with the one that it was started with.
 
-Most keys may change between two starts: steps, rates, weights, intervals. Other data, another seed or network make
-it another run, for which the steps so far do not count. Such changes are refused.
+Most keys may change between two starts: steps, rates, weights, intervals. Other data, another seed or another
+network make it a different run, to which the steps so far do not belong. Such changes are refused.
 """
 
 from pathlib import Path
@@ -13,20 +13,21 @@ from ...config import Config, build, dotted, to_yaml
 from ..schedules import LearningRate
 
 UNCOMPARED = ("output_dir", "resume")  # the folder may be moved, and `resume` only says how to continue
-# keys that decide which samples there are, and in which order; crops may grow, as in the recipes of several parts
+# Another value of one of these keys, or of a key below it, makes it another run: another task, network, order or
+# set of samples. Not among them are the resolutions, since recipes of several parts enlarge the crops.
 ANOTHER_RUN = (
     "task",
     "seed",
     "model",
     *(f"data.{key}" for key in ("train", "split", "image_column", "label_column", "labels", "streaming")),
 )
-# what these hold out of data.train, where data.validation is null, is not trained on
+# The same holds for these, but only if data.validation was null: held-out images were then taken from data.train.
 HELD_OUT = ("data.validation", "data.validation_images")
 NOTABLE = 0.01  # relative change of a learning rate above which it is printed
 
 
-def recorded(path: Path) -> dict[str, Any] | None:
-    """The keys and values of a run's config.yaml; None if there is none that can be read."""
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Read a run's config.yaml: its keys and values, or None if it is missing or cannot be parsed."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -35,7 +36,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
 
 
 def compare(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (before, now), of the keys that both know and that differ."""
+    """Return dotted key -> (value before, value now), for the keys that both have and whose values differ."""
     old, new = dotted(before), dotted(yaml.safe_load(to_yaml(config)))
     return {
         key: (old[key], new[key])
@@ -45,7 +46,7 @@ def compare(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]
 
 
 def makes_another_run(key: str, before: dict[str, Any]) -> bool:
-    """Whether another value of `key` makes it another run. before: the configuration of the run so far."""
+    """Whether another value of `key` makes it another run; `before`: the configuration of the run so far."""
     if key in HELD_OUT:
         return before.get("data", {}).get("validation") is None
     return key in ANOTHER_RUN or key.split(".")[0] in ANOTHER_RUN
@@ -54,10 +55,11 @@ def makes_another_run(key: str, before: dict[str, Any]) -> bool:
 def refuse_another_run(
     before: dict[str, Any], config: Config, checkpoint: Path, sources: tuple[dict | None, dict | None]
 ) -> list[str]:
-    """A line for each key that has changed. ValueError for one that makes it another run, unless that is forced.
+    """Return a line for each key that has changed.
 
-    sources: the fingerprints of the training images then and now, None where unknown. A folder that was moved is
-    the same source; a folder with other images than before is not.
+    before: the configuration of the run so far. sources: the fingerprints of the training images before and now,
+    None where unknown: a folder that was only moved is the same source, one that holds other images is not. Raises
+    ValueError if a change makes it another run, unless `resume.force` is set.
     """
     changed = compare(before, config)
     other = [(key, *pair) for key, pair in changed.items() if makes_another_run(key, before)]
@@ -78,10 +80,13 @@ def refuse_another_run(
 
 
 def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> str | None:
-    """A line if the change gives the next step another learning rate, by more than `NOTABLE`; else None."""
+    """Return a line if the change of configuration moves the learning rate of `step` by more than `NOTABLE`.
+
+    Otherwise, and for a configuration that this version cannot read, returns None.
+    """
     try:
         old = build(Config, before)
-    except ValueError:  # of another version of this program
+    except ValueError:  # written by another version of this program
         return None
     rates = [LearningRate(c, ranks)(step) for c in (old, config)]
     if abs(rates[1] - rates[0]) <= NOTABLE * max(rates):
@@ -100,4 +105,4 @@ def _images(source: dict) -> str:
 
 def _shown(value: Any) -> str:
     text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else f"...{text[-57:]}"  # of a path the end tells more
+    return text if len(text) <= 60 else f"...{text[-57:]}"  # the end of a path tells more than its start

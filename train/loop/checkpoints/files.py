@@ -1,8 +1,8 @@
-"""Checkpoints on disk: written beside and renamed when complete, verified when read, old ones removed.
+"""Checkpoints on disk: written under a temporary name, renamed when complete, verified when read, removed when old.
 
-A checkpoint is a folder `step-000200` of safetensors files, `state.json` (counters), the model's `config.json` and
-`manifest.json`, which holds the size and SHA-256 of every other file and is written last; `damage` compares them.
-No pickle is written or read.
+A checkpoint is a folder such as `step-000200`. It holds safetensors files, `state.json` (counters), the model's
+`config.json` and `manifest.json`, which is written last and holds the size and SHA-256 of every other file;
+`damage` compares them. No pickle is written or read.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `root/step-NNNNNN` with a `<name>.safetensors` for each entry of `tensors`; returns its path.
 
-    config: the model's config.json, so that commands can read the weights of a run that has not ended.
-
-    Raises OSError naming the folder if it cannot be written (a full disk, say); earlier checkpoints are intact.
+    state: counters, which are saved as JSON. config: the text of the model's config.json, so that commands can read
+    the weights of a run that has not ended. Raises OSError, which names the folder, if it cannot be written (a full
+    disk, say); earlier checkpoints stay intact.
     """
     final = root / f"step-{step:06d}"
     beside = root / f".{final.name}.writing"
@@ -44,7 +44,7 @@ def save_checkpoint(
         }
         (beside / MANIFEST).write_text(json.dumps(files, indent=1))
         sync_files(beside.iterdir())
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that went on without it
+        shutil.rmtree(final, ignore_errors=True)  # left by an earlier start that saved this step, too
         os.replace(beside, final)
         flush_folder(root)
     except Exception as error:  # safetensors raises its own type for a full disk
@@ -56,7 +56,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    """The tensors by file name and the state of a complete checkpoint. Raises ValueError naming what is damaged."""
+    """Read a checkpoint: {file name without suffix: {tensor name: tensor}}, on the CPU, and its state.
+
+    Raises ValueError, which names what is damaged, unless the checkpoint is whole.
+    """
     problem = damage(path)
     if problem:
         raise ValueError(f"{path}: {problem}")
@@ -65,7 +68,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by sizes and SHA-256 of its files, or None if it is whole."""
+    """Compare a checkpoint's files with its manifest (size, SHA-256): what is wrong, or None if it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         written = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
@@ -85,15 +88,16 @@ def damage(path: Path) -> str | None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The finished checkpoints, oldest first."""
+    """The folders of finished checkpoints in `root`, oldest first."""
     found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
 
 
 def newest(root: Path, warn) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named to `warn` and set aside as `*.damaged`.
+    """Find the newest checkpoint that is whole, or None; newer, damaged ones are renamed to `*.damaged`.
 
-    Removes what a killed run left of a checkpoint that it was writing (named to `warn`) or removing.
+    Also removes the remains of checkpoints that a killed run was writing or removing. `warn` is called with a line
+    for each damaged and each half-written checkpoint.
     """
     for leftover in [*root.glob(".step-*.writing"), *root.glob(".step-*.removing")]:
         shutil.rmtree(leftover)
@@ -111,11 +115,12 @@ def newest(root: Path, warn) -> Path | None:
 
 
 def rotate(root: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep_last` and each whose step is a multiple of `keep_every`."""
+    """Remove old checkpoints: all but the newest `keep_last` and those whose step is a multiple of `keep_every`."""
     for path in checkpoints(root)[:-keep_last]:
         step = int(NAME.fullmatch(path.name)[1])
         if not keep_every or step % keep_every:
-            doomed = path.with_name(f".{path.name}.removing")  # never half of one under a checkpoint's name
+            # renamed first, so that no half-removed folder ever has a checkpoint's name
+            doomed = path.with_name(f".{path.name}.removing")
             os.replace(path, doomed)
             shutil.rmtree(doomed)
 
@@ -124,15 +129,15 @@ def rotate(root: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`{parameter index}.{name}` -> tensor, of an optimizer all of whose state is tensors."""
+    """An optimizer's state as {"<parameter index>.<name>": tensor}; all of it must be tensors, as AdamW's is."""
     state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; hyperparameters stay those of the configuration.
+    """Load what `optimizer_tensors` returned; hyperparameters, such as the rate, stay those of `optimizer`.
 
-    Raises RuntimeError for the state of other parameters.
+    Raises RuntimeError if the number or the shapes of the parameters differ.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -148,7 +153,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             if value.shape != parameter.shape:
                 shapes = f"{tuple(value.shape)} where the parameter has {tuple(parameter.shape)}"
                 raise RuntimeError(f"an optimizer's {name} of shape {shapes}")
-            # fused kernels walk parameter and moments side by side: both must lie in memory alike (channels_last)
+            # fused AdamW needs moments in the memory format of their parameter, which may be channels_last
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""`Saver`: saves and loads a task's tensors with the run's counters, and compares configurations."""
+"""`Saver`: save and load a task's tensors with the run's counters, and refuse the checkpoint of another run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,12 @@ from . import changes, files
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint that was loaded. config: that of the run so far. changed: a line for each key that differs."""
+class LoadedCheckpoint:
+    """A checkpoint that was loaded.
+
+    state: the contents of state.json. config: the configuration of the run so far, None if unknown. changed: a line
+    for each key whose value differs now.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -23,7 +27,10 @@ class Found:
 
 
 class Saver:
-    """Saves a task and loads it, on all ranks together. step: that of the newest checkpoint, None without one."""
+    """Saves and loads a task; every method must be called on all ranks.
+
+    step: the step of the newest checkpoint, None if there is none.
+    """
 
     def __init__(self, run: RunContext, task: Task):
         self.run, self.task, self.root = run, task, run.folder / "checkpoints"
@@ -31,7 +38,7 @@ class Saver:
         self.source = task.data.fingerprint() if run.is_main else None
 
     def save(self, step: int, counters: dict[str, Any]) -> str | None:
-        """Write a checkpoint and remove old ones while all ranks wait; returns why that failed, or None."""
+        """Write a checkpoint on the main rank and remove old ones; returns why it failed, or None, on all ranks."""
         problem = self.run.on_main(lambda: self._write(step, counters))
         if problem is None:
             self.step = step
@@ -50,21 +57,21 @@ class Saver:
         files.rotate(self.root, config.keep_last, config.keep_every)
 
     def gather_notes(self, skipped: SkippedImages) -> None:
-        """Give all ranks what each has found out about the data: images that cannot be used, lengths of shards."""
+        """Share among all ranks what each has learned about the data: unusable images and lengths of shards."""
         for of_rank, lengths in gather_object([(skipped.state(), self.task.data.lengths)]):
             skipped.merge(of_rank)
             self.task.data.lengths.update(lengths)
 
-    def load(self) -> Found | None:
-        """Load the newest checkpoint that is whole, on all ranks; None if there is none.
+    def load(self) -> LoadedCheckpoint | None:
+        """Load the newest undamaged checkpoint; returns None if there is none.
 
-        Raises ValueError for one of another run, or of other networks.
+        Raises ValueError if it belongs to another run (`changes.refuse_another_run`) or to other networks.
         """
         path = files.newest(self.root, self.run.say) if self.run.is_main else None
         [path] = broadcast_object_list([path])
         if path is None:
             return None
-        before = changes.recorded(self.run.folder / "config.yaml") if self.run.is_main else None
+        before = changes.read_config(self.run.folder / "config.yaml") if self.run.is_main else None
         [before] = broadcast_object_list([before])
         tensors, state = files.load_checkpoint(path)
         [source] = broadcast_object_list([self.source])
@@ -78,4 +85,4 @@ class Saver:
             self.run.accelerator.scaler.load_state_dict(state["scaler"])
         self.task.data.lengths.update(state["shard_lengths"])
         self.step = state["step"]
-        return Found(path, state, before, changed)
+        return LoadedCheckpoint(path, state, before, changed)

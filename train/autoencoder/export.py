@@ -1,4 +1,4 @@
-"""The finished model as a folder for diffusion pipelines, with a model card; and published on the hub."""
+"""Write the finished model as a folder for diffusion pipelines, with a model card, and publish it on the hub."""
 
 import tempfile
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from ..config import AutoencoderConfig, ExportConfig, to_yaml
 from ..one_network.exporting import write_folder
 from .adversarial.training_state import save_training_state
 
-DRY = "published"  # in the run's folder: what would be on the hub
+DRY_RUN_FOLDER = "published"  # of the run: `export.dry_run` writes here what would be published
 CARD = """---
 library_name: diffusers
 tags: [autoencoder, vae, latent-diffusion]
@@ -65,8 +65,9 @@ def export(
 ) -> None:
     """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
 
-    facts: step, samples, held_out (number of images), statistics (LatentStatistics), and the metrics
-    `before` and `after`. training_state: the discriminator's tensors, where they are kept beside the model.
+    facts: step, samples, held_out (number of images), statistics (LatentStatistics), and the metrics `before` and
+    `after` training. training_state: the discriminator's tensors (`Adversary.tensors`), to keep them beside the
+    model; None: do not. Raises OSError, which names the folder, if it cannot be written.
     """
 
     def write(beside: Path) -> None:
@@ -79,7 +80,7 @@ def export(
 
 
 def check_push(config: ExportConfig, vae: ExactAutoencoder | Autoencoder) -> None:
-    """ValueError, before the first step, for a run that could not publish what it will have trained."""
+    """Raise ValueError, before the first step, if the trained model could not be published at the end."""
     if config.push_to and isinstance(vae, Autoencoder):
         raise ValueError(
             f"export.push_to: {config.push_to!r}; allowed: for models that diffusers has a class for"
@@ -92,13 +93,13 @@ def check_push(config: ExportConfig, vae: ExactAutoencoder | Autoencoder) -> Non
 
 
 def push(vae: ExactAutoencoder, run: Path, config: ExportConfig) -> str:
-    """Publish `vae` with the records of the run's folder; the address of its page, or in a dry run the folder.
+    """Publish `vae` with the records of the folder `run`; returns the address of its page, or a dry run's folder.
 
-    OSError, which says what remains to do, for what the hub refuses.
+    Raises OSError, which says how to publish it later, if the hub refuses it.
     """
     if config.dry_run:
-        write_repository(vae, run / DRY, config.push_to, config.license, run)
-        return str(run / DRY)
+        write_repository(vae, run / DRY_RUN_FOLDER, config.push_to, config.license, run)
+        return str(run / DRY_RUN_FOLDER)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         write_repository(vae, folder, config.push_to, config.license, run)
@@ -112,6 +113,7 @@ def push(vae: ExactAutoencoder, run: Path, config: ExportConfig) -> str:
 def model_card(
     folder: Path, vae: ExactAutoencoder | Autoencoder, config: AutoencoderConfig, facts: dict
 ) -> str:
+    """The text of README.md; `folder` is named in its example, `facts` as in `export`."""
     size, f = config.data.resolutions[0], vae.downsampling
     return CARD.format(
         name=config.output_dir.rstrip("/").rsplit("/", 1)[-1],
@@ -127,14 +129,14 @@ def model_card(
         weights="the EMA weights" if config.ema.enabled else "the last weights",
         lpips_net=config.validation.lpips_net,
         rows="\n".join(_row(name, facts[name]) for name in ("before", "after")),
-        **_described(vae),
-        latents=_latents(vae, facts["statistics"]),
+        **_model_fields(vae),
+        latents=_latents_text(vae, facts["statistics"]),
         recipe=shareable(to_yaml(config)),
     )
 
 
-def _described(vae: ExactAutoencoder | Autoencoder) -> dict[str, str]:
-    """What the model is, and what it loads with."""
+def _model_fields(vae: ExactAutoencoder | Autoencoder) -> dict[str, str]:
+    """The fields of `CARD` that say what the model is, and by which class of which package it is loaded."""
     if not isinstance(vae, Autoencoder):
         name = vae.stands_for.__name__
         what = "A KL-regularised autoencoder"
@@ -146,7 +148,7 @@ def _described(vae: ExactAutoencoder | Autoencoder) -> dict[str, str]:
     return {"what": what, "loads_in": "this package", "package": "kl_autoencoder", "class_name": name}
 
 
-def _latents(vae: ExactAutoencoder | Autoencoder, statistics: LatentStatistics) -> str:
+def _latents_text(vae: ExactAutoencoder | Autoencoder, statistics: LatentStatistics) -> str:
     mean, std = _numbers(statistics.mean), _numbers(statistics.std)
     if "patch_size" in vae.scaling:
         p, q = vae.scaling["patch_size"]
@@ -161,7 +163,7 @@ def _latents(vae: ExactAutoencoder | Autoencoder, statistics: LatentStatistics) 
 
 
 def _row(name: str, metrics: dict) -> str:
-    if not metrics:  # those before training are lost with metrics.jsonl
+    if not metrics:  # the metrics before training are lost if a continued run has no metrics.jsonl
         return f"| {name} training | not recorded | | |"
     ssim, lpips = (f"{metrics[m]:.3f}" if m in metrics else "not measured" for m in ("ssim", "lpips"))
     return f"| {name} training | {metrics['psnr']:.2f} | {ssim} | {lpips} |"

@@ -1,4 +1,4 @@
-"""What is trained: the autoencoder with its bottleneck, its view and the scale of its likelihood."""
+"""`TrainedModel`: the autoencoder with its bottleneck, its view and the learned scale of its likelihood."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +24,15 @@ from .start import damp_residual_branches, start_as_enlargement
 
 
 def _is_gaussian(vae: ExactAutoencoder | Autoencoder) -> bool:
-    """Whether training brings the bottleneck, with its free bits: a Gaussian is no part of what is exported."""
+    """Whether the bottleneck is a Gaussian: training then builds its own, with free bits, beside the model."""
     return not isinstance(vae, Autoencoder) or isinstance(vae.bottleneck_module, KLBottleneck)
 
 
 def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencoder | Autoencoder:
-    """A new network, or the pretrained one: a folder or hub id in diffusers' layout, "compact", or an LDM file.
+    """Build a new network, or load `model.pretrained`.
 
-    Raises ValueError naming the key for what gives no network of images of `channels` channels.
+    The latter is a folder or hub id in diffusers' layout, a single file of latent diffusion's, or "compact". Raises
+    ValueError, which names the key, if it cannot be built or loaded, or is not for images of `channels` channels.
     """
     source = config.pretrained
     try:
@@ -60,7 +61,10 @@ def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencode
 
 
 def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoencoder:
-    """The model with an untrained decoder of other widths; its encoder and the scaling of its latents are kept."""
+    """Replace the decoder by an untrained one of other widths; encoder and scaling of the latents are kept.
+
+    widths: channels of each level, the finest first. Raises ValueError unless the model is an AutoencoderKLFlux2.
+    """
     if "decoder_block_out_channels" not in vae.rules:
         raise ValueError(
             f"model.decoder_block_out_channels beside an {type(vae).__name__}; allowed: an AutoencoderKLFlux2"
@@ -74,40 +78,40 @@ def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoe
 
 
 def choose_backward(vae: ExactAutoencoder | Autoencoder, recompute: str) -> None:
-    """What the backward pass computes again: "no"thing, "norms" and SiLUs, or whole "blocks".
+    """Choose what the backward pass recomputes instead of keeping it in memory.
 
-    With "norms" the convolutions take fewer products where that pays, in float32 on a CPU.
+    recompute: "no" recomputes nothing, "norms" GroupNorms and SiLUs, "blocks" whole blocks. With "norms" on a CPU,
+    convolutions in float32 also use Winograd's algorithm, where that is faster (`WinogradOps`).
     """
     if recompute == "blocks":
         vae.enable_gradient_checkpointing()
     if recompute != "norms":
         return
-    fewer = WinogradOps() if vae.device.type == "cpu" else None
+    winograd = WinogradOps() if vae.device.type == "cpu" else None
     for block in vae.modules():
         if isinstance(block, ResnetBlock):
-            block.norm_silu_conv = fewer.norm_silu_conv if fewer else recomputed_norm_silu_conv
-        elif isinstance(block, Upsample) and fewer:
-            block.upsample_conv = fewer.upsample_conv
+            block.norm_silu_conv = winograd.norm_silu_conv if winograd else recomputed_norm_silu_conv
+        elif isinstance(block, Upsample) and winograd:
+            block.upsample_conv = winograd.upsample_conv
 
 
 def allow_compilations(sizes: int) -> None:
-    """Let networks be compiled for `sizes` sizes of images; after eight, torch would run them uncompiled."""
+    """Let torch compile networks for `sizes` image sizes; beyond its limit, eight, it would run them uncompiled."""
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * sizes)  # in training, and without gradients
+    torch._dynamo.config.recompile_limit = max(limit, 2 * sizes)  # each size with gradients and without
 
 
 @dataclass
 class Reconstruction:
-    """images: (B, 3, H, W); targets: the images that they should be; code: what the bottleneck made of `encoded`.
+    """What `TrainedModel` returns: all that the objective needs.
 
-    encoded: the images that the encoder was given. They differ from the targets where a view transforms both
-    latents and images.
+    images: the reconstructions, (B, C, H, W). targets: the images that they should be, same shape. encoded: the
+    encoder's input, without the noise of a denoising autoencoder; the targets differ from it if the view transforms
+    latents and images. code: what the bottleneck returned: latents, penalties. log_scale: of the likelihood, a
+    scalar; None where it is fixed. features: the input of the decoder's last convolution, (B, first width, H, W),
+    detached. learned: name of a term -> the output of its learned layer.
 
-    log_scale: of the likelihood, None where it is fixed. features: what the decoder's last convolution read,
-    (B, first width, H, W), without a graph. learned: what the learned layers of terms made of the latents, by the
-    name of the term.
-
-    No tuple, whose half-precision tensors accelerate would convert to float32.
+    It is not a tuple, because accelerate would convert half-precision tensors in a tuple to float32.
     """
 
     images: Tensor
@@ -120,9 +124,11 @@ class Reconstruction:
 
 
 class TrainedModel(nn.Module):
-    """What the optimizer moves and DDP wraps.
+    """The module that the optimizer trains and DDP wraps; `forward` computes all that the objective needs.
 
-    `forward` returns all that the loss needs, so that no wrapper is ever bypassed.
+    learn_scale: whether the likelihood's scale is a parameter. decoder_only: freeze the encoder. learned: name of a
+    term -> its layer on the latents. denoising: standard deviation of the noise on the encoder's input.
+    label_dropout: share of the labels that are replaced by "no label".
     """
 
     def __init__(
@@ -137,10 +143,11 @@ class TrainedModel(nn.Module):
         label_dropout: float = 0.0,
     ):
         super().__init__()
-        # one that is part of the model is a module of the model
+        # any other bottleneck is already a module of `vae`
         self.outside = bottleneck if _is_gaussian(vae) else None
         self.view, self.denoising, self.label_dropout = view, denoising, label_dropout
-        self.vae = vae.train()  # from_pretrained's is not; gradients then cost a second forward pass
+        # `from_pretrained` returns it in evaluation mode, in which gradients cost a second forward pass
+        self.vae = vae.train()
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
         self.learned = nn.ModuleDict(learned)
         self.decoder_only = decoder_only
@@ -154,7 +161,7 @@ class TrainedModel(nn.Module):
         return self.vae.bottleneck_module if self.outside is None else self.outside
 
     def compile_networks(self) -> None:
-        """Compile encoder and decoder, except the last convolution: the adaptive weight reads its input.
+        """Compile encoder and decoder, except the last convolution, whose input the adaptive weight needs.
 
         They are compiled again for each size of images: see `allow_compilations`.
         """
@@ -164,21 +171,25 @@ class TrainedModel(nn.Module):
     def forward(
         self, images: Tensor, noise: Tensor, draws: Draws | None = None, labels: Tensor | None = None
     ) -> Reconstruction:
-        """Images, noise for the bottleneck, other random numbers, labels or None -> all that the loss needs.
+        """Encode, apply bottleneck and view, decode.
 
-        Shapes: images (B, C, H, W), noise (B, *noise_shape of the bottleneck), labels (B,).
+        images: (B, C, H, W) in [-1, 1]. noise: for the bottleneck, (B, *noise_shape), standard normal. draws:
+        random numbers for the view, denoising and label dropout; without them the latter two do nothing. labels:
+        (B,) int64, for a model with classes.
         """
         vae = self.vae
         if hasattr(self.view, "at_encoder"):
             images = self.view.at_encoder(images, vae.downsampling, draws)
-            noise = self._cropped(noise, images)
-        condition = () if labels is None else (self._dropped(labels, draws),)
+            noise = self._crop_noise(noise, images)
+        condition = () if labels is None else (self._drop_labels(labels, draws),)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            moments = vae.moments(self._corrupted(images, draws), *condition)
+            moments = vae.moments(self._add_input_noise(images, draws), *condition)
         code = self.bottleneck(moments, noise, images[0].numel())
         z, targets = self.view(code.z, images, draws)
         features = vae.features(z, *condition)
-        if torch.is_autocast_enabled(features.device.type):  # as the convolution would, and keep that alone
+        if torch.is_autocast_enabled(
+            features.device.type
+        ):  # as the convolution would; only this copy is kept
             features = features.to(torch.get_autocast_dtype(features.device.type))
         reconstruction = vae.decoder.conv_out(features)
         learned = {name: layer(code.z) for name, layer in self.learned.items()}
@@ -186,21 +197,21 @@ class TrainedModel(nn.Module):
             reconstruction, targets, images, code, self.log_scale, features.detach(), learned
         )
 
-    def _corrupted(self, images: Tensor, draws: Draws | None) -> Tensor:
-        """What the encoder sees of the images: in a denoising autoencoder, with normal noise on them."""
+    def _add_input_noise(self, images: Tensor, draws: Draws | None) -> Tensor:
+        """The encoder's input: the images, with normal noise added in a denoising autoencoder."""
         if not self.denoising or draws is None:
             return images
         return images + self.denoising * draws.for_purpose(INPUT_NOISE).normal(*images.shape[1:])
 
-    def _dropped(self, labels: Tensor, draws: Draws | None) -> Tensor:
-        """The labels (B,), some of them replaced by "no label"."""
+    def _drop_labels(self, labels: Tensor, draws: Draws | None) -> Tensor:
+        """The labels (B,), a share `label_dropout` of them replaced by the number of classes, "no label"."""
         if not self.label_dropout or draws is None:
             return labels
         dropped = draws.for_purpose(LABELS).uniform(0, 1) < self.label_dropout
         return torch.where(dropped, self.vae.config.classes, labels)
 
-    def _cropped(self, noise: Tensor, images: Tensor) -> Tensor:
-        """The part of the noise for whole crops that the latents of smaller images need."""
+    def _crop_noise(self, noise: Tensor, images: Tensor) -> Tensor:
+        """Cut noise that was drawn for whole crops to the shape that the bottleneck needs for smaller `images`."""
         height, width = (side // self.vae.downsampling for side in images.shape[2:])
         shape = self.bottleneck.noise_shape((self.vae.config.latent_channels, height, width))
         return noise[(slice(None), *map(slice, shape))]

@@ -6,9 +6,9 @@ It is the negative ELBO per pixel dimension, with further terms. With D = C*H*W 
 
 averaged over the batch: nll of the likelihood (likelihoods.py), the penalties of the bottleneck (the KL of the
 posterior, weighted by `loss.kl.weight`), LPIPS (kl_autoencoder.evaluation.metrics), the terms of `loss.terms`, and
-the adversarial term (adversary.py). So `kl.weight: 1e-6` means what it means in the latent-diffusion configs (which
-divide both sums by the batch alone), at any resolution; and `gaussian` with `kl.weight: 1` is the textbook VAE in
-nats per dimension (Kingma & Welling 2013, eq. 3).
+the adversarial term (adversary.py). `kl.weight: 1e-6` means the same as in the configs of latent diffusion, at any
+resolution: they divide nll and KL by the batch size and not by D, which leaves their ratio as it is. `gaussian`
+with `kl.weight: 1` is the textbook VAE in nats per dimension (Kingma & Welling 2013, eq. 3).
 """
 
 import math
@@ -27,13 +27,14 @@ from .adversarial.adversary import Adversary
 from .likelihoods import reconstruction_nll
 from .model import Reconstruction
 
-PERCEPTUAL_PIXELS = 4 * 256 * 256  # LPIPS holds some 250 MB of VGG features for each image of 256x256
-# (reconstruction, images) -> a scalar and its gradient in the reconstruction
+# LPIPS takes at most so many pixels at a time: it holds about 250 MB of VGG features for an image of 256x256.
+PERCEPTUAL_PIXELS = 4 * 256 * 256
+# (reconstruction, images), both (B, C, H, W) -> a scalar, and its gradient with respect to the reconstruction
 AtPixels = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Objective:
-    """The weighted sum of all terms, for a step. `perceptual` and `adversary` are None where a run has none."""
+    """The weighted sum of all terms, and its gradient. Runs without LPIPS or discriminator have None for these."""
 
     def __init__(
         self, config: LossConfig, perceptual: LPIPS | None, terms: list[Term], adversary: Adversary | None
@@ -41,13 +42,15 @@ class Objective:
         self.config, self.perceptual, self.terms, self.adversary = config, perceptual, terms, adversary
 
     def __call__(self, step: int, output: Reconstruction) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return (a scalar to call backward on, the terms by name with their sum as `loss`, the reconstruction).
+        """Return a scalar to call `backward` on, name -> term to log, and the detached reconstruction.
 
-        The scalar has the gradient of the objective, not its value.
+        The scalar has the gradient of the objective, but not its value; that is the term `loss`. `step` counts from
+        0.
 
-        The gradient in the reconstruction is formed term by term first, each network's graph being freed before
-        the next is built, and goes through the autoencoder once. The norms that the adaptive weight compares
-        cost no second pass through LPIPS or the discriminator that way.
+        First the gradient with respect to the reconstruction is summed term by term, and the graph of one network
+        (LPIPS, discriminator) is freed before the next is built. Then this gradient goes back through the
+        autoencoder once. The adaptive weight compares gradients that are there by then, so it needs no second pass
+        through LPIPS or the discriminator.
         """
         images = output.targets
         reconstruction = output.images.detach().float().requires_grad_()
@@ -55,11 +58,12 @@ class Objective:
             nll = self._nll(reconstruction, images, output.log_scale)
             penalties = {name: penalty.mean() for name, penalty in output.code.penalties.items()}
             penalty = sum(
-                self._weighted(name, value, step, images[0].numel()) for name, value in penalties.items()
+                self._weight_penalty(name, value, step, images[0].numel())
+                for name, value in penalties.items()
             )
             (gradient,) = torch.autograd.grad(nll, reconstruction)
         terms, loss = {"reconstruction": nll, **penalties}, nll + penalty
-        for name, weight, at_pixels in self._at_pixels(step):
+        for name, weight, at_pixels in self._pixel_terms(step):
             value, more = at_pixels(reconstruction, images)
             gradient = gradient + weight * more
             terms[name], loss = value, loss + weight * value
@@ -69,9 +73,9 @@ class Objective:
                 gradient, loss = gradient + more, loss + value
                 terms |= found
         with record_function("autoencoder"):
-            # a scalar whose gradient in the output is `gradient`
+            # a scalar whose gradient with respect to `output.images` is `gradient`
             surrogate = (output.images.float() * gradient.detach()).sum() + penalty
-            for term, weight in self._active("latents", step):
+            for term, weight in self._active_terms("latents", step):
                 value = term.compute(output.learned.get(term.name, output.code.z), output.encoded)
                 surrogate = surrogate + weight * value
                 terms[term.name], loss = value, loss + weight * value
@@ -83,24 +87,27 @@ class Objective:
     def _nll(self, reconstruction: Tensor, images: Tensor, log_scale: Tensor | None) -> Tensor:
         return reconstruction_nll(self.config.reconstruction, reconstruction, images, log_scale).mean()
 
-    def _weighted(self, name: str, penalty: Tensor, step: int, dimensions: int) -> Tensor:
-        """The part of the loss of a bottleneck's mean penalty; all but the KL come weighted from the bottleneck."""
+    def _weight_penalty(self, name: str, penalty: Tensor, step: int, dimensions: int) -> Tensor:
+        """Weight a mean penalty of the bottleneck: the KL by `loss.kl`; the bottleneck has weighted all others."""
         return weighted_kl(self.config.kl, penalty, step, dimensions) if name == "kl" else penalty
 
-    def _at_pixels(self, step: int) -> Iterator[tuple[str, float, AtPixels]]:
-        """Name, weight, value and gradient of the terms at the pixels, beside the likelihood."""
+    def _pixel_terms(self, step: int) -> Iterator[tuple[str, float, AtPixels]]:
+        """Yield name, weight and function of each term at the pixels, except likelihood and adversarial term."""
         if self.perceptual is not None:
             yield "perceptual", self.config.perceptual.weight, self.perceptual_gradient
-        for term, weight in self._active("pixels", step):
+        for term, weight in self._active_terms("pixels", step):
             yield term.name, weight, with_gradient(term.compute)
 
-    def _active(self, at: str, step: int) -> list[tuple[Term, float]]:
-        """The further terms at the pixels or the latents that have a weight in this step."""
+    def _active_terms(self, at: str, step: int) -> list[tuple[Term, float]]:
+        """The terms of `loss.terms` at the pixels or the latents (`at`) with their weights in `step`, if not 0."""
         weighted = [(term, term.weight(step)) for term in self.terms if term.at == at]
         return [(term, weight) for term, weight in weighted if weight]
 
     def perceptual_gradient(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean LPIPS and its gradient in the reconstruction, a few images at a time: they share nothing."""
+        """Mean LPIPS of the batch, and its gradient with respect to the reconstruction, (B, C, H, W).
+
+        Images do not depend on one another, so a few are computed at a time (`PERCEPTUAL_PIXELS`), to save memory.
+        """
         at_a_time = max(1, PERCEPTUAL_PIXELS // images[0, 0].numel())
         distances, gradients = [], []
         with record_function("perceptual"):
@@ -112,11 +119,12 @@ class Objective:
 
 
 def weighted_kl(config: KLConfig, kl: Tensor, step: int, dimensions: int) -> Tensor:
-    """The KL's part of the loss in a step; `kl` in nats a pixel dimension, of which an image has `dimensions`.
+    """The weighted KL in a step, which counts from 0: beta(step) KL (Higgins et al. 2017).
 
-    beta(step) KL (Higgins et al. 2017), where beta may rise from 0, linearly or as half a cosine, once or in each
-    cycle (Bowman et al. 2016; Fu et al. 2019, "Cyclical Annealing Schedule"). With a capacity C(step), which rises
-    linearly, beta |KL - C / D| (Burgess et al. 2018, eq. 8, with the mean over the batch inside).
+    kl: the mean over the batch, in nats per pixel dimension. dimensions: D = C*H*W of an image. beta may rise from
+    0, linearly or as half a cosine, once or in each cycle (Bowman et al. 2016; Fu et al. 2019, "Cyclical Annealing
+    Schedule"). With a capacity C(step) in nats an image, which rises linearly, it is beta(step) |KL - C / D|
+    (Burgess et al. 2018, eq. 8, with the absolute value of the batch's mean).
     """
     since = step % config.cycle_steps if config.cycle_steps else step
     rise = ramp(since, config.warmup_steps)
@@ -128,7 +136,7 @@ def weighted_kl(config: KLConfig, kl: Tensor, step: int, dimensions: int) -> Ten
 
 
 def with_gradient(compute: Callable[[Tensor, Tensor], Tensor]) -> AtPixels:
-    """A function that returns `compute(reconstruction, images)` and its gradient in the reconstruction."""
+    """Make a function that returns the scalar `compute(reconstruction, images)` and its gradient in the former."""
 
     def at_pixels(reconstruction: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         value = compute(reconstruction, images)

@@ -1,4 +1,4 @@
-"""Estimate what a configuration needs in memory before anything of that size is made."""
+"""Refuse configurations that need more memory than there is, before anything of that size is allocated."""
 
 import os
 
@@ -10,15 +10,15 @@ from kl_autoencoder.models.classes import CLASSES
 from ..config import AutoencoderConfig
 from .adversarial.discriminator import PatchDiscriminator
 
-FLOAT = 4  # bytes; weights, gradients and moments are float32 whatever the mixed precision
+FLOAT = 4  # bytes of a value: weights, gradients and moments are float32, whatever the mixed precision
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
 def check_weights(config: AutoencoderConfig, memory: int) -> None:
-    """Refuse networks whose weights and optimizer state exceed `memory` bytes, having built none of them.
+    """Raise ValueError if a network's weights, gradients and optimizer state exceed `memory` bytes.
 
-    Counted on torch's meta device, whose tensors have shapes and no data. A pretrained network is left out: it is
-    as large as its file. Raises ValueError, also for keys from which no network can be built.
+    They are counted on torch's meta device, whose tensors have shapes but no data. A pretrained autoencoder is not
+    checked, since its file exists. Raises ValueError also for keys from which no network can be built.
     """
     if config.model.pretrained is None:
         try:
@@ -26,7 +26,7 @@ def check_weights(config: AutoencoderConfig, memory: int) -> None:
                 network = CLASSES[config.model.class_name](**config.model.options())
         except ValueError as error:
             raise ValueError(f"model.{error}") from error
-        # weight, gradient and Adam's two moments; and the moving average
+        # weight, gradient and Adam's two moments, and the moving average
         copies = 4 + config.ema.enabled
         if config.model.network == "mlp":
             shape = f"hidden_sizes={list(config.model.hidden_sizes)}"
@@ -43,11 +43,11 @@ def check_weights(config: AutoencoderConfig, memory: int) -> None:
 
 
 def check_step(config: AutoencoderConfig, network, memory: int) -> None:
-    """Refuse a batch of which one activation a ResNet block exceeds `memory` bytes.
+    """Raise ValueError if the inputs of all ResNet blocks for a batch exceed `memory` bytes.
 
-    `network` is the autoencoder's config. Each block's input at least is kept for the backward pass, however much
-    of the rest is computed again: (2 layers + 1) blocks a level in encoder and decoder. So a batch that passes may
-    be too large all the same, and none is refused that would fit.
+    network: the autoencoder's config. The backward pass needs the input of each block, whatever else is recomputed;
+    encoder and decoder together have (2 * layers_per_block + 1) blocks a level. This is a lower bound: a batch that
+    is refused cannot fit, and one that passes may still be too large.
     """
     if config.model.network == "mlp":
         return
@@ -61,20 +61,20 @@ def check_step(config: AutoencoderConfig, network, memory: int) -> None:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that one rank can hope for: those of its GPU, or its share of the machine's or container's."""
+    """Bytes of memory for one rank: those of its GPU, or its equal share of the machine's or container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return int(total_host_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_held_out(images: int, side: int, memory: int, channels: int = 3) -> None:
-    """Refuse a rank's held-out images that exceed `memory` bytes once decoded, at 8 bits a value."""
+    """Raise ValueError if a rank's held-out images, side x side pixels of 8 bits a value, exceed `memory` bytes."""
     what = f"data.validation_images: {images} of {side}x{side}"
     _refuse_above(memory, images * channels * side**2, what, "a rank")
 
 
 def readable(size: int) -> str:
-    """618475290624 -> "618 GB", in powers of 1000."""
+    """A number of bytes for people to read, in powers of 1000: 618475290624 -> "618 GB"."""
     value, unit = float(size), 0
     while value >= 999.5 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1

@@ -1,4 +1,4 @@
-"""The weights that a new network starts from: nearly linear, or already reconstructing."""
+"""Initial weights of a new network: nearly linear, or already reconstructing blurred images."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,20 @@ from kl_autoencoder.networks.convolutional import AttentionBlock, ResnetBlock
 # photographs: the principal components of the mean colours of 8x8 blocks, rounded.
 COLOURS = torch.tensor([[0.65, 0.65, 0.65], [2.7, 0.0, -2.7], [-3.4, 6.8, -3.4]])
 LOG_VARIANCE = -6.0  # of the posterior: a deviation of 0.05 beside latents of deviation 1
-STEADY = 8.0  # deviation of a steady group, beside which what the image adds counts little
-BRANCH_DEVIATION = 1 / 3  # between the two convolutions of a ResNet block, as torch initialises them
+STEADY_DEVIATION = (
+    8.0  # deviation that the constant channel gives its group; what the image adds is small beside it
+)
+BRANCH_DEVIATION = (
+    1 / 3
+)  # of values between the two convolutions of a ResNet block with torch's initial weights
 
 
 @torch.no_grad()
 def damp_residual_branches(vae: KLAutoencoder) -> KLAutoencoder:
-    """Starts each residual branch at a tenth of torch's default, so that the network starts nearly linear.
+    """Scale the last layer of each residual branch by 0.1, in place, so that the network starts nearly linear.
 
-    The idea of Goyal et al. 2017 (section 5.1) and Fixup (Zhang et al. 2019), short of zero so that every weight
-    has a gradient from the first step on.
+    Goyal et al. 2017 (section 5.1) and Fixup (Zhang et al. 2019) start these branches at 0; a tenth of torch's
+    default instead gives every weight a gradient from the first step on. Returns `vae`.
     """
     for block in vae.modules():
         if isinstance(block, (ResnetBlock, AttentionBlock)):
@@ -35,15 +39,17 @@ def damp_residual_branches(vae: KLAutoencoder) -> KLAutoencoder:
 
 @torch.no_grad()
 def start_as_enlargement(vae: KLAutoencoder) -> KLAutoencoder:
-    """Makes a new network average blocks of pixels and enlarge the result bilinearly, by 2 a level.
+    """Make a new network, in place, average blocks of pixels and enlarge the result bilinearly, by 2 a level.
 
-    The first three latent channels carry the block means of the `COLOURS`; all else starts at random, with no part
-    in the result, and learns. Six channels of every level, the carriers, take the colours as c and -c past the
-    residual branches, because SiLU(c) - SiLU(-c) = c: the last SiLUs of encoder and decoder, which nothing goes
-    around, change nothing then. Nor do the norms before them, which are steady, as are those inside the ResNet
-    blocks: what a steady norm does depends little on the image and its size.
+    The first three latent channels hold the block means of the three `COLOURS`. All other weights start at random;
+    they have no part in the result, but learn. How the colours pass through the network:
 
-    Raises ValueError for a network that has no room for this.
+    - Six channels of each level, the carriers, hold the colours c and -c. Residual branches add nothing to them.
+    - The last SiLU of encoder and decoder has no residual path around it; SiLU(c) - SiLU(-c) = c undoes it.
+    - The norm before that SiLU is made steady (`_make_steady`): what it does depends little on the image and its
+      size. The norms inside of the ResNet blocks are made steady, too.
+
+    Raises ValueError for a network with too few channels for this, or for images that are not RGB. Returns `vae`.
     """
     config, groups, latents = vae.config, vae.config.norm_num_groups, vae.config.latent_channels
     widths, decoder_widths = config.block_out_channels, decoder_block_out_channels(config)
@@ -59,30 +65,35 @@ def start_as_enlargement(vae: KLAutoencoder) -> KLAutoencoder:
     encoder, decoder = vae.encoder, vae.decoder
     _carry_colours(encoder, encoder.mid_block.resnets[-1], groups)
     _carry_colours(decoder, decoder.up_blocks[-1].resnets[-1], groups)
-    signs = torch.stack([torch.eye(3), -torch.eye(3)], dim=2).flatten(1)  # (3, 6): c+ - c-
+    signs = torch.stack([torch.eye(3), -torch.eye(3)], dim=2).flatten(1)  # (3, 6): from the carriers to c
     first, last = (_carriers(widths[level], groups) for level in (0, -1))
-    _set(encoder.conv_in, first, range(3), signs.T @ COLOURS, _tap(3))
-    _set(encoder.conv_out, range(3), last, signs, _tap(3))
+    _set_channels(encoder.conv_in, first, range(3), signs.T @ COLOURS, _identity_kernel(3))
+    _set_channels(encoder.conv_out, range(3), last, signs, _identity_kernel(3))
     encoder.conv_out.weight[latents:], encoder.conv_out.bias[latents:] = 0, LOG_VARIANCE
     first, last = (_carriers(decoder_widths[level], groups) for level in (0, -1))
-    _set(decoder.conv_in, last, range(3), signs.T, _tap(3))
-    _set(decoder.conv_out, range(3), first, COLOURS.inverse() @ signs, _tap(3))
+    _set_channels(decoder.conv_in, last, range(3), signs.T, _identity_kernel(3))
+    _set_channels(decoder.conv_out, range(3), first, COLOURS.inverse() @ signs, _identity_kernel(3))
     for conv in filter(None, (vae.quant_conv, vae.post_quant_conv)):
         channels = range(conv.out_channels)
-        _set(conv, channels, channels, torch.eye(len(channels)), _tap(1))
+        _set_channels(conv, channels, channels, torch.eye(len(channels)), _identity_kernel(1))
     return vae
 
 
 def _carry_colours(network: nn.Module, last: ResnetBlock, groups: int) -> None:
-    """Nothing between the first and the last convolution changes the carriers but averaging and interpolation."""
-    average = torch.tensor([[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]])  # reads rows 2i and 2i+1
-    tent = torch.tensor([0.25, 0.5, 0.25])  # after nearest neighbour 1/4, 3/4, 3/4, 1/4: bilinear
-    kernels = {"downsamplers": average, "upsamplers": tent.outer(tent), "conv_shortcut": _tap(1)}
+    """Let the carriers of an encoder or decoder pass unchanged, except for averaging and interpolation.
+
+    last: its last ResNet block, before `conv_norm_out`, which is made steady.
+    """
+    average = torch.tensor([[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]])  # of rows and columns 2i and 2i+1
+    tent = torch.tensor(
+        [0.25, 0.5, 0.25]
+    )  # with the nearest-neighbour upsampling before it 1/4, 3/4: bilinear
+    kernels = {"downsamplers": average, "upsamplers": tent.outer(tent), "conv_shortcut": _identity_kernel(1)}
     for name, module in network.named_modules():
         for kind, kernel in kernels.items():
             if kind in name and isinstance(module, nn.Conv2d):
                 rows, columns = (_carriers(c, groups) for c in (module.out_channels, module.in_channels))
-                _set(module, rows, columns, torch.eye(6), kernel)
+                _set_channels(module, rows, columns, torch.eye(6), kernel)
         if isinstance(module, ResnetBlock):
             carriers = _carriers(module.conv2.out_channels, groups)
             module.conv2.weight[carriers], module.conv2.bias[carriers] = 0, 0
@@ -94,37 +105,41 @@ def _carry_colours(network: nn.Module, last: ResnetBlock, groups: int) -> None:
 
 
 def _make_steady(norm: nn.GroupNorm, conv: nn.Conv2d, deviation: float) -> None:
-    """Makes `norm`, whose input `conv` has a part in, a division by `deviation`.
+    """Make `norm` nearly the map x -> x / deviation, whatever the image; `conv` is the layer before it.
 
-    The last channel of each group becomes a constant C, by the bias of `conv`. The n channels of the group have the
-    mean C/n then and the deviation C sqrt(n-1)/n, which is STEADY; a variance v of the others changes that by
-    v/128 of itself. The affine map of the norm undoes both.
+    The last channel of each group of n channels becomes a constant C, by the bias of `conv`. The group then has
+    about the mean C/n and the deviation C sqrt(n-1)/n, and C is chosen so that this deviation is STEADY_DEVIATION,
+    8. If the other channels have a variance v, that changes the deviation by about the share v / (2 * 8^2). Weight
+    and bias of the norm undo this mean and deviation, and set the constant channel to 0.
     """
     n = norm.num_channels // norm.num_groups
     constant = slice(n - 1, None, n)
-    conv.weight[constant], conv.bias[constant] = 0, STEADY * n / math.sqrt(n - 1)
-    norm.weight.fill_(STEADY / deviation)
-    norm.bias.fill_(STEADY / math.sqrt(n - 1) / deviation)
+    conv.weight[constant], conv.bias[constant] = 0, STEADY_DEVIATION * n / math.sqrt(n - 1)
+    norm.weight.fill_(STEADY_DEVIATION / deviation)
+    norm.bias.fill_(STEADY_DEVIATION / math.sqrt(n - 1) / deviation)
     norm.weight[constant], norm.bias[constant] = 0, 0
 
 
 def _carriers(width: int, groups: int) -> list[int]:
-    """The first six channels that are not the last of their group."""
+    """The numbers of the first six of `width` channels that are not the last of their group, which is constant."""
     n = width // groups
     return [channel for channel in range(width) if channel % n != n - 1][:6]
 
 
-def _tap(side: int) -> Tensor:
-    """A kernel that takes the pixel in the middle."""
+def _identity_kernel(side: int) -> Tensor:
+    """A kernel (side, side) that returns the pixel in its middle."""
     kernel = torch.zeros(side, side)
     kernel[side // 2, side // 2] = 1
     return kernel
 
 
-def _set(
+def _set_channels(
     conv: nn.Conv2d, rows: Sequence[int], columns: Sequence[int], matrix: Tensor, kernel: Tensor
 ) -> None:
-    """The output channels `rows` become `matrix` times the input channels `columns`, spread by `kernel`."""
+    """Make the output channels `rows` of `conv` depend on the input channels `columns` alone.
+
+    matrix: (rows, columns), how much of each input channel. kernel: the spatial weights, the same for all.
+    """
     rows, columns = torch.tensor(rows), torch.tensor(columns)
     conv.weight[rows], conv.bias[rows] = 0, 0
     conv.weight[rows[:, None], columns] = matrix[:, :, None, None] * kernel

@@ -1,4 +1,4 @@
-"""The task of a run that trains an autoencoder: its networks, a step, validation, the export."""
+"""`AutoencoderTask`: train an autoencoder; its networks, a step, validation, the export."""
 
 import math
 from collections.abc import Sequence
@@ -31,15 +31,16 @@ from .likelihoods import LEARNED_SCALE
 from .model import TrainedModel, allow_compilations, build_autoencoder, choose_backward
 from .objective import Objective
 
-STATISTICS_SAMPLES = 512  # crops from which the scaling factor is measured: 0.5 % of its value at f8 and 256
-SKIPPED_SHOWN = 5  # held-out images that cannot be read and are named
+STATISTICS_SAMPLES = 512  # crops to measure the scaling factor on: accurate to 0.5 % at f8 and 256 pixels
+SKIPPED_SHOWN = 5  # at most so many unreadable held-out images are named
 
 
 class AutoencoderTask:
-    """An autoencoder, and where a run has one a discriminator: two symmetric steps, isolated from one another.
+    """Trains an autoencoder and, if the configuration has them, discriminators of images and of latents.
 
-    Making one raises ValueError or FileNotFoundError, naming the key, for networks, crops or data that cannot be
-    had and for what memory cannot hold.
+    Each network has a `Player` of its own, and no gradient reaches another player's network. Creating a task raises
+    ValueError or FileNotFoundError, which names the key, for networks, crops or data that cannot be used and for
+    what memory cannot hold. statistics_samples: crops to measure the latents on, None for STATISTICS_SAMPLES.
     """
 
     shown = ("loss", "reconstruction", "kl", "perceptual", "adversarial")
@@ -81,11 +82,11 @@ class AutoencoderTask:
         return self.vae if self.ema is None else self.ema.network
 
     def ready(self) -> None:
-        """Read this rank's share of the held-out images, and start a bottleneck that learns from data."""
+        """Read this rank's share of the held-out images; start a bottleneck that is initialised from data."""
         self.held_out, self.held_out_images = self._read_held_out()
         if wanted := self.model.bottleneck.wants_start():
             self.model.bottleneck.start(self._first_moments(wanted), self.config.seed)
-            self._average_anew()
+            self._restart_average()
 
     # ---------------------------------------------------------------- one step
 
@@ -94,7 +95,7 @@ class AutoencoderTask:
         return [player for player in self.players if player is not idle]
 
     def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
-        """Move the autoencoder and, from its start on, the discriminator by one micro-batch of `TrainingData`."""
+        """Train the autoencoder and the discriminators that play in `step` on one micro-batch of `TrainingData`."""
         images = batch["images"].to(self.run.device, memory_format=torch.channels_last, non_blocking=True)
         draws = Draws(self.config.seed, batch["sample"], self.run.device, step=step)
         noise = self.noise(batch)
@@ -115,7 +116,11 @@ class AutoencoderTask:
         draws: Draws | None = None,
         labels: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """Move the autoencoder by one micro-batch: terms, the detached reconstruction, its targets, latents."""
+        """Train the autoencoder on one micro-batch; arguments as of `TrainedModel.forward`.
+
+        Returns the terms to log, the reconstruction (detached), its targets, (B, C, H, W) each, and the latents
+        (detached), (B, C, h, w).
+        """
         self.model.bottleneck.begin_step(step)
         with record_function("autoencoder"):
             output = self.autoencoder.network(images, noise, draws, labels)
@@ -128,21 +133,24 @@ class AutoencoderTask:
         return terms, reconstruction, output.targets, output.code.z.detach()
 
     def end_step(self, step: int) -> None:
-        """Move a code book and the average; `step` counts the steps taken."""
+        """Update a code book by its averages, and the moving average; `step` is the number of steps taken."""
         self.model.bottleneck.end_step(self.run.accelerator.gather)
         if self.ema is not None:
             with record_function("optimizer"):
                 self.ema.update(self.vae, step)
 
     def noise(self, batch: dict) -> Tensor:
-        """What the bottleneck of each sample needs: standard normal, by the seed and the sample's number alone."""
+        """The bottleneck's standard normal noise, (B, *noise_shape): a function of seed and sample number alone."""
         sides = (side // self.vae.downsampling for side in batch["images"].shape[2:])
         latent = (self.vae.config.latent_channels, *sides)
         draws = Draws(self.config.seed, batch["sample"], self.run.device, POSTERIOR_NOISE)
         return draws.normal(*self.model.bottleneck.noise_shape(latent))
 
     def labels(self, batch: dict) -> Tensor | None:
-        """The labels (B,) of a batch on the device, where the model has classes."""
+        """The labels (B,) of a batch on the device; None if the model has no classes.
+
+        Raises ValueError if the model has classes, but the data has no labels.
+        """
         if not self.vae.config.get("classes"):
             return None
         if "labels" not in batch:
@@ -158,7 +166,7 @@ class AutoencoderTask:
     # ---------------------------------------------------------------- validation and export
 
     def validate(self) -> dict[str, float]:
-        """Mean PSNR (dB), SSIM and, where there is one, LPIPS of the held-out images of all ranks."""
+        """Mean PSNR (dB), SSIM and, if its weights are there, LPIPS of the held-out images of all ranks."""
         values: dict[str, list[float]] = {}
         for share in gather_object([validation.measure(self.exported, self.held_out, self.lpips)]):
             for name, of_share in share.items():
@@ -166,22 +174,25 @@ class AutoencoderTask:
         return {name: math.fsum(of_all) / len(of_all) for name, of_all in values.items()}
 
     def save_pictures(self, path: Path) -> bool:
-        """Write originals, reconstructions and differences of the first held-out images."""
+        """Write originals, reconstructions and differences of the first held-out images of this rank."""
         if len(self.held_out):
             shown = self.held_out.first(self.config.validation.pictures)
             validation.save_pictures(path, self.exported, shown)
         return len(self.held_out) > 0
 
     def measure(self, grouped: Grouped) -> dict[str, Any]:
-        """Statistics of the latents; sets the model's scaling by them unless its encoder was pretrained."""
+        """Measure the statistics of the latents; set the model's scaling by them, unless its encoder is frozen."""
         statistics = self.measure_latents(grouped)
-        if not self.config.train.decoder_only:  # else the latents are those of the pretrained encoder
+        if not self.config.train.decoder_only:  # a frozen encoder keeps its latents, and so their scaling
             self.exported.set_scaling(statistics)
         return {"held_out": self.held_out_images, "statistics": statistics}
 
     @torch.no_grad()
     def measure_latents(self, grouped: Grouped) -> LatentStatistics:
-        """Of the first samples of the training data, over all ranks; of patches where these are normalised."""
+        """Statistics of each channel of the latents of the first training samples, over all ranks.
+
+        For a model that normalises patches of latents, each position in a patch is a channel of its own.
+        """
         patch = self.exported.scaling.get("patch_size")
         statistics = LatentStatistics(self.exported.config.latent_channels * math.prod(patch or (1,)))
         groups = -(-self.statistics_samples // (self.config.data.batch_size * self.run.ranks))
@@ -193,7 +204,7 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def latents(self, batch: dict) -> Tensor:
-        """A batch of `TrainingData` -> latents (B, C, h, w) of the exported model, drawn as in training."""
+        """A batch of `TrainingData` -> latents (B, C, h, w) of the exported model, sampled as in training."""
         images, noise = batch["images"], self.noise(batch)
         return self._bottleneck(self.exported)(self._moments(batch), noise, images[0].numel()).z
 
@@ -203,12 +214,12 @@ class AutoencoderTask:
         return vae.moments(batch["images"].to(self.run.device, vae.dtype), *condition)
 
     def _bottleneck(self, vae: nn.Module) -> Bottleneck:
-        """That of the model, or the one that training has beside it."""
+        """The bottleneck of `vae`, or for a KL autoencoder the one that training has beside it."""
         return vae.bottleneck_module if isinstance(vae, Autoencoder) else self.model.bottleneck
 
     @torch.no_grad()
     def _first_moments(self, wanted: int) -> Tensor:
-        """What the encoder makes of the first samples of the run: (wanted, channels), or fewer.
+        """Encoder outputs at single positions, of the first samples of the run: (wanted, channels), float32.
 
         All ranks read the same samples.
         """
@@ -220,8 +231,8 @@ class AutoencoderTask:
                 break
         return torch.cat(vectors)[:wanted]
 
-    def _average_anew(self) -> None:
-        """Begin the moving average with the weights as they are now."""
+    def _restart_average(self) -> None:
+        """Restart the moving average from the present weights."""
         if self.ema is not None:
             self.ema.network.load_state_dict(self.vae.state_dict())
 
@@ -234,7 +245,7 @@ class AutoencoderTask:
     # ---------------------------------------------------------------- checkpoints
 
     def tensors(self) -> Tensors:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on: weights, average, optimizers, discriminators."""
         tensors = self.autoencoder.tensors()
         if self.ema is not None:
             tensors["ema"] = self.ema.network.state_dict()
@@ -243,7 +254,7 @@ class AutoencoderTask:
         return tensors
 
     def load(self, tensors: Tensors) -> None:
-        """The inverse of `tensors`. A moving average that is not among them starts from the weights."""
+        """Load what `tensors` returned; a moving average that is not among them starts from the weights."""
         self.autoencoder.load(tensors)
         if self.ema is not None:
             self.ema.network.load_state_dict(tensors["ema"] if "ema" in tensors else self.vae.state_dict())
@@ -268,7 +279,7 @@ class AutoencoderTask:
     # ---------------------------------------------------------------- setting up
 
     def _build_terms(self) -> list[Term]:
-        with self.run.accelerator.main_process_first():  # one download, not one a rank
+        with self.run.accelerator.main_process_first():  # so that only one rank downloads
             terms = [TERMS.build(term, self.config) for term in self.config.loss.terms]
         names = [term.name for term in terms]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -276,7 +287,7 @@ class AutoencoderTask:
         return terms
 
     def _build_model(self, perceptual: LPIPS | None, terms: list[Term]) -> TrainedModel:
-        """The autoencoder with its bottleneck and view, on the device; compiled, with LPIPS, where asked."""
+        """Build the autoencoder with bottleneck and view, on the device; compile it and LPIPS if configured."""
         config = self.config
         self.vae = build_autoencoder(config.model, config.data.channels).to(memory_format=torch.channels_last)
         learn_scale = config.loss.reconstruction in LEARNED_SCALE
@@ -297,9 +308,13 @@ class AutoencoderTask:
         return model
 
     def _load_perceptual(self) -> tuple[LPIPS | None, LPIPS | None]:
-        """The perceptual term, and LPIPS for validation if its weights are to be had."""
+        """Load LPIPS for the perceptual term and for validation; None for the first if its weight is 0.
+
+        If LPIPS's own weights cannot be found, either is None, with a warning; but FileNotFoundError is raised for
+        the perceptual term if it is `required`.
+        """
         config, perceptual, lpips = self.config.loss.perceptual, None, None
-        with self.run.accelerator.main_process_first():  # one download, not one a rank
+        with self.run.accelerator.main_process_first():  # so that only one rank downloads
             try:
                 if config.weight:
                     perceptual = LPIPS(config.net, config.bf16).to(
@@ -335,7 +350,7 @@ class AutoencoderTask:
         self._check_smaller_images()
 
     def _check_smaller_images(self) -> None:
-        """Refuse a view whose smallest images are below what the discriminator takes."""
+        """Refuse a view that makes images too small for the discriminator, or that turns images of any shape."""
         if not hasattr(self.model.view, "smallest_side"):
             return
         if self.config.data.buckets:
@@ -355,7 +370,7 @@ class AutoencoderTask:
             )
 
     def _read_held_out(self) -> tuple[validation.HeldOut, int]:
-        """This rank's share of the held-out images, and the number of them over all ranks."""
+        """Read this rank's share of the held-out images; returns it, and the number of images over all ranks."""
         rank, ranks, say = self.run.rank, self.run.ranks, self.run.say
         photographs = self.data.held_out()
         share = -(-photographs.count // ranks)

@@ -1,4 +1,4 @@
-"""Metrics and pictures on held-out images, by the measure that `kl-autoencoder evaluate` takes."""
+"""Metrics and pictures of held-out images, measured as by `kl-autoencoder evaluate`."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -23,7 +23,10 @@ from ..config import Config
 
 
 class HeldOut:
-    """One rank's share of the held-out images, every `ranks`-th batch from `rank` on: read once, kept as 8 bits."""
+    """One rank's share of the held-out images: batches `rank`, `rank + ranks` ...; read once, kept as 8 bits.
+
+    eight_bits: the batches, (B, C, R, R) uint8.
+    """
 
     def __init__(self, photographs: Photographs, batch_size: int, rank: int = 0, ranks: int = 1):
         self.eight_bits: list[Tensor] = []
@@ -37,16 +40,16 @@ class HeldOut:
         return sum(map(len, self.eight_bits))
 
     def batches(self) -> Iterator[Tensor]:
-        """(B, C, R, R), float32 in [-1, 1]."""
+        """The batches, (B, C, R, R), float32 in [-1, 1]."""
         return map(from_8_bits, self.eight_bits)
 
     def first(self, images: int) -> Tensor:
-        """At most so many of them, float32 in [-1, 1]."""
+        """The first `images` of the images, or all if there are fewer: (N, C, R, R), float32 in [-1, 1]."""
         return torch.stack(list(islice((image for batch in self.batches() for image in batch), images)))
 
 
 def check_perceptual(config: Config) -> None:
-    """Raise ValueError for crops in which the network of the perceptual term has no pixels left."""
+    """Raise ValueError for crops so small that the perceptual term's network has no pixels in its last layers."""
     perceptual, side = config.loss.perceptual, min(config.data.resolutions)
     least = config.data.least_resolution(LPIPS_SMALLEST[perceptual.net])
     if perceptual.weight and side < least:
@@ -57,7 +60,7 @@ def check_perceptual(config: Config) -> None:
 
 
 def fitting_lpips(config: Config, lpips: LPIPS | None, say: Callable[[str], None]) -> LPIPS | None:
-    """LPIPS for validation, None where the held-out images are too small for it; says what is left out."""
+    """Return `lpips`, or None if the held-out images are too small; calls `say` with what is not measured."""
     data, net = config.data, config.validation.lpips_net
     side = data.held_out_side
     if side < SSIM_WINDOW:
@@ -72,12 +75,15 @@ def fitting_lpips(config: Config, lpips: LPIPS | None, say: Callable[[str], None
 
 @torch.no_grad()
 def reconstruct(vae: KLAutoencoder, images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] -> their reconstructions from the posterior's mode, on the CPU, float32."""
+    """Images (B, C, H, W) in [-1, 1] -> reconstructions from the posterior's mode, as float32 on the CPU."""
     return vae(images.to(vae.device, vae.dtype)).sample.float().cpu()
 
 
 def measure(vae: KLAutoencoder, held_out: HeldOut, lpips: LPIPS | None) -> dict[str, list[float]]:
-    """PSNR (dB), SSIM and, where there is one, LPIPS of each image and its reconstruction: see `similarity`."""
+    """Name -> value for each image, between it and its reconstruction: PSNR (dB), SSIM and, with `lpips`, LPIPS.
+
+    See `kl_autoencoder.evaluation.metrics.similarity`.
+    """
     values: dict[str, list[float]] = {}
     for images in held_out.batches():
         for name, of_batch in similarity(reconstruct(vae, images), images, lpips).items():
@@ -86,7 +92,7 @@ def measure(vae: KLAutoencoder, held_out: HeldOut, lpips: LPIPS | None) -> dict[
 
 
 def save_pictures(path: Path, vae: KLAutoencoder, images: Tensor) -> None:
-    """A grid with a row an image: original, reconstruction, difference."""
+    """Write a grid to `path`, a row for each of `images` (B, C, H, W): original, reconstruction, difference."""
     path.parent.mkdir(parents=True, exist_ok=True)
     reconstructions = torch.cat([reconstruct(vae, image) for image in images.split(1)])
     columns = [images, reconstructions, difference_image(images, reconstructions)]

@@ -1,4 +1,4 @@
-"""The adversarial term: training of the discriminator, its schedule, and its gradient for the autoencoder."""
+"""`Adversary`: train the discriminator of images, and compute the adversarial gradient for the autoencoder."""
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,15 @@ from . import losses
 from .discriminator import PatchDiscriminator
 from .training_state import load_training_state
 
-LECAM_DECAY = 0.99
+LECAM_DECAY = 0.99  # of LeCam's moving averages, a step
 
 
 class Adversary:
     """A patch discriminator, the player that trains it, and the averages of its logits that LeCam needs.
 
-    channels: of the images. last_layer: the decoder's last convolution, where the adaptive weight compares
-    gradients. Raises ValueError for crops that are too small for the discriminator, and for a stored one of another
-    shape.
+    channels: of the images. last_layer: the decoder's last convolution, in whose weight the adaptive weight
+    compares gradients. Raises ValueError for crops that are too small for the discriminator, and if
+    `loss.adversarial.pretrained` finds no discriminator, or one of another shape.
     """
 
     def __init__(self, run: RunContext, channels: int, last_layer: nn.Conv2d):
@@ -34,24 +34,30 @@ class Adversary:
             )
         network = network.to(run.device, memory_format=torch.channels_last)
         self.player = Player(network, run, self.learning_rate, "discriminator")
-        self.lecam_anchors = torch.zeros(2, device=run.device)
-        self.logit_means: list[Tensor] = []  # of real and fake, a micro-batch
+        self.lecam_anchors = torch.zeros(
+            2, device=run.device
+        )  # averages of the logits of real, of fake images
+        self.logit_means: list[Tensor] = []  # of each micro-batch of this step, (2,): real, fake
         if self.config.pretrained:
-            self._go_on_from(run.config.model.pretrained)
+            self._load_pretrained(run.config.model.pretrained)
 
     # ---------------------------------------------------------------- schedules
 
     def plays(self, step: int) -> bool:
-        """Whether the discriminator is trained in a step."""
+        """Whether the discriminator is trained in `step`, which counts from 0."""
         return step >= self.config.disc_start
 
     def weight(self, step: int) -> float:
-        """0 until the discriminator has had its stretch alone, then rising to the configured weight."""
+        """The weight of the adversarial term in `step`, before the adaptive weight.
+
+        It is 0 until the discriminator has trained for `disc_warmup_steps`, then rises to the configured weight
+        over `ramp_steps`.
+        """
         since = step - self.config.disc_start - self.config.disc_warmup_steps
         return self.config.weight * ramp(since + 1, self.config.ramp_steps + 1) if since >= 0 else 0.0
 
     def learning_rate(self, step: int) -> float:
-        """The autoencoder's, in the proportion of the two configured rates."""
+        """The autoencoder's rate in `step`, times the ratio of the two configured rates."""
         own, rate = self.config.learning_rate, self.run.learning_rate(step)
         return rate * own / self.run.config.optimizer.learning_rate if own else rate
 
@@ -60,16 +66,17 @@ class Adversary:
     def gradient(
         self, step: int, reconstruction: Tensor, features: Tensor, nll_gradient: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The adversarial term: its weighted gradient in the reconstruction, its weighted value, terms to log.
+        """Return the term's weighted gradient in the reconstruction, its weighted value, and the terms to log.
 
-        No gradient is taken in the discriminator's weights. features: the input of the last layer. nll_gradient:
-        the gradient of all other terms at the pixels in the reconstruction.
+        reconstruction: (B, C, H, W), requires a gradient. features: the input of the last layer, (B, width, H, W).
+        nll_gradient: (B, C, H, W), the gradient of all other terms at the pixels. The discriminator's own weights
+        get no gradient.
         """
         network = self.run.accelerator.unwrap_model(self.player.network)
         with self.run.accelerator.autocast():
             logits = network(reconstruction)
         loss = losses.generator_loss(self.config.loss, logits)
-        # the gradient of the sum over patches stays within half precision where that of the mean may not
+        # the gradient of the mean over patches could underflow in half precision, that of the sum does not
         (gradient,) = torch.autograd.grad(loss * logits.numel(), reconstruction)
         gradient = gradient / logits.numel()
         weight, terms = torch.full((), self.weight(step), device=self.run.device), {}
@@ -80,14 +87,15 @@ class Adversary:
 
     @torch.no_grad()
     def adaptive_weight(self, features: Tensor, *gradients: Tensor) -> Tensor:
-        """The adaptive weight, from the gradients of both sides in the reconstruction, averaged over all ranks.
+        """The adaptive weight (`losses.adaptive_weight`), a scalar that is the same on all ranks.
 
-        Its formula compares gradients in the last layer's weight. That layer is a convolution, so they follow from
-        its input `features` and the gradient in its output, without a graph.
+        gradients: of the other terms and of the adversarial loss in the reconstruction, (B, C, H, W) each. The
+        formula compares gradients in the last layer's weight. They are computed without a graph, from the input of
+        that convolution, `features`, and these gradients in its output, and averaged over the ranks.
         """
         at_weight = []
         for gradient in gradients:
-            norm = gradient.norm().clamp(min=1e-30)  # length 1: the gradient of a mean would vanish in fp16
+            norm = gradient.norm().clamp(min=1e-30)  # scaled to length 1, since it could underflow in fp16
             unit = (gradient / norm).to(features.dtype)
             sent = torch.nn.grad.conv2d_weight(
                 features, self.last_layer.weight.shape, unit, padding=self.last_layer.padding
@@ -101,7 +109,10 @@ class Adversary:
     # ---------------------------------------------------------------- its own step
 
     def micro_batch(self, step: int, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Move the discriminator by one micro-batch, in one forward over real and reconstructed images."""
+        """Train the discriminator on one micro-batch, by one forward over real and reconstructed images.
+
+        images, reconstruction: (B, C, H, W), the latter detached. Returns the terms to log.
+        """
         config = self.config
         with record_function("discriminator"):
             logits = self.player.network(torch.cat([images, reconstruction]))
@@ -122,15 +133,18 @@ class Adversary:
         return terms | norm
 
     def r1(self, images: Tensor) -> Tensor:
-        """R1 in float32: its double gradient leaves the range of half precision."""
+        """The R1 penalty of real images (B, C, H, W), in float32: its double gradient does not fit half precision."""
         network = self.run.accelerator.unwrap_model(self.player.network)
         images = images.detach().requires_grad_()
         with torch.autocast(self.run.device.type, enabled=False):
-            # past the `forward` that accelerate puts on a module, which switches autocast on again
+            # the class's `forward`, because the one that accelerate sets on the module switches autocast on again
             return losses.r1_penalty(PatchDiscriminator.forward(network, images), images)
 
     def _move_lecam_anchors(self, taken: Tensor) -> None:
-        """Once a step, so that micro-batches are one large batch; a step that was skipped leaves them alone."""
+        """Move LeCam's averages once a step, by the means over its micro-batches and all ranks.
+
+        taken: a boolean scalar; a step that was skipped does not move them.
+        """
         means = self.run.accelerator.reduce(torch.stack(self.logit_means).mean(dim=0), "mean")
         moved = torch.lerp(self.lecam_anchors, means, 1 - LECAM_DECAY)
         self.lecam_anchors = torch.where(taken, moved, self.lecam_anchors)
@@ -142,11 +156,11 @@ class Adversary:
         return {**self.player.tensors(), "lecam": {"anchors": self.lecam_anchors}}
 
     def load(self, tensors: Tensors) -> None:
-        """The inverse of `tensors`."""
+        """Load what `tensors` returned. Raises RuntimeError for a discriminator of another shape."""
         self.player.load(tensors)
         self.lecam_anchors = tensors["lecam"]["anchors"].to(self.run.device)
 
-    def _go_on_from(self, pretrained: str) -> None:
+    def _load_pretrained(self, pretrained: str) -> None:
         try:
             self.load(load_training_state(pretrained))
         except RuntimeError as error:

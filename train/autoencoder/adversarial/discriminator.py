@@ -1,23 +1,23 @@
-"""PatchDiscriminator: is each patch of an image real? A logit a patch, after pix2pix and VQGAN."""
+"""`PatchDiscriminator`: a logit for each patch of an image, real or reconstructed, after pix2pix and VQGAN."""
 
 from torch import Tensor, nn
 
-MAX_WIDENING = 8  # channels double from layer to layer up to this many times `channels`
+MAX_WIDENING = 8  # channels double from layer to layer, up to this many times `channels`
 
 
 class PatchDiscriminator(nn.Module):
     """The PatchGAN of pix2pix (Isola et al. 2017, section 3.2.2) without normalisation.
 
-    4x4 convolutions: `layers` of stride 2, doubling the channels, one more of stride 1 and one to the logits, with
-    LeakyReLU(0.2) between them. Three layers see patches of 70x70 pixels (one 16, two 34, four 142). Weights
-    start from N(0, 0.02), biases from 0, so the first logits are near 0.
+    It consists of 4x4 convolutions: `layers` of stride 2, which double the channels, one more of stride 1, and one
+    to the logits, with LeakyReLU(0.2) between them. With three layers a logit sees a patch of 70x70 pixels (with
+    one 16, two 34, four 142). Weights start from N(0, 0.02^2), biases from 0, so the first logits are near 0.
 
-    BatchNorm would make a logit depend on the other images of the batch: on the number of ranks, and on whether
-    real and fake images go through together. GroupNorm would make it depend on the whole image, no longer on a
-    patch. With neither there are no buffers for DDP to broadcast, one forward over real and fake images is two
-    forwards, and the gradient penalty R1 differentiates convolutions alone.
+    Why no normalisation: with BatchNorm a logit would depend on the other images of the batch, and so on the number
+    of ranks and on whether real and fake images are in one batch. With GroupNorm it would depend on the whole
+    image, not on a patch. With neither, there are no buffers for DDP to broadcast, one forward over real and fake
+    images gives the same as two, and the R1 penalty differentiates nothing but convolutions and LeakyReLUs.
 
-    Raises ValueError for arguments below 1 and for images that are too small or have other channels.
+    in_channels: of the images. channels: width of the first layer. Raises ValueError for arguments below 1.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3):
@@ -37,7 +37,8 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, 1, H // f - 2, W // f - 2), f = 2**layers.
 
-        Real is above 0, fake below.
+        Above 0 means real, below 0 fake. Raises ValueError for images with a side below `smallest_side` or with
+        another number of channels.
         """
         if (
             images.ndim != 4

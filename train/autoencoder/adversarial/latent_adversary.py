@@ -1,4 +1,4 @@
-"""The adversarial autoencoder's discriminator: it tells latents from draws of a prior (Makhzani et al. 2015)."""
+"""`LatentAdversary`: a discriminator between latents and draws of a prior, for the adversarial autoencoder."""
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,10 @@ LOSS = "logistic"
 
 
 class LatentAdversary:
-    """The discriminator of latents, the player that trains it, and the term that the encoder minimises.
+    """A discriminator of latents, the player that trains it, and the term that the encoder minimises.
 
-    It judges each position of the latents by itself, as a draw of the prior of so many channels.
-
-    channels: of the latents. bottleneck: whose prior they are compared with.
+    Makhzani et al. 2015, "Adversarial Autoencoders". Each position of the latents is judged by itself, as one
+    vector of `channels` values. bottleneck: has the prior whose draws count as real.
     """
 
     def __init__(self, run: RunContext, channels: int, bottleneck: AdversarialBottleneck):
@@ -33,23 +32,24 @@ class LatentAdversary:
             nn.Conv2d(hidden, 1, 1),
         ).to(run.device)
         self.player = Player(network, run, self.learning_rate, "latent_discriminator")
-        self.term = Term(
-            "latent_adversarial", "latents", lambda step: self.config.weight, self._encoders_loss
-        )
+        self.term = Term("latent_adversarial", "latents", lambda step: self.config.weight, self._encoder_loss)
 
     def learning_rate(self, step: int) -> float:
-        """The autoencoder's, in the proportion of the two configured rates."""
+        """The autoencoder's rate in `step`, times the ratio of the two configured rates."""
         own, rate = self.config.learning_rate, self.run.learning_rate(step)
         return rate * own / self.run.config.optimizer.learning_rate if own else rate
 
-    def _encoders_loss(self, z: Tensor, images: Tensor) -> Tensor:
-        """E[softplus(-D(z))]: its gradient reaches the encoder and not the discriminator's weights."""
+    def _encoder_loss(self, z: Tensor, images: Tensor) -> Tensor:
+        """E[softplus(-D(z))], a scalar; its gradient reaches the encoder, but not the discriminator's weights."""
         weights = {name: weight.detach() for name, weight in self.player.module.named_parameters()}
         logits = torch.func.functional_call(self.player.module, weights, (z.float(),))
         return losses.generator_loss(LOSS, logits)
 
     def micro_batch(self, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Move the discriminator by one micro-batch of latents (B, C, h, w) and noise for the prior."""
+        """Train the discriminator on one micro-batch of latents z, (B, C, h, w); returns the terms to log.
+
+        noise: as the bottleneck gets it, standard normal; the prior makes its draws of it.
+        """
         with record_function("discriminator"):
             real, fake = self.prior.from_noise(noise), z.detach().float()
             logits = self.player.network(torch.cat([real, fake])).float()

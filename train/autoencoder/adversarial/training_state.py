@@ -1,4 +1,4 @@
-"""Keep a discriminator beside an exported model, for a run that goes on from both."""
+"""Save a discriminator beside an exported model, and load it for a run that continues from both."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kl_autoencoder.files import one_line
 
-FOLDER = "training_state"  # inside the exported one
+FOLDER = "training_state"  # inside of the exported folder
 FILES = ("discriminator", "discriminator_optimizer", "lecam")
 
 
@@ -21,7 +21,10 @@ def save_training_state(export: Path, tensors: dict[str, dict[str, Tensor]]) -> 
 
 
 def load_training_state(pretrained: str) -> dict[str, dict[str, Tensor]]:
-    """The tensors of `save_training_state`, by file. Raises ValueError if the folder `pretrained` has none."""
+    """Load what `save_training_state` wrote to the export `pretrained`: {file name without suffix: {name: tensor}}.
+
+    Raises ValueError if there is none, or if it cannot be read.
+    """
     folder = Path(pretrained) / FOLDER
     try:
         return {name: load_file(folder / f"{name}.safetensors") for name in FILES}

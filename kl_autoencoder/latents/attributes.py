@@ -1,4 +1,4 @@
-"""Which images have an attribute, by a column of a table: CelebA's are 1 and -1, or true and false."""
+"""Find the images with and without an attribute by a column of a table, such as CelebA's (1 and -1)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,11 @@ import numpy as np
 
 
 def rows_of_kinds(values: Sequence[Any], limit: int) -> tuple[list[int], list[int]]:
-    """The numbers of the rows with the attribute and of those without, at most `limit` each, spread evenly.
+    """Return the row numbers with the attribute and those without, at most `limit` of each, spread evenly.
 
-    Of two different numbers or truth values the greater one is with it; of more than two, those above their median.
-    None and NaN are neither. ValueError for other values, and for a column of one value.
+    values: the column, numbers or truth values. If it has two different values, the greater one means with; if it
+    has more, those above their median do. Rows of None and NaN are in neither list. Raises ValueError for other
+    values, and for a column with fewer than two different ones.
     """
     known = [(row, value) for row, value in enumerate(values) if value is not None]
     if strange := [value for _, value in known if not isinstance(value, (bool, int, float))]:
@@ -22,9 +23,9 @@ def rows_of_kinds(values: Sequence[Any], limit: int) -> tuple[list[int], list[in
     if len(found) < 2:
         raise ValueError(f"{len(found)} different values; allowed: at least 2")
     has = numbers > min(np.median(numbers), found[-2])
-    return _spread(rows[has], limit), _spread(rows[~has], limit)
+    return _evenly_spread(rows[has], limit), _evenly_spread(rows[~has], limit)
 
 
-def _spread(rows: np.ndarray, limit: int) -> list[int]:
+def _evenly_spread(rows: np.ndarray, limit: int) -> list[int]:
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), limit)).round().astype(int)
     return rows[chosen].tolist()

@@ -1,7 +1,7 @@
-"""More images like those that there are: variants by posterior noise, between members of a class, drawn by class.
+"""Make variants of images: by posterior noise, between two members of a class, or drawn from the prior by class.
 
-Each is a function of the model, the seed and its own name, and for `between` of the members of its class: it stays
-the same when images of other classes are added.
+A variant depends only on the model, the seed, its kind, its image and its number, and for `between` on the members
+of its class. It stays the same when images of other classes are added.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..data.image_io import pad_to_multiple
 
-# noise: z ~ q(z|x), the posterior. between: on the line to the latent of another member of the class (DeVries and
-# Taylor 2017). drawn: z ~ p(z), decoded as the class, which needs a model with classes.
-NEAR_OTHER = 0.5  # the share of the other image in a variant between two goes from 0 to this
+# Kinds. noise: z ~ q(z|x). between: a point on the line to the latents of another member of the class (DeVries and
+# Taylor 2017). drawn: z ~ p(z), decoded with the class as label, which needs a conditional model.
+NEAR_OTHER = 0.5  # `between` mixes in the other image with a random weight from 0 to this
 
 
 class Variant(NamedTuple):
-    """A picture to be made: number `number` of this kind for image `name`, a path such as cats/a.png."""
+    """A variant to be made: the `number`-th of this kind for the image `name`, a path such as cats/a.png."""
 
     kind: str
     name: str
@@ -28,17 +28,18 @@ class Variant(NamedTuple):
 
 
 def class_of(name: str) -> str:
-    """The class of an image: the folder that it lies in, as `data.labels: folders` has it; "" without one."""
+    """The class of an image: the name of its folder, as with `data.labels: folders`; "" if it has none."""
     return PurePosixPath(name).parent.name
 
 
 class Augmenter:
     """Makes variants with a model that has `encode(images).latent_dist` and `decode(z).sample`.
 
-    read: from a name, and (height, width) or None for its own size, to an image (1, C, H, W) in [-1, 1]. names: of
-    all images. A model with classes is told the class of each image: its number is the place of its folder's name
-    among those of all in sorted order, as `data.labels: folders` numbers them. Raises ValueError for another number
-    of classes than the model knows.
+    read: function of a name and a size, (height, width) or None for the image's own, that returns the image
+    (1, C, H, W) in [-1, 1]. names: of all images. strength: factor of the posterior's deviation in `noise`.
+
+    A conditional model is given the class number of each image: the position of its folder's name among all of them
+    in sorted order, as with `data.labels: folders`. Raises ValueError if their number differs from the model's.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class Augmenter:
             raise ValueError(f"{len(self.order)} class folders; allowed: {classes}, which the model knows")
 
     def plan(self, kinds: Sequence[str], each: int) -> list[Variant]:
-        """`each` variants of each kind for each image. Of a class with one member there is nothing `between`.
+        """List the variants to make: `each` of each kind for each image, no `between` in a class with one member.
 
-        Raises ValueError for `drawn` from a model without classes.
+        kinds: noise, between or drawn. Raises ValueError for `drawn` with a model that is not conditional.
         """
         if "drawn" in kinds and not self.knows_classes:
             raise ValueError("drawn: the model knows no classes; allowed: noise, between")
@@ -77,11 +78,11 @@ class Augmenter:
 
     @torch.inference_mode()
     def make(self, variant: Variant) -> Tensor:
-        """The picture, (1, C, H, W) in [-1, 1] on the CPU, of the size of its image.
+        """Make a variant: (1, C, H, W), float32 on the CPU, of the size of its image and about in [-1, 1].
 
-        Raises ValueError for `noise` from a model whose encoder has none, and as `read`.
+        Raises ValueError for `noise` if the model has no posterior, and the errors of `read`.
         """
-        generator = torch.Generator().manual_seed(self._number(variant))
+        generator = torch.Generator().manual_seed(self._seed_of(variant))
         image = self.read(variant.name, None)
         height, width = image.shape[2:]
         ways = {"noise": self._noise, "between": self._between, "drawn": self._drawn}
@@ -112,11 +113,11 @@ class Augmenter:
         return self._call(self.vae.encode, padded, name).latent_dist
 
     def _call(self, method: Callable, x: Tensor, name: str) -> Any:
-        """encode or decode, with the class where the model knows classes."""
+        """Call `encode` or `decode`, with the class of the image `name` if the model is conditional."""
         if not self.knows_classes:
             return method(x)
         return method(x, labels=torch.tensor([self.order.index(class_of(name))], device=x.device))
 
-    def _number(self, variant: Variant) -> int:
+    def _seed_of(self, variant: Variant) -> int:
         told = f"{self.seed}/{variant.kind}/{variant.name}/{variant.number}".encode()
         return int.from_bytes(hashlib.sha256(told).digest()[:7], "big")

@@ -1,8 +1,8 @@
-"""The README.md of a data set of latents: what it holds, of which model, and the lines that read it."""
+"""The README.md of a data set of latents: its content, the model that encoded it, and code to read it."""
 
 from ..models.scaling import described, rounded
 
-# No `configs` in its head: with them `datasets` takes one folder for any other of the same name that it has cached.
+# The head has no `configs`: with them, `datasets` confuses the folder with another of the same name in its cache.
 CARD = """---
 tags: [latents, latent-diffusion]
 ---
@@ -40,7 +40,7 @@ of their use, the perplexity, is {perplexity:.1f}. `vae.decode_indices` decodes 
 
 
 def dataset_card(manifest: dict) -> str:
-    """The card of a finished data set, a function of its manifest alone."""
+    """Render the card of a finished data set from its manifest alone."""
     settings, made_from = manifest["settings"], manifest["made_from"]
     moments = settings["content"] == "moments"
     return CARD.format(

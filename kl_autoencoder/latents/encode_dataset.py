@@ -1,7 +1,7 @@
 """Encode a source of photographs into shards of latents for diffusion training, bit for bit reproducibly.
 
-What becomes of a row depends on the row, the settings and the shard that it is in, never on the number of ranks,
-workers or threads: crops and noise are functions of the seed and the row, and `shard_encoder` does the rest.
+The latents of a row depend on the row, the settings and its shard, never on the number of ranks, workers or
+threads: crops and noise are functions of the seed and the row number, and `shard_encoder` keeps rounding the same.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from .shard_encoder import EncodeSettings, ShardEncoder, empty_statistics, littl
 from .shards import ShardFolder
 from .statistics import Statistics
 
-COMPARED = 16  # photographs whose bytes say whether a source is the same
+COMPARED = 16  # photographs whose bytes are hashed to recognise a source
 
 
 def encode(
@@ -41,9 +41,11 @@ def encode(
     num_workers: int = 2,
     progress: bool = False,
 ) -> dict | None:
-    """Encode what nobody has encoded yet, and if it is complete then, write the manifest's results and return it.
+    """Encode the shards that no process has encoded or claimed; finish the data set if it is complete then.
 
-    `photographs`: of `sources.open_source`. None if other processes are still at work; the last one finishes.
+    Returns the finished manifest, or None if other processes are still at work, the last of which finishes it.
+    photographs: rows of `sources.open_source`, with images in `column`. num_workers: processes that read images.
+    Raises ValueError for an empty source, a `size` that is not a multiple of f, and if no image could be encoded.
     """
     f = vae.downsampling
     if not len(photographs):
@@ -72,14 +74,14 @@ def encode(
         for k, group in groupby(loader, key=lambda loaded: loaded["shard"]):
             rows, about = encoder.shard(_counted(group, bar))
             shards.write(k, pa.Table.from_pylist(rows, schema=schema), about)
-            bar.up_to(sum(len(shards.rows(k)) for k in shards.complete()))  # the other ranks' too
+            bar.up_to(sum(len(shards.rows(k)) for k in shards.complete()))  # includes shards of other ranks
     if len(shards.complete()) < shards.count:
         return None
     return finish(shards, empty_statistics(settings.content, vae))
 
 
 def binding(vae: KLAutoencoder, photographs: datasets.Dataset, column: str, settings: EncodeSettings) -> dict:
-    """The manifest entries that all rows of a data set must share: model's weights, photographs, settings."""
+    """The manifest entries in which all processes that write a data set must agree: model, source and settings."""
     return {
         "model": {"weights_sha256": weights_hash(vae)},
         "source": {"rows": len(photographs), "sampled_sha256": _sampled_hash(photographs, column)},
@@ -88,7 +90,7 @@ def binding(vae: KLAutoencoder, photographs: datasets.Dataset, column: str, sett
 
 
 def weights_hash(vae: KLAutoencoder) -> str:
-    """SHA-256 of all tensors, with their names, types and shapes. Scaling is no part of it."""
+    """SHA-256 of all tensors with their names, types and shapes, in hexadecimal; the scaling is not included."""
     digest = hashlib.sha256(f"norm_num_groups {vae.config.norm_num_groups}".encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -97,7 +99,7 @@ def weights_hash(vae: KLAutoencoder) -> str:
 
 
 class IteratorSampler:
-    """A sampler that yields what an iterator does, once: drawn as the loader reads ahead, across shards."""
+    """A sampler over an iterator that can be iterated once; the loader draws from it as it reads ahead."""
 
     def __init__(self, iterator: Iterator):
         self.iterator = iterator
@@ -107,9 +109,10 @@ class IteratorSampler:
 
 
 class CroppedPhotographs(Dataset):
-    """Photographs by (shard, row), cropped: {"shard", "row", "source_id", "part", "kept"}.
+    """`dataset[shard, row]` -> a cropped photograph: {"shard", "row", "source_id", "part", "kept"}.
 
-    Of one that is too small or unreadable, "reason" stands in the place of "part" and "kept".
+    "part" is the crop, as from `read_part`; "kept" has the columns of `settings.keep`. If the photograph is too
+    small or unreadable, "reason" replaces both. targets: sizes (H, W) to crop to. channels: of the images.
     """
 
     def __init__(
@@ -133,16 +136,17 @@ class CroppedPhotographs(Dataset):
             part = read_part(encoded_file(record[self.column], name), self.targets, rng, self.channels)
         except TooSmall as error:
             return {**loaded, "reason": f"too small: {error}"}
-        except Exception as error:  # decoders fed with damaged bytes raise nearly everything
+        except Exception as error:  # decoders may raise almost any error for damaged bytes
             message = str(error).removeprefix(f"{name}: ") or type(error).__name__
             return {**loaded, "reason": f"unreadable: {message}"}
         return {**loaded, "part": part, "kept": {key: record[key] for key in self.settings.keep}}
 
 
 def finish(shards: ShardFolder, total: Statistics) -> dict:
-    """Write the manifest: the statistics of all shards, merged in their order, so that all processes agree.
+    """Write and return the manifest, with the statistics of all shards.
 
-    total: statistics of nothing yet.
+    They are merged in the order of the shards, so that the result does not depend on the process. total: empty
+    statistics, see `empty_statistics`. Raises ValueError if no photograph could be encoded.
     """
     skipped, rows = [], 0
     for k in range(shards.count):
@@ -163,6 +167,7 @@ def finish(shards: ShardFolder, total: Statistics) -> dict:
 
 
 def _sampled_hash(photographs: datasets.Dataset, column: str) -> str:
+    """SHA-256 over the bytes of `COMPARED` photographs, spread evenly over the source."""
     digest = hashlib.sha256()
     for row in np.unique(np.linspace(0, len(photographs) - 1, COMPARED).astype(int)):
         try:
@@ -184,4 +189,4 @@ def _uncollated(loaded: dict) -> dict:
 
 def _start_worker(worker: int) -> None:
     end_with_the_parent()
-    signal(SIGINT, SIG_IGN)  # the main process's to handle
+    signal(SIGINT, SIG_IGN)  # the main process handles it

@@ -1,6 +1,6 @@
 """Interpolate, sample and edit latents: paths between two, draws from a Gaussian, attributes as directions.
 
-Latents are raw (B, C, h, w) here, as `encode` gives and `decode` takes them.
+Latents are raw, as `encode` returns and `decode` takes them.
 """
 
 from collections.abc import Iterable
@@ -12,13 +12,14 @@ from torch import Tensor
 from ..networks.distributions import LOGVAR_RANGE, DiagonalGaussian, at_least_float32
 from .statistics import LatentStatistics
 
-PARALLEL = 1e-4  # sine of the angle below which two latents count as of one direction
+PARALLEL = 1e-4  # two latents count as parallel if the sine of the angle between them is at most this
 
 
 def interpolate(a: Tensor, b: Tensor, steps: int, spherical: bool = False) -> Tensor:
-    """Latents (C, h, w) twice -> (steps, C, h, w) from `a` to `b`, those two exactly. ValueError for steps < 2.
+    """Return `steps` latents on the path from `a` to `b`, both (C, h, w): (steps, C, h, w).
 
-    Linear: (1 - t) a + t b. Spherical (Shoemake 1985), see `slerp`.
+    The first is exactly `a`, the last exactly `b`. Linear: (1 - t) a + t b; spherical: `slerp`. Raises ValueError
+    for fewer than 2 steps and for latents of different shapes.
     """
     if steps < 2:
         raise ValueError(f"steps: {steps}; allowed: at least 2")
@@ -29,33 +30,34 @@ def interpolate(a: Tensor, b: Tensor, steps: int, spherical: bool = False) -> Te
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """sin((1-t)w)/sin(w) a + sin(t w)/sin(w) b, w the angle between `a` and `b` as vectors of all their values.
+    """Spherical interpolation (Shoemake 1985), sin((1-t)w)/sin(w) a + sin(t w)/sin(w) b, of latents of any shape.
 
-    Two draws from a Gaussian of many dimensions are nearly orthogonal and of nearly one length. This keeps that
-    length, where the straight line passes through draws that are 1/sqrt(2) as long. Linear for one direction.
+    w is the angle between `a` and `b` as vectors of all their values; t is in [0, 1]. Two draws from a Gaussian of
+    many dimensions are nearly orthogonal and of nearly equal length. Spherical interpolation keeps that length;
+    halfway along a straight line it drops to 1/sqrt(2). Parallel or zero latents are interpolated linearly.
     """
     x, y = at_least_float32(a).flatten(), at_least_float32(b).flatten()
     angle = torch.acos((torch.dot(x, y) / (x.norm() * y.norm())).clamp(-1, 1))
     sine = angle.sin()
-    if not sine > PARALLEL:  # nor if one of them is zero
+    if not sine > PARALLEL:  # negated, as sine is NaN if one of them is zero
         return torch.lerp(a, b, t)
     mixed = (((1 - t) * angle).sin() * x + (t * angle).sin() * y) / sine
     return mixed.view(a.shape).to(a.dtype)
 
 
 def standard_normal(channels: int, height: int, width: int) -> DiagonalGaussian:
-    """The prior N(0, I) of a variational autoencoder, of latents (1, C, h, w)."""
+    """The prior N(0, I) of a variational autoencoder over latents (1, channels, height, width)."""
     return DiagonalGaussian(torch.zeros(1, 2 * channels, height, width))
 
 
 def fitted(
     posteriors: Iterable[DiagonalGaussian], per: Literal["channel", "position"] = "channel"
 ) -> DiagonalGaussian:
-    """The Gaussian with the mean and variance that draws from all the posteriors have: moments (1, 2C, h, w).
+    """Fit a Gaussian to draws from all the posteriors: a distribution over latents (1, C, h, w).
 
-    `per` channel: one mean and variance for each channel; per position: for each latent value, what a photograph
-    has at that place. Var[z] = Var[mean] + E[variance], in float64. ValueError for no posteriors and for latents
-    of different shapes.
+    per: "channel" fits one mean and variance for each channel, "position" one for each latent value. The variance
+    is Var[z] = Var[mean] + E[variance], in float64. Raises ValueError for no posteriors and for latents of
+    different shapes.
     """
     statistics = shape = None
     for posterior in posteriors:
@@ -65,7 +67,7 @@ def fitted(
             )
         shape = posterior.mean.shape[1:]
         mean, var = posterior.mean, posterior.var
-        if per == "position":  # every value as a channel
+        if per == "position":  # treat every value as a channel of its own
             mean, var = mean.flatten(1)[..., None, None], var.flatten(1)[..., None, None]
         statistics = statistics or LatentStatistics(mean.shape[1])
         statistics.update(mean, var)
@@ -79,5 +81,8 @@ def fitted(
 
 
 def mean_latent(posteriors: Iterable[DiagonalGaussian]) -> Tensor:
-    """The mean of the posteriors' modes: (1, C, h, w). Differences of two are attributes (Larsen et al. 2016)."""
+    """The mean of the posteriors' modes: (1, C, h, w).
+
+    The difference between the means with and without an attribute is its direction (Larsen et al. 2016).
+    """
     return fitted(posteriors, "position").mean

@@ -1,4 +1,4 @@
-"""What `encode-dataset` wrote, as a data set to train a diffusion model on."""
+"""Read the output of `encode-dataset` as a data set to train a diffusion model on."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,24 +15,26 @@ from ..models.scaling import KEPT_KEYS, scale
 from ..networks.distributions import DiagonalGaussian
 from .shards import read_manifest
 
-PLAIN = ("row", "source_id", "flipped")  # columns that are passed on as they are
+PLAIN = ("row", "source_id", "flipped")  # columns that are returned unchanged
 
 
 class LatentDataset(Dataset):
     """`dataset[i]` -> {"latents": (C, h, w) float32, scaled, "original_size": (H, W), ...}.
 
-    Where moments are stored, the latents are a draw from them, another one in each epoch: a function of the seed,
-    the epoch and i. `set_epoch` reaches the workers of a loader that are running already. "crop_box" is (left, top,
-    right, bottom) in pixels of the photograph; "row", "source_id", "flipped" and the columns kept are as they are
-    in the files. Latents of buckets differ in shape: `DataLoader(dataset, batch_sampler=SameShape(dataset, 16))`.
-    Of a data set of codes it is {"codes": (h, w) int64, ...}, and the scaling is not used.
+    If moments are stored, the latents are drawn from them, anew in each epoch, as a function of the seed, the epoch
+    and i. `set_epoch` also reaches workers of a loader that are already running. "crop_box" is (left, top, right,
+    bottom) in pixels of the photograph; "row", "source_id", "flipped" and the columns of --keep are as stored.
+    Latents of buckets differ in shape: `DataLoader(dataset, batch_sampler=SameShape(dataset, 16))`. A data set of
+    codes returns {"codes": (h, w) int64, ...} and does not use the scaling.
 
     Args:
         folder: the output of `encode-dataset`.
-        config: the model's scaling, which is applied (see `scaling.scale`): `vae.scaling`, or `vae.config` where
-            that holds it.
+        config: the model's scaling, which is applied (see `scaling.scale`): `vae.scaling`, or a `vae.config` that
+            contains it.
+        seed: of the draws and of the order of `SameShape`.
 
-    Raises FileNotFoundError or ValueError for a folder that is no complete data set of latents.
+    Raises FileNotFoundError or ValueError for a folder that is not a complete data set of latents, and ValueError
+    for a config without scaling_factor.
     """
 
     def __init__(self, folder: str | os.PathLike, config: Mapping[str, Any], seed: int = 0):
@@ -74,15 +76,16 @@ class LatentDataset(Dataset):
 
 
 def stored_latents(row: Mapping[str, Any], content: str) -> Tensor:
-    """The tensor in a row of the data set, in the type that it is stored in."""
+    """The tensor of a row, in its stored shape and type; `content` is that of `EncodeSettings`."""
     values = torch.frombuffer(bytearray(row[content]), dtype=getattr(torch, row["dtype"]))
     return values.view(row["shape"])
 
 
 class SameShape(Sampler[list[int]]):
-    """Batches of latents of one shape in random order, another one in each epoch; the same in every process.
+    """A batch sampler whose batches have latents of one shape, in an order that is random in each epoch.
 
-    The last of each shape may be smaller, or is left out with `drop_last`.
+    The order is the same in every process. The last batch of each shape may be smaller, unless `drop_last` leaves
+    it out.
     """
 
     def __init__(self, dataset: LatentDataset, batch_size: int, drop_last: bool = False):
@@ -92,7 +95,7 @@ class SameShape(Sampler[list[int]]):
         self.kinds = [np.flatnonzero(kinds == kind) for kind in range(kinds.max() + 1)]
 
     def __len__(self) -> int:
-        return sum(len(range(0, self._end(kind), self.batch_size)) for kind in self.kinds)
+        return sum(len(range(0, self._count_used(kind), self.batch_size)) for kind in self.kinds)
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.dataset.seed, self.dataset.epoch))
@@ -100,10 +103,12 @@ class SameShape(Sampler[list[int]]):
         for kind in self.kinds:
             order = rng.permutation(kind)
             batches += [
-                order[i : i + self.batch_size].tolist() for i in range(0, self._end(kind), self.batch_size)
+                order[i : i + self.batch_size].tolist()
+                for i in range(0, self._count_used(kind), self.batch_size)
             ]
         rng.shuffle(batches)
         yield from batches
 
-    def _end(self, kind: np.ndarray) -> int:
+    def _count_used(self, kind: np.ndarray) -> int:
+        """How many of the latents of one shape are used in an epoch."""
         return len(kind) // self.batch_size * self.batch_size if self.drop_last else len(kind)

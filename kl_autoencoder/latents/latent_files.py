@@ -17,17 +17,17 @@ from ..models.scaling import SCALING_KEYS, unscale
 
 @dataclass(frozen=True)
 class LatentFile:
-    """What a latent file holds: of each photograph its latents, name and size, and what they were made with."""
+    """Content of a latent file: latents, name and size of each photograph, and the model that encoded them."""
 
     latents: list[Tensor]  # (C, h, w) each
     names: list[str]  # of the photographs' files
     sizes: list[tuple[int, int]]  # (height, width) in pixels before padding
-    scaled: bool  # whether `scale` was applied
-    model: str  # what encoded them: folder, file or hub id
+    scaled: bool  # whether the latents are scaled (`scaling.scale`)
+    model: str  # folder, file or hub id of the model that encoded them
     config: dict  # the model's scaling: scaling_factor, shift_factor, latents_mean, latents_std
 
     def raw(self) -> list[Tensor]:
-        """The latents as the decoder takes them, (C, h, w) each."""
+        """The unscaled latents, as the decoder takes them: (C, h, w) each."""
         return [unscale(z[None], self.config)[0] for z in self.latents] if self.scaled else list(self.latents)
 
 
@@ -43,9 +43,9 @@ def save_latents(
 ) -> None:
     """Write the latents of photographs of any sizes into one .safetensors file, whole or not at all.
 
-    `latents`: (C, h, w) each; `sizes`: (height, width) in pixels to crop the decoded photographs to; `config`:
-    the model's, of which the scaling is kept. Raises ValueError if the lists differ in length or a shape is
-    not that of a latent, and as `save_tensors`.
+    `latents`: (C, h, w) each; `sizes`: (height, width) in pixels, to which decoded photographs are cropped;
+    `config`: that of the model, of which the scaling is stored. Raises ValueError if the lists differ in length, if
+    latents are not (C, h, w) and for patches without statistics of channels; and the errors of `save_tensors`.
     """
     if not len(latents) == len(names) == len(sizes):
         raise ValueError(
@@ -71,9 +71,9 @@ def save_latents(
 
 
 def load_latents(path: str | os.PathLike) -> LatentFile:
-    """Read a file of `save_latents`, held to what that writes.
+    """Read a file of `save_latents` and check every entry.
 
-    Raises FileNotFoundError, or ValueError naming the file and, if it is one of latents, the entry that is wrong.
+    Raises FileNotFoundError, and ValueError, which names the file and, if it is a latent file, the wrong entry.
     """
     tensors, metadata = read_tensors(path)
     try:
@@ -94,7 +94,7 @@ def load_latents(path: str | os.PathLike) -> LatentFile:
 def _check_entries(
     names: Any, latents: Sequence[Tensor], *, sizes: Any, scaled: Any, model: Any, config: Any
 ) -> None:
-    """ValueError naming the first entry of a file that `save_latents` could not have written."""
+    """Raise ValueError, which names the first entry that `save_latents` cannot have written."""
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"names: {shown(names)}; allowed: a list of names")
     if not isinstance(sizes, list) or len(sizes) != len(names) or not all(map(is_size, sizes)):
@@ -111,7 +111,9 @@ def _check_entries(
     patch = config.get("patch_size")
     if patch is not None and not is_patch(patch):
         raise ValueError(f"patch_size: {shown(patch)}; allowed: null or two whole numbers")
-    values = math.prod(patch) if patch and not scaled else 1  # statistics of a channel of raw latents
+    values = (
+        math.prod(patch) if patch and not scaled else 1
+    )  # entries of latents_mean for each channel stored here
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None and {len(config[key])} != {z.shape[0] * values for z in latents}:
             raise ValueError(

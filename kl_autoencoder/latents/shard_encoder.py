@@ -1,7 +1,7 @@
-"""Photographs of a shard -> rows of a data set of latents.
+"""Encode the photographs of a shard into rows of a data set of latents.
 
-On a CPU each image is encoded by one thread, on its own, so that neither batches nor threads change how a result is
-rounded; on a GPU batches are filled within a shard. Results are taken in the order in which they were begun.
+On a CPU each image is encoded alone and by one thread, so that rounding depends neither on batches nor on the
+number of threads. On a GPU batches are formed within a shard. Results are collected in the order of submission.
 """
 
 import random
@@ -20,19 +20,21 @@ from ..networks.distributions import DiagonalGaussian
 from .statistics import CodeUsage, LatentStatistics, Statistics
 
 CONTENTS = ("moments", "sample", "mode", "codes")
-STORED = ("float16", "bfloat16", "float32", "int32")  # the last for codes
-AHEAD = 2  # batches begun for each worker before the first is waited for
+STORED = ("float16", "bfloat16", "float32", "int32")  # int32 is for codes
+AHEAD = 2  # batches submitted per worker before the first result is waited for
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What makes the latents what they are, apart from the model and the photographs; all of it is in the manifest.
+    """Everything that the latents depend on besides the model and the photographs; recorded in the manifest.
 
-    `size`: of the crops, N x N pixels, or their mean side with `crop` "buckets" (else "centre" or "random").
-    `content`: "moments" (mean and logvar, 2C channels), "sample" (one draw) or "mode" of the posterior, kept as
-    `stored_as`; or "codes" of a discrete model, (1, h, w), kept as int32. `dtype`: the type the encoder computes
-    in. `flip`: the mirrored photograph's latents too, as a row of their own. `keep`: columns of the source to take
-    along. `batch_size` matters for rounding on a GPU.
+    `crop`: "centre", "random" or "buckets". `size`: crops are N x N pixels, with "buckets" about N^2 pixels.
+    `content`: "moments" (mean and logvar, 2C channels), "sample" (one draw) or "mode" of the posterior, stored in
+    the type `stored_as`; or "codes" of a discrete model, (1, h, w), stored as int32. `dtype`: in which the encoder
+    computes. `flip`: also store the latents of the mirrored photograph, in a row of their own. `keep`: columns of
+    the source to copy. `batch_size`: affects rounding on a GPU. `shard_rows`: rows of the source in a shard.
+
+    Raises ValueError, which names the setting, for values that are not allowed.
     """
 
     size: int
@@ -59,13 +61,15 @@ class EncodeSettings:
                 raise ValueError(f"{key}: {getattr(self, key)}; allowed: at least 1")
 
     def features(self, source: datasets.Features) -> datasets.Features:
-        """The columns of the result."""
+        """The columns of the data set. Raises ValueError if one of `keep` has the name of a column made here."""
         value, sequence = datasets.Value, datasets.Sequence
         own = {
-            "row": value("int64"),  # its number in the source
-            "source_id": value("string"),  # the file's path where there is one
+            "row": value("int64"),  # row number in the source
+            "source_id": value("string"),  # the image file's path, or else "row N"
             "original_size": sequence(value("int32"), length=2),  # height, width in pixels
-            "crop_box": sequence(value("float32"), length=4),  # left, top, right, bottom, in those pixels
+            "crop_box": sequence(
+                value("float32"), length=4
+            ),  # left, top, right, bottom in pixels of the original
             "flipped": value("bool"),
             "shape": sequence(value("int32"), length=3),
             "dtype": value("string"),
@@ -79,10 +83,10 @@ class EncodeSettings:
 
 
 class ShardEncoder:
-    """The rows of one shard after another; the workers encode while more photographs are read.
+    """Encodes one shard after the other; the workers encode while further photographs are read.
 
-    All that torch has to do is done by them: its own threads, started from another, would wait for one another on
-    the cores that encode.
+    All torch operations run in the workers: torch would start further threads for those of another thread, and
+    these would compete for the cores on which the workers encode.
     """
 
     def __init__(self, vae: KLAutoencoder, settings: EncodeSettings, workers: Workers):
@@ -90,7 +94,10 @@ class ShardEncoder:
         self.batch_size = 1 if vae.device.type == "cpu" else settings.batch_size
 
     def shard(self, photographs: Iterable[dict]) -> tuple[list[dict], dict]:
-        """The rows of a shard in order, and what is told about it: statistics and what was skipped."""
+        """Encode the photographs of a shard: its rows in order, and {"skipped", "rows", "statistics"} about it.
+
+        photographs: entries of `CroppedPhotographs`.
+        """
         total, rows, skipped = empty_statistics(self.settings.content, self.vae), [], []
         for some, statistics in self.encoded(self.batches(photographs, skipped)):
             rows += some
@@ -99,7 +106,7 @@ class ShardEncoder:
         return rows, {"skipped": skipped, "rows": len(rows), "statistics": total.state()}
 
     def batches(self, photographs: Iterable[dict], skipped: list[tuple]) -> Iterator[list[dict]]:
-        """Photographs of one size each, and onto `skipped` those that there are none of."""
+        """Yield batches of photographs of one size; append (row, source_id, reason) of others to `skipped`."""
         waiting = {}
         for loaded in photographs:
             if "reason" in loaded:
@@ -113,6 +120,7 @@ class ShardEncoder:
             yield waiting[shape]
 
     def encoded(self, batches: Iterable[list[dict]]) -> Iterator[tuple[list[dict], Statistics]]:
+        """Encode batches in the workers, yield `rows` of each in order; with `flip` also of its mirror images."""
         begun = deque()
         for batch in batches:
             for flipped in (False, True) if self.settings.flip else (False,):
@@ -123,7 +131,7 @@ class ShardEncoder:
             yield begun.popleft().result()
 
     def rows(self, batch: list[dict], flipped: bool) -> tuple[list[dict], Statistics]:
-        """The rows of a batch, and the statistics of the latents in them."""
+        """Encode a batch: its rows, and the statistics of their latents."""
         images = torch.stack([loaded["part"].images for loaded in batch])
         if flipped:
             images = images.flip(-1)
@@ -136,7 +144,11 @@ class ShardEncoder:
         return rows, self.statistics(stored)
 
     def kept(self, images: Tensor, rows: list[int], flipped: bool) -> Tensor:
-        """What is kept of each image, (B, ...), on the CPU."""
+        """Encode images (B, C, H, W) to what is stored of each, on the CPU.
+
+        moments: (B, 2C, h, w); sample and mode: (B, C, h, w), with C latent channels; codes: (B, 1, h, w).
+        rows: numbers of the images in the source, which seed the noise of "sample".
+        """
         if self.settings.content == "codes":
             return self.vae.encode_indices(images)[:, None].cpu()
         posterior = DiagonalGaussian(self.vae.encode(images).latent_dist.parameters.cpu())
@@ -148,7 +160,7 @@ class ShardEncoder:
         return posterior.sample([torch.Generator().manual_seed(int(rng.random() * 2**53)) for rng in keys])
 
     def statistics(self, stored: Tensor) -> Statistics:
-        """Of the values as they are stored; of moments, of what is sampled from them."""
+        """Statistics of the values as stored; for moments, those of samples drawn from them."""
         statistics = empty_statistics(self.settings.content, self.vae)
         if self.settings.content == "moments":
             posterior = DiagonalGaussian(stored.double())
@@ -158,6 +170,7 @@ class ShardEncoder:
         return statistics
 
     def row(self, loaded: dict, z: Tensor, flipped: bool) -> dict:
+        """The row of one image, with the columns of `EncodeSettings.features`. ValueError if z is not finite."""
         if not z.isfinite().all():
             raise ValueError(
                 f"{loaded['source_id']}: its latents are not finite in {self.settings.dtype} stored as "
@@ -178,13 +191,15 @@ class ShardEncoder:
 
 
 def empty_statistics(content: str, vae: KLAutoencoder) -> Statistics:
-    """Statistics of no images yet: of latents, or how often each code is used."""
+    """Statistics without any images: `CodeUsage` for codes, `LatentStatistics` for other contents."""
     return CodeUsage(vae.codes) if content == "codes" else LatentStatistics(vae.config.latent_channels)
 
 
 def rng_for(seed: int, row: int, purpose: str) -> random.Random:
-    return random.Random(f"{seed}/{row}/{purpose}")  # Python promises that text seeds alike in all versions
+    """A random generator for one row of the source and one purpose."""
+    return random.Random(f"{seed}/{row}/{purpose}")  # strings seed the same in all versions of Python
 
 
 def little_endian(tensor: Tensor) -> bytes:
+    """The bytes of a tensor in row-major order, as the machine stores them; supported ones are little-endian."""
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

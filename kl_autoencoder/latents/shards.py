@@ -1,8 +1,9 @@
-"""The shards of a data set of latents on disk, written by any number of processes that never talk to one another.
+"""The shards of a data set of latents on disk, written by any number of processes that do not communicate.
 
-Shard k is rows k * n to (k + 1) * n of the source, whoever writes it. A process that wants a shard locks byte k of
-one file; the kernel lets go of that when the process ends, however it ends. A shard takes its name when it is
-complete. So ranks may be killed, added and left out, at any time, and what comes out is the same.
+Shard k holds rows k * n to (k + 1) * n - 1 of the source, whichever process writes it. To claim a shard, a process
+locks byte k of one file; the kernel releases the lock when the process ends, even if it is killed. A shard gets its
+final name when it is complete. Ranks may therefore be killed, added and left out at any time without changing the
+result.
 """
 
 import csv
@@ -19,23 +20,24 @@ import pyarrow.parquet as pq
 from ..files import replacing
 from .dataset_card import dataset_card
 
-ABOUT = b"kl_autoencoder.shard"  # in the metadata of a shard
+ABOUT = b"kl_autoencoder.shard"  # metadata key of a shard, for what `ShardFolder.write` is told about it
 MANIFEST, SKIPPED, CARD = "manifest.json", "skipped.csv", "README.md"
-ROWS_AT_ONCE = 64  # in a row group: what is read at least
+ROWS_AT_ONCE = 64  # rows of a row group, the smallest part that can be read
 
 
 class ShardFolder:
-    """`folder`/data/train-00003-of-00009.parquet ... of `rows` source rows, `shard_rows` a shard.
+    """The shards `folder`/data/train-00003-of-00009.parquet ... of a source of `rows` rows, `shard_rows` in each.
 
-    data/ holds what `datasets.load_dataset(folder)` reads; it cannot read a shard of which nothing is left but the
-    list of what was skipped, which goes to empty/.
+    data/ has the shards that `datasets.load_dataset(folder)` reads. Shards without rows, of which all images were
+    skipped, are in empty/, because `datasets` cannot read them. Raises ValueError if the folder is not a data set
+    of latents and has other content.
     """
 
     def __init__(self, folder: Path, rows: int, shard_rows: int):
         self.folder, self.total, self.shard_rows = folder, rows, shard_rows
         self.count = -(-rows // shard_rows)
         if not (folder / MANIFEST).exists() and folder.exists():
-            for path in folder.iterdir():  # another rank may be here already
+            for path in folder.iterdir():  # data/ and empty/ may be there already, from another rank
                 if path.name not in ("data", "empty") and not path.name.startswith("."):
                     raise ValueError(f"{folder}: holds other things than latents ({path.name})")
         for name in ("data", "empty"):
@@ -49,23 +51,26 @@ class ShardFolder:
         self.lock.close()  # ends all claims
 
     def rows(self, k: int) -> range:
+        """The rows of the source that shard k is made from."""
         return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.total))
 
     def path(self, k: int, empty: bool = False) -> Path:
+        """The file of shard k, in data/ or, if it has no rows, in empty/."""
         return self.folder / ("empty" if empty else "data") / f"train-{k:05}-of-{self.count:05}.parquet"
 
     def find(self, k: int) -> Path | None:
-        """Where shard k is, None if it is not complete."""
+        """The file of shard k, None if it is not complete."""
         return next((path for path in (self.path(k), self.path(k, True)) if path.exists()), None)
 
     def complete(self) -> list[int]:
+        """The numbers of the shards that are complete."""
         return [k for k in range(self.count) if self.find(k)]
 
     def claims(self, rank: int = 0, ranks: int = 1) -> Iterator[int]:
-        """Incomplete shards that nobody else writes, each locked until `write` or the end of the process.
+        """Yield incomplete shards that no other process writes, locked until `write` or the end of the process.
 
-        First every `ranks`-th from `rank` on, then what others have left: on a file system without locks the
-        processes would meet, and do work twice, only at the end.
+        First every `ranks`-th shard from `rank` on, then those that other ranks have left. In this order, processes
+        on a file system without locks work on the same shards, twice, only at the end.
         """
         own = range(rank % self.count, self.count, ranks) if self.count else ()
         for k in (*own, *(k for k in range(self.count) if k not in own)):
@@ -76,7 +81,7 @@ class ShardFolder:
                     self._release(k)
 
     def write(self, k: int, table: pa.Table, about: dict) -> None:
-        """Shard k, with `about`, which JSON must be able to hold, in its metadata. The claim ends."""
+        """Write shard k, with `about` (serialisable to JSON) in its metadata, and release its lock."""
         target = self.path(k, empty=not len(table))
         table = table.replace_schema_metadata({**table.schema.metadata, ABOUT: json.dumps(about)})
         with replacing(
@@ -88,15 +93,16 @@ class ShardFolder:
         self._release(k)
 
     def about(self, k: int) -> dict:
+        """The `about` that shard k was written with."""
         return json.loads(pq.read_schema(self.find(k)).metadata[ABOUT])
 
     def bind(self, binding: dict, notes: dict) -> None:
-        """Write both into a new folder's manifest, or hold `binding` against the one that is there.
+        """Write both into the manifest of a new folder, or compare `binding` with the manifest that is there.
 
-        Raises ValueError naming the first thing that differs: what is there was made in another way.
+        Raises ValueError, which names the first difference, if that data set was made in another way.
         """
         path = self.folder / MANIFEST
-        with self._held(self.count):
+        with self._locked(self.count):
             if not path.exists():
                 _write_json(path, {**binding, **notes})
         there, wanted = json.loads(path.read_text()), json.loads(json.dumps(binding))
@@ -106,11 +112,11 @@ class ShardFolder:
             )
 
     def finish(self, result: dict, skipped: Sequence[Sequence]) -> dict:
-        """Add `result` to the manifest, list what was `skipped` (row, source_id, reason), write the card.
+        """Add `result` to the manifest, write skipped.csv and the card, and return the manifest.
 
-        Returns the manifest.
+        skipped: (row, source_id, reason) of each image that was skipped.
         """
-        with self._held(self.count):
+        with self._locked(self.count):
             for left_by_the_killed in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):
                 left_by_the_killed.unlink(missing_ok=True)
             with replacing(self.folder / SKIPPED) as temporary, temporary.open("w", newline="") as file:
@@ -126,7 +132,7 @@ class ShardFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, k)
         except (BlockingIOError, PermissionError):
             return False
-        except OSError:  # no locks here; at worst two processes write the same
+        except OSError:  # a file system without locks: at worst two processes write the same shard
             return True
         return True
 
@@ -135,8 +141,8 @@ class ShardFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, k)
 
     @contextmanager
-    def _held(self, k: int) -> Iterator[None]:
-        """Byte k, waited for."""
+    def _locked(self, k: int) -> Iterator[None]:
+        """Hold the lock on byte k, after waiting for it."""
         with suppress(OSError):
             fcntl.lockf(self.lock, fcntl.LOCK_EX, 1, k)
         yield
@@ -144,7 +150,10 @@ class ShardFolder:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict:
-    """Of a finished data set. Raises FileNotFoundError or ValueError naming the folder if it is not one."""
+    """Read the manifest of a finished data set.
+
+    Raises FileNotFoundError or ValueError, which name the folder, if it is not a finished data set of latents.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no data set of latents ({MANIFEST} is missing)")
@@ -159,6 +168,7 @@ def read_manifest(folder: str | os.PathLike) -> dict:
 
 
 def _differences(there: dict, wanted: dict, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    """Yield (dotted key, old value, new value) where `there` differs from `wanted`; its other keys do not count."""
     for key in wanted:
         old, new = there.get(key), wanted[key]
         if isinstance(old, dict) and isinstance(new, dict):

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of latents, and use of codes, over a data set: exact, and mergeable over ranks."""
+"""Mean and standard deviation of latents, and usage of codes, over a data set: exact, and mergeable over ranks."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class LatentStatistics:
-    """Mean and standard deviation of latents, per channel and of all, over any number of batches.
+    """Mean and standard deviation of latents over any number of batches, per channel and over all channels.
 
-    Keeps, per channel and in float64 on the CPU: the count n, the mean and M2 = sum (z - mean)^2. Disjoint
-    parts merge exactly (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm"):
-    M2 = sum M2_i + sum n_i (mean_i - mean)^2.
+    Keeps the count n, the mean and M2 = sum (z - mean)^2 per channel, in float64 on the CPU. Disjoint parts merge
+    exactly (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm"):
+    M2 = sum M2_i + sum n_i (mean_i - mean)^2. `mean`, `std` and the factors raise ValueError before any update.
     """
 
     def __init__(self, channels: int):
@@ -22,10 +22,11 @@ class LatentStatistics:
         self.m2 = torch.zeros(channels, dtype=torch.float64)
 
     def update(self, latents: Tensor, variance: Tensor | None = None) -> None:
-        """Add raw latents (B, C, h, w). ValueError for other channels and for values that are not finite.
+        """Add raw latents (B, C, h, w).
 
-        `variance`, of the same shape: the latents are means of posteriors with this variance, and what is added is
-        all samples of them: Var[z] = Var[mean] + E[variance].
+        `variance`, of the same shape, makes the latents means of posteriors with this variance; the statistics are
+        then those of samples from them: Var[z] = Var[mean] + E[variance]. Raises ValueError for another number of
+        channels and for values that are not finite.
         """
         channels = len(self.channel_mean)
         if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
@@ -44,7 +45,7 @@ class LatentStatistics:
         self.merge(batch)
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Add what `other` has seen, which must be other latents of the same number of channels."""
+        """Add the statistics `other`, of further latents with the same number of channels."""
         count = self.count + other.count
         if count:
             mean = (self.count * self.channel_mean + other.count * other.channel_mean) / count
@@ -52,10 +53,10 @@ class LatentStatistics:
             self.count, self.channel_mean = count, mean
 
     def reduced(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> "LatentStatistics":
-        """The statistics of all ranks together, on every rank; a rank that has seen nothing takes part.
+        """Return the statistics of all ranks together, on every rank; ranks without latents must call it too.
 
-        `sum_over_ranks` adds up a float64 tensor over the ranks and returns the sum, such as
-        `lambda t: accelerator.reduce(t, "sum")`. It is called twice: the mean of all first, then M2 about it.
+        `sum_over_ranks` returns the sum of a float64 tensor over the ranks, such as
+        `lambda t: accelerator.reduce(t, "sum")`. It is called twice: for the mean of all, then for M2 about it.
         """
         total = LatentStatistics(len(self.channel_mean))
         sums = sum_over_ranks(
@@ -67,7 +68,7 @@ class LatentStatistics:
         return total
 
     def state(self) -> dict:
-        """The three, exactly, as JSON can hold them; `from_state` makes the same statistics of it."""
+        """Count, means and M2, exact and ready for JSON; `from_state` is the inverse."""
         return {"count": self.count, "mean": self.channel_mean.tolist(), "m2": self.m2.tolist()}
 
     @classmethod
@@ -79,7 +80,7 @@ class LatentStatistics:
         return statistics
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says of them."""
+        """The statistics as in a manifest: scaling_factor, shift_factor, and mean and std of each channel."""
         return {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
@@ -95,7 +96,7 @@ class LatentStatistics:
 
     @property
     def std(self) -> Tensor:
-        """(C,), float64: the standard deviation of each channel about its own mean (divided by n)."""
+        """(C,), float64: the standard deviation of each channel about its own mean (divisor n)."""
         self._check()
         return (self.m2 / self.count).sqrt()
 
@@ -106,7 +107,10 @@ class LatentStatistics:
 
     @property
     def scaling_factor(self) -> float:
-        """1 / standard deviation about the mean, over all channels together (Rombach et al. 2022, section D.1)."""
+        """1 / standard deviation over all channels together (Rombach et al. 2022, section D.1).
+
+        Raises ValueError if all latents are equal.
+        """
         self._check()
         variance = float(self._m2_about(self.channel_mean.mean()).sum()) / (self.count * len(self.m2))
         if variance == 0:
@@ -122,13 +126,13 @@ class LatentStatistics:
 
 
 class CodeUsage:
-    """How often each of `codes` codes was used, over any number of batches."""
+    """Counts how often each of `codes` codes is used, over any number of batches."""
 
     def __init__(self, codes: int):
         self.counts = torch.zeros(codes, dtype=torch.int64)
 
     def update(self, codes: Tensor) -> None:
-        """Add codes of any shape."""
+        """Add code indices, an integer tensor of any shape."""
         self.counts += torch.bincount(codes.flatten().long().cpu(), minlength=len(self.counts))
 
     def merge(self, other: "CodeUsage") -> None:
@@ -144,7 +148,7 @@ class CodeUsage:
         return usage
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says of them: how many codes there are and are used; exp of the entropy of their use."""
+        """The usage as in a manifest: number of codes, how many are used, and perplexity (exp of the entropy)."""
         share = self.counts.double() / self.counts.sum()
         perplexity = float(torch.special.entr(share).sum().exp())
         return {"codes": len(share), "used": int((share > 0).sum()), "perplexity": perplexity}

@@ -1,4 +1,4 @@
-"""Autoencoder: the relatives of the KL autoencoder: other bottlenecks, other networks, class conditions."""
+"""`Autoencoder`: autoencoders with other bottlenecks, other networks or class conditions than `KLAutoencoder`."""
 
 import os
 from collections.abc import Mapping
@@ -29,19 +29,19 @@ from .folder import CONFIG, read_headers, read_json
 class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
     """An autoencoder of images that plain diffusers has no class for.
 
-    `encode`, `decode` and calling are as those of `KLAutoencoder`, with class labels where there are classes. Loads
-    and saves as every model of diffusers does; its config.json says `Autoencoder`.
+    `encode`, `decode` and calling work as in `KLAutoencoder`, with class labels if there are classes. It is loaded
+    and saved like every model of diffusers; the class name in its config.json is `Autoencoder`.
 
     Args (all by name):
-        network: "conv", as KLAutoencoder's, or "mlp", fully connected, for images of one size.
+        network: "conv", that of KLAutoencoder, or "mlp", fully connected, for images of one size.
         bottleneck: {"kind": ..., and its options}, see `networks.bottlenecks`.
         in_channels, out_channels: channels of the images read and written.
-        sample_size: side of the images; of an mlp the only one.
+        sample_size: side of the images in pixels; an mlp takes images of this size only.
         latent_channels: channels of the latents; of an mlp they are (B, latent_channels, 1, 1).
         block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention: of a conv network.
-        hidden_sizes: widths of an mlp's hidden layers, of the encoder; the decoder has them in reverse.
-        classes: number of classes of a conditional autoencoder; 0: not conditional.
-        scaling_factor: what `scale` multiplies latents by.
+        hidden_sizes: widths of the hidden layers of an mlp's encoder; its decoder has them in reverse.
+        classes: number of classes of a conditional autoencoder; 0: without conditions.
+        scaling_factor: factor by which `scale` multiplies latents.
 
     Raises ValueError for a configuration that no network can have, naming the key.
     """
@@ -91,12 +91,12 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
 
     @property
     def downsampling(self) -> int:
-        """Image pixels a latent pixel, per side."""
+        """Image pixels for each latent pixel, per side."""
         return self.config.sample_size if self.is_mlp else 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
     def size_multiple(self) -> int:
-        """What height and width of an image must be multiples of."""
+        """Height and width of images must be multiples of this."""
         return self.downsampling
 
     @property
@@ -106,32 +106,32 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
 
     @property
     def is_vq_model(self) -> bool:
-        """Whether it can be one of diffusers' VQModels, see `to_vq_model`."""
+        """Whether `to_vq_model` can convert it to diffusers' VQModel."""
         return not self.is_mlp and not self.config.classes and self.config.bottleneck["kind"] == "vq"
 
     @property
     def codes(self) -> int | None:
-        """How many codes there are; None where latents are not discrete."""
+        """Number of codes; None if latents are not discrete."""
         return self.bottleneck_module.codes if isinstance(self.bottleneck_module, Discrete) else None
 
     # ---------------------------------------------------------------- images <-> latents
 
     def moments(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] -> what the bottleneck makes latents of, (B, channels, h, w)."""
+        """Images (B, in_channels, H, W) in [-1, 1] -> the bottleneck's input, (B, encoder_channels, h, w)."""
         self._check_images(x)
-        return self.encoder(x, labels) if self._takes(labels) else self.encoder(x)
+        return self.encoder(x, labels) if self._is_conditional(labels) else self.encoder(x)
 
     def features(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Latents (B, C, h, w) -> the input of the decoder's last layer, `decoder.conv_out`."""
-        return self.decoder.features(z, labels) if self._takes(labels) else self.decoder.features(z)
+        return self.decoder.features(z, labels) if self._is_conditional(labels) else self.decoder.features(z)
 
     def encode(
         self, x: Tensor, labels: Tensor | None = None, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple:
         """Images (B, in_channels, H, W) in [-1, 1], labels (B,) -> `.latent_dist` over latents (B, C, h, w).
 
-        It is a `DiagonalGaussian` where the bottleneck is kl, and a `PointPosterior` elsewhere. Raises ValueError
-        for images of another size or number of channels, and for labels where the model has no classes.
+        The posterior is a `DiagonalGaussian` if the bottleneck is kl, else a `PointPosterior`. Raises ValueError
+        for images of another size or number of channels, and for labels if the model has no classes.
         """
         posterior = self.bottleneck_module.posterior(self.moments(x, labels))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -139,7 +139,10 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
     def decode(
         self, z: Tensor, labels: Tensor | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w), labels (B,) -> `.sample`, images (B, out_channels, H, W), not clamped."""
+        """Latents (B, C, h, w), labels (B,) -> `.sample`, images (B, out_channels, H, W), not clamped.
+
+        Raises ValueError for latents of another shape, and for labels if the model has no classes.
+        """
         channels, sides = self.config.latent_channels, "1, 1" if self.is_mlp else "h, w"
         if z.ndim != 4 or z.shape[1] != channels or (self.is_mlp and z.shape[2:] != (1, 1)):
             raise ValueError(f"z: shape {tuple(z.shape)}; allowed: (B, {channels}, {sides})")
@@ -149,22 +152,22 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, labels: Tensor | None = None, return_dict: bool = True
     ) -> BaseOutput | tuple[Tensor]:
-        """Images -> their reconstruction from the posterior's mode, and the posterior."""
+        """Images (B, in_channels, H, W) in [-1, 1] -> reconstruction of the posterior's mode, and the posterior."""
         posterior = self.encode(sample, labels).latent_dist
         images = self.decode(posterior.mode(), labels).sample
         return KLAutoencoderOutput(images, posterior) if return_dict else (images,)
 
     def encode_indices(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, in_channels, H, W) -> codes (B, h, w), int64. ValueError where latents are not discrete."""
+        """Images (B, in_channels, H, W) -> codes (B, h, w), int64. ValueError if latents are not discrete."""
         return self._discrete.indices(self.moments(x, labels))
 
     def decode_indices(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Codes (B, h, w), int64 -> images (B, out_channels, H, W). ValueError where latents are not discrete."""
+        """Codes (B, h, w), int64 -> images (B, out_channels, H, W). ValueError if latents are not discrete."""
         return self.decode(self._discrete.from_indices(indices).to(self.dtype), labels).sample
 
     @property
     def scaling(self) -> dict[str, Any]:
-        """What `scale` and `unscale` apply, as files of latents keep it."""
+        """The scaling that `scale` and `unscale` apply, as it is kept in files of latents."""
         return {"scaling_factor": self.config.scaling_factor}
 
     # ---------------------------------------------------------------- reading and writing
@@ -173,7 +176,7 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """A folder or hub id -> the model, in evaluation mode. Takes the arguments of diffusers' method.
 
-        Raises ValueError where tensors are missing or left over, and for a config that its tensors do not have.
+        Raises ValueError if tensors are missing or left over, and if the config does not fit the tensors.
         """
         kwargs.setdefault("use_safetensors", True)
         folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
@@ -188,12 +191,12 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike, **config: Any) -> Self:
-        """The tensors of a training run's checkpoint and the config beside it -> the model, in evaluation mode.
+        """A training run's checkpoint, and the entries of its `config` -> the model, in evaluation mode.
 
         Raises ValueError naming the file and what is missing or left over.
         """
         tensors, _ = read_tensors(os.fspath(path))
-        if any(name.startswith("vae.") for name in tensors):  # beside what only training has
+        if any(name.startswith("vae.") for name in tensors):  # the model among other modules of training
             tensors = {n.removeprefix("vae."): t for n, t in tensors.items() if n.startswith("vae.")}
         model: Any = cls.from_config({key: value for key, value in config.items() if key in cls.rules})
         single_file.check_state({k: v.shape for k, v in model.state_dict().items()}, tensors, path)
@@ -219,10 +222,9 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
         sync_files([folder / CONFIG, *folder.glob("diffusion_pytorch_model*")])
 
     def to_vq_model(self) -> VQModel:
-        """The same function as diffusers' VQModel, which plain diffusers loads, with copies of the weights.
+        """Return diffusers' VQModel of the same function, with copies of the weights; plain diffusers loads it.
 
-        Raises ValueError for a model that it cannot be: only a convolutional one without classes, whose bottleneck
-        is vq, can.
+        Raises ValueError unless the model is convolutional, without classes, and has the bottleneck vq.
         """
         c = self.config
         if not self.is_vq_model:
@@ -251,7 +253,7 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
             name: t for name, t in self.state_dict().items() if name.startswith(("encoder.", "decoder."))
         }
         tensors["quantize.embedding.weight"] = self.bottleneck_module.codebook
-        for conv in ("quant_conv", "post_quant_conv"):  # which ours does not have
+        for conv in ("quant_conv", "post_quant_conv"):  # 1x1 convolutions that our model does not have
             tensors |= {f"{conv}.weight": identity, f"{conv}.bias": torch.zeros(channels)}
         model.load_state_dict(tensors)
         return model.to(self.device, self.dtype).train(self.training)
@@ -265,7 +267,8 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
             raise ValueError(f"bottleneck.kind: {kind}; allowed for codes: vq, fsq, gumbel")
         return self.bottleneck_module
 
-    def _takes(self, labels: Tensor | None) -> bool:
+    def _is_conditional(self, labels: Tensor | None) -> bool:
+        """Whether the model has classes. ValueError if it has none and `labels` are given."""
         if labels is not None and not self.config.classes:
             raise ValueError("labels: given to a model without classes; allowed: none")
         return self.config.classes > 0
@@ -279,7 +282,10 @@ class Autoencoder(scaling.ScaledLatents, ModelMixin, ConfigMixin):
 
 
 def build_bottleneck(config: Mapping[str, Any], latent_channels: int) -> Bottleneck:
-    """The bottleneck of `config`, {"kind": ..., options}. ValueError for a kind or an option that there is not."""
+    """Make the bottleneck of `config`, {"kind": ..., options}.
+
+    ValueError for an unknown kind or an invalid option.
+    """
     options = {name: value for name, value in config.items() if name != "kind"}
     kind = config.get("kind")
     if not isinstance(kind, str) or kind not in BOTTLENECKS:
@@ -291,7 +297,7 @@ def build_bottleneck(config: Mapping[str, Any], latent_channels: int) -> Bottlen
 
 
 def check_family(config: Mapping[str, Any]) -> None:
-    """Hold the config of an `Autoencoder` to what it can have; ValueError naming the key."""
+    """Check the config of an `Autoencoder`. Raises ValueError naming the key."""
     check_rules(config, FAMILY_RULES)
     if config["network"] == "conv":
         kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}

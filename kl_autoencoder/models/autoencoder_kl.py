@@ -1,4 +1,4 @@
-"""KLAutoencoder: the diffusers component around our network."""
+"""`KLAutoencoder`: our network as a diffusers component, an AutoencoderKL."""
 
 import inspect
 import json
@@ -34,19 +34,19 @@ from .folder import CONFIG, read_headers, read_json
 
 HUB_ARGUMENTS = {"token", "cache_dir", "revision", "proxies", "force_download", "local_files_only"}
 Method = TypeVar("Method")
-# diffusers' decorator says nothing of types, which would make the whole class Any to a type checker
+# diffusers' decorator has no types; without this cast type checkers would take the whole class for Any
 _registers_config = cast(Callable[[Method], Method], register_to_config)
 
 
 @dataclass
 class KLAutoencoderOutput(BaseOutput):
-    """sample: reconstruction (B, 3, H, W); latent_dist: the posterior that its latents come from."""
+    """sample: reconstruction (B, out_channels, H, W); latent_dist: the posterior of its latents."""
 
     sample: Tensor
     latent_dist: DiagonalGaussian
 
 
-if TYPE_CHECKING:  # what diffusers' classes have that this is one half of, to a type checker
+if TYPE_CHECKING:  # derived classes are also an AutoencoderKL or the like, whose members are used here
     _Diffusers = AutoencoderKL
 else:
     _Diffusers = ModelMixin
@@ -55,29 +55,29 @@ else:
 class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     scaling.ScaledLatents, _Diffusers, metaclass=EqualsDiffusersClass
 ):
-    """What our autoencoders have in common: the network, its execution, loading and saving.
+    """The common base of our autoencoders: the network, its execution, loading and saving.
 
-    A class derived from it is also derived from the class of diffusers that it `stands_for`, has `rules` for the
-    keys of its config, and an `__init__` with that class's arguments, which calls `_build`.
+    A derived class also derives from the class of diffusers that it `stands_for`. It defines `rules` for the keys
+    of its config, and an `__init__` with the arguments of diffusers' class, which calls `_build`.
     """
 
     _no_split_modules = ["ResnetBlock", "AttentionBlock"]  # noqa: RUF012  (of device maps)
 
-    stands_for: type  # the class of diffusers that this is one of, by name and in files
-    rules: dict[str, Rule]  # of the keys of the config
+    stands_for: type  # the class of diffusers whose name it has, also in files
+    rules: dict[str, Rule]  # key of the config -> allowed values
 
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
     encoder: Encoder  # type: ignore[assignment]  # in place of diffusers'
     decoder: Decoder  # type: ignore[assignment]
 
     def _build(self) -> None:
-        """Make the networks of the config, and what else diffusers' class has; its own networks are not built."""
+        """Make the networks of the config, and the attributes of diffusers' class, but not diffusers' networks."""
         ModelMixin.__init__(self)
         check_config(self.config, self.rules)
         block_out_channels, latent_channels = self.config.block_out_channels, self.config.latent_channels
         levels = len(block_out_channels)
         kinds = {key: (self.config[key][0],) * levels for key in ("down_block_types", "up_block_types")}
-        # One kind stands for all levels; it is no default, which from_config(vae.config) would restore.
+        # One kind stands for all levels. It must not count as a default: from_config(vae.config) would restore it.
         defaults = [key for key in self.config.get("_use_default_values", ()) if key not in kinds]
         self.register_to_config(**kinds, _use_default_values=defaults)
 
@@ -92,7 +92,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if post_quant else None
 
         self.use_slicing = self.use_tiling = self.use_offload = False
-        # diffusers' sizes of approximate tiles: here for those who read or set them, nothing depends on them
+        # Sizes of diffusers' approximate tiles, for programs that read or set them; nothing here depends on them.
         size = self.config.sample_size
         side = size[0] if isinstance(size, (list, tuple)) else size
         self.tile_sample_min_size, self.tile_latent_min_size = side, side // self.downsampling
@@ -101,27 +101,26 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
         self.__module__ = self.stands_for.__module__  # see `__init_subclass__`
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Name a class as diffusers', so that what it saves loads where this package is unknown, as diffusers'.
+        """Give a derived class the `__name__` of diffusers' class, so that plain diffusers loads what it saves.
 
-        What diffusers writes into config.json and a pipeline's model_index.json is the class's __name__ and the
-        instance's __module__. (Pipelines cannot load a component of a class that is not diffusers' or
-        transformers'.) Pickling, repr and documentation go by __qualname__ and the class's own __module__, which
-        stay ours.
+        diffusers writes the class's __name__ and the instance's __module__ into config.json and into a pipeline's
+        model_index.json, and pipelines load only components of classes of diffusers or transformers. Pickling, repr
+        and documentation use __qualname__ and the class's own __module__, which stay ours.
         """
         super().__init_subclass__(**arguments)
         cls.__name__ = cls.stands_for.__name__
 
     def _get_name(self) -> str:
-        return type(self).__qualname__.rpartition(".")[2]  # which repr() says
+        return type(self).__qualname__.rpartition(".")[2]  # the name that repr() shows
 
     @property
     def downsampling(self) -> int:
-        """Image pixels a latent pixel, per side: f = 2 ** (levels - 1)."""
+        """Image pixels for each latent pixel, per side: f = 2 ** (levels - 1)."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
     def size_multiple(self) -> int:
-        """What height and width of an image must be multiples of, for its latents to be scaled."""
+        """Height and width of an image must be multiples of this for `encode` and `scale`."""
         return self.downsampling * max(self.scaling.get("patch_size", (1,)))
 
     # ---------------------------------------------------------------- images <-> latents
@@ -130,7 +129,8 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """Images (B, in_channels, H, W) in [-1, 1] -> `.latent_dist`, a DiagonalGaussian over (B, C, H/f, W/f).
 
-        Raises ValueError if H or W is not a multiple of f (diffusers drops the remaining pixels in silence).
+        Raises ValueError for another number of channels, and if H or W is not a multiple of f (diffusers silently
+        drops the remaining pixels).
         """
         self._check_images(x)
         posterior = self._encode(x, self.use_tiling)
@@ -142,7 +142,8 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     ) -> DecoderOutput | tuple[Tensor]:
         """Raw latents (B, C, h, w) -> `.sample`, images (B, out_channels, f*h, f*w), about [-1, 1], not clamped.
 
-        `generator` is accepted as pipelines pass it; decoding draws nothing.
+        `generator` is accepted because pipelines pass it; decoding draws no noise. Raises ValueError for latents of
+        another shape.
         """
         images = self._decode(z, self.use_tiling)
         return DecoderOutput(sample=images) if return_dict else (images,)
@@ -154,13 +155,13 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> KLAutoencoderOutput | tuple[Tensor]:
-        """Images -> reconstruction and posterior, so that a loss needs nothing but this call.
+        """Images -> reconstruction and posterior, all that a loss needs.
 
-        With `return_dict=False` the reconstruction alone, in a tuple, as diffusers has it.
+        With `return_dict=False` returns only the reconstruction, in a tuple, as diffusers does.
 
         Args:
             sample: images (B, in_channels, H, W) in [-1, 1].
-            sample_posterior: decode a draw of the posterior (with `generator`) rather than its mode.
+            sample_posterior: decode a sample of the posterior (drawn by `generator`) instead of its mode.
         """
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
@@ -169,7 +170,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
 
     @property
     def scaling(self) -> dict[str, Any]:
-        """What `scale` and `unscale` apply, as files of latents keep it."""
+        """The scaling that `scale` and `unscale` apply, as it is kept in files of latents."""
         return {key: self.config.get(key) for key in scaling.SCALING_KEYS}
 
     def _encode(self, x: Tensor, tiling: bool = False) -> DiagonalGaussian:
@@ -199,7 +200,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
                 )
 
     def moments(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) -> mean and logvar of the posterior, (B, 2C, H/f, W/f)."""
+        """Images (B, in_channels, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, 2C, H/f, W/f)."""
         return self.encode(x).latent_dist.parameters
 
     def features(self, z: Tensor) -> Tensor:
@@ -211,18 +212,21 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     def enable_tiling(self, use_tiling: bool = True, offload: bool = False, **tile_sizes: Any) -> None:
         """Encode and decode in the least memory from now on, with the same result: nothing is approximated.
 
-        One image at a time and on a GPU in smaller strips (see `inference.infer`; outside of training the network
-        is executed in strips anyhow). This holds under autocast, with LoRA, layerwise casting and trainable
-        weights: gradients are then those of a second, whole forward pass, made when a backward pass asks for them.
-        In training mode with gradients, with hooks and with replaced modules it cannot hold; a warning says so.
-        What diffusers' tiles need (`tile_sample_min_size=512` ...) is accepted.
+        Images are computed one at a time, on a GPU also in smaller strips (see `inference.dispatch.infer`; outside
+        of training the network is executed in strips in any case). This also works under autocast, with LoRA,
+        layerwise casting and trainable weights: a backward pass then executes the whole network once more. It does
+        not work in training mode with gradients, with hooks and with replaced modules: the network is executed
+        whole, with a warning. The arguments of diffusers' tiles (`tile_sample_min_size=512` ...) are accepted and
+        ignored.
 
         Args:
-            offload: on a GPU, keep the large activations in host memory, so that the GPU's own does not grow
-                with the image, but for the keys and values of attention. On paper, unmeasured, a 16384x16384
-                decode in bfloat16 at Stable Diffusion's widths: 140 GB of pinned host memory, 10 GB on the
-                GPU; 2.6 TB of copies, 50 s at 50 GB/s, beside 1.1 PMAC of convolutions (5 s at 400 TFLOP/s)
-                and 18 PMAC of attention over 4.2 million positions (2 minutes at 300 TFLOP/s).
+            offload: on a GPU, keep the large activations in host memory, so that GPU memory does not grow with the
+                image, except for the keys and values of attention. Estimated, not measured, for decoding
+                16384x16384 pixels in bfloat16 at Stable Diffusion's widths: 140 GB of pinned host memory, 10 GB on
+                the GPU; 2.6 TB of copies, 50 s at 50 GB/s, in parallel with 1.1 PMAC of convolutions (5 s at 400
+                TFLOP/s) and 18 PMAC of attention over 4.2 million positions (2 minutes at 300 TFLOP/s).
+
+        Raises ValueError for an unknown argument.
         """
         unknown = [name for name in tile_sizes if not name.startswith("tile_")]
         if unknown:
@@ -230,19 +234,20 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
         self.use_tiling, self.use_offload = use_tiling, use_tiling and offload
 
     def disable_tiling(self) -> None:
+        """Undo `enable_tiling`."""
         self.enable_tiling(False)
 
     def compile_for_inference(self, cuda_graphs: bool = False, **options: Any) -> None:
-        """Execute encoder and decoder by torch.compile from now on, except tiled; sizes share a compilation.
+        """Execute encoder and decoder by torch.compile from now on, except when they are tiled.
 
-        (torch makes one more for batches than for single images, and on CPUs one for very small images.)
-
-        For GPUs, where it fuses normalisation and SiLU as our kernels do, and what is around them too (unmeasured);
-        on a CPU the strips, which take fewer products, are faster. Whatever runs out of memory is tiled here too.
+        Images of all sizes share a compilation; torch makes another one for batches, and on CPUs one for very small
+        images. It is meant for GPUs, where it fuses normalisation and SiLU, as our kernels do, and the operations
+        around them (unmeasured). On a CPU execution in strips is faster, since it takes fewer multiplications. If
+        memory runs out, the network is tiled.
 
         Args:
-            cuda_graphs: record what is launched, once for each size, and launch it as one: for small images of
-                fixed sizes.
+            cuda_graphs: record all kernel launches, once for each size, and replay them together: for small images
+                of fixed sizes.
             options: of torch.compile.
         """
         mode = {"mode": "reduce-overhead"} if cuda_graphs else {"dynamic": True}
@@ -266,13 +271,13 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     # ---------------------------------------------------------------- attention processors
 
     def set_default_attn_processor(self) -> None:
-        """Compute attention as this network does by itself, by torch's fused kernels, whole or in pieces."""
+        """Let the network compute attention itself, by torch's fused kernels, whole or in pieces."""
         self.set_attn_processor(OwnAttention())
 
     def fuse_qkv_projections(self) -> None:
         """Let diffusers compute attention with query, key and value as one projection, `to_qkv`.
 
-        There for programs that call it: the network's own attention is as fast.
+        For programs that call it; it is no faster than the network's own attention.
         """
         for block in self._attentions():
             block.fuse_projections()
@@ -293,18 +298,18 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """A folder in diffusers' layout, "compact" or a hub id -> the model, in evaluation mode.
 
-        "compact" is the small model that comes with the package; a local folder of that name goes first.
-        Takes `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError where
-        tensors are missing or left over (diffusers warns and goes on with random weights). Weights are safetensors;
-        only `use_safetensors=False` opens diffusers' way back to pickles. The config of a local folder is compared
-        with the headers of its .safetensors files before anything is built.
+        "compact" is the small model that comes with the package, unless there is a local folder of that name.
+        Takes `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError if
+        tensors are missing or left over (diffusers warns and continues with random weights). Weights are
+        safetensors; only `use_safetensors=False` opens diffusers' way back to pickles. The config of a local folder
+        is compared with the headers of its .safetensors files before anything is built.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
         if source == COMPACT.name and not os.path.isdir(source):
             source = COMPACT
         folder = Path(source, kwargs.get("subfolder") or "")
-        if not folder.is_dir() or any(folder.glob("*.bin")):  # where there is none, diffusers' error is right
+        if not folder.is_dir() or any(folder.glob("*.bin")):  # without a folder diffusers' own error is right
             kwargs.setdefault("use_safetensors", True)
         cls._check_folder(folder, kwargs)
         loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
@@ -314,7 +319,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
 
     @classmethod
     def _check_folder(cls, folder: Path, options: dict[str, Any]) -> None:
-        """Hold the config of a local model folder, and `options` that go before it, to its tensors."""
+        """Compare the config of a local model folder, overridden by `options`, with its tensors."""
         tensors = read_headers(folder, options.get("variant"))
         if not tensors or options.get("ignore_mismatched_sizes"):
             return
@@ -326,7 +331,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
 
     @classmethod
     def _on_meta(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: object) -> Self:
-        """The model of a config without memory for its tensors, once the config is known to fit `tensors`.
+        """Make the model of a config on the meta device, after checking that the config fits `tensors`.
 
         Raises ValueError naming `source` and the key or the tensors at fault, before anything large is built.
         """
@@ -345,7 +350,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> None:
-        """Write a folder that plain diffusers loads; its files can be read by whom the umask allows.
+        """Write a folder that plain diffusers loads, with file permissions by the umask.
 
         Takes the arguments of diffusers' method. Raises ValueError if `save_directory` is a file.
         """
@@ -356,16 +361,16 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
         sync_files([folder / "config.json", *folder.glob("diffusion_pytorch_model*")])
 
     def to_json_string(self) -> str:
-        """The config as it is saved, without the path that the model was read from on this machine."""
+        """Return the config as it is saved, without the local path that the model was read from."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_diffusers(cls, autoencoder_kl: AutoencoderKL) -> Self:
-        """The same model around our network: shares every tensor with `autoencoder_kl`, copies nothing.
+        """Return our model with the tensors of `autoencoder_kl`, which are shared and not copied.
 
-        Tiling, slicing and attention processors of one's own are taken over; fused projections are not needed.
+        Tiling, slicing and special attention processors are taken over; fused projections are not.
         """
         with torch.device("meta"):
             model: Any = cls.from_config(dict(autoencoder_kl.config))
@@ -390,9 +395,9 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     ) -> Self:
         """An LDM-layout .safetensors or .ckpt, the VAE alone or inside a full checkpoint -> the model.
 
-        The configuration comes from the file's metadata or its tensors' shapes; what neither tells can be
-        given by name (`scaling_factor=0.13025`). No hub is asked, so that diffusers' arguments about it (`token`,
-        `cache_dir` ...) change nothing. Raises ValueError naming the file, or an argument that is not known.
+        The configuration comes from the file's metadata or the shapes of its tensors; entries given by name
+        (`scaling_factor=0.13025`) override it. The hub is not asked, so diffusers' arguments about it (`token`,
+        `cache_dir` ...) have no effect. Raises ValueError naming the file, or an unknown argument.
         """
         unknown = [name for name in config if name not in cls.rules.keys() | HUB_ARGUMENTS]
         if unknown:
@@ -409,7 +414,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
         return model.to(torch_dtype).eval() if torch_dtype else model.eval()
 
     def save_single_file(self, path: str | os.PathLike) -> None:
-        """Writes the LDM layout (`encoder.down.0.block.0.norm1.weight` ...), the config in the metadata."""
+        """Write the LDM layout (`encoder.down.0.block.0.norm1.weight` ...), with the config in the metadata."""
         config = json.loads(self.to_json_string())
         single_file.save_single_file(path, self.state_dict(), config)
 
@@ -417,8 +422,8 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
 class KLAutoencoder(ExactAutoencoder, AutoencoderKL):  # type: ignore[misc]  # as diffusers' own bases
     """A KL-regularised autoencoder with diffusers' configuration, parameter names and calling conventions.
 
-    In evaluation mode, as `from_pretrained` gives it, encode and decode keep nothing for a backward pass, which
-    costs another forward pass if there is one; to train, call `train()` first.
+    In evaluation mode, in which `from_pretrained` returns it, `encode` and `decode` keep no activations, so that a
+    backward pass first costs another forward pass. Call `train()` before training.
 
     Args (all by name; published values in README):
         in_channels, out_channels: channels of the images read and written.
@@ -426,9 +431,9 @@ class KLAutoencoder(ExactAutoencoder, AutoencoderKL):  # type: ignore[misc]  # a
         layers_per_block: ResNet blocks a level in the encoder (the decoder has one more).
         latent_channels: channels of the latents.
         norm_num_groups: groups of every GroupNorm; must divide every width.
-        sample_size: the image size that the model is made for.
-        scaling_factor, shift_factor, latents_mean, latents_std: what `scale` and `unscale` apply.
-        force_upcast: tells pipelines to decode in float32 where they run in float16.
+        sample_size: the image size that the model is made for, in pixels.
+        scaling_factor, shift_factor, latents_mean, latents_std: applied by `scale` and `unscale`.
+        force_upcast: tells pipelines that run in float16 to decode in float32.
         use_quant_conv, use_post_quant_conv: 1x1 convolutions on the moments and the latents (SD 1, 2, SDXL).
         mid_block_add_attention: self-attention at the lowest resolution.
 

@@ -1,4 +1,4 @@
-"""KLAutoencoderFlux2: FLUX.2's autoencoder, with the statistics that normalise 2x2 patches of its latents."""
+"""`KLAutoencoderFlux2`: FLUX.2's autoencoder, with the statistics that normalise 2x2 patches of its latents."""
 
 import json
 import os
@@ -18,23 +18,23 @@ from .config import FLUX2_RULES
 Method = TypeVar("Method")
 _registers_config = cast(Callable[[Method], Method], register_to_config)
 
-STATISTICS = "bn."  # the batch norm's tensors
-# (Black Forest Labs' name, ours): they keep these two inside of encoder and decoder
-MOVED = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv."))
+STATISTICS = "bn."  # prefix of the batch norm's tensors
+# (Black Forest Labs' prefix, ours) of two layers that are inside of encoder and decoder in their files
+MOVED_LAYERS = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv."))
 
 
 class KLAutoencoderFlux2(ExactAutoencoder, AutoencoderKLFlux2):
     """A `KLAutoencoder` with AutoencoderKLFlux2's configuration, tensors and calling conventions.
 
-    Latents are raw inside; the diffusion model works on patches of them, normalised by the running statistics of
-    `bn`, a batch norm without weights: `scale` and `unscale`. Encoding and decoding do not touch them; a training
-    measures them at its end.
+    `encode` returns and `decode` takes raw latents. Diffusion models work on patches of latents, normalised by the
+    running statistics of `bn`, a batch norm without weights: `scale` and `unscale` convert. Encoding and decoding
+    do not change these statistics; training measures them at its end.
 
-    Args: those of `KLAutoencoder` but for scaling and force_upcast, and
-        decoder_block_out_channels: widths of the decoder's levels where they are not the encoder's.
-        batch_norm_eps: added to the variances before their root is taken.
-        batch_norm_momentum: kept for those who train with `bn`.
-        patch_size: height and width of a patch, in latents.
+    Args: those of `KLAutoencoder` without scaling and force_upcast, and
+        decoder_block_out_channels: widths of the decoder's levels, if they differ from the encoder's.
+        batch_norm_eps: added to the variances before taking their square root.
+        batch_norm_momentum: not used here, for programs that train with `bn`.
+        patch_size: height and width of a patch, in latent pixels.
     """
 
     stands_for = AutoencoderKLFlux2
@@ -61,7 +61,7 @@ class KLAutoencoderFlux2(ExactAutoencoder, AutoencoderKLFlux2):
         batch_norm_momentum: float = 0.1,
         patch_size: tuple[int, int] = (2, 2),
     ) -> None:
-        defaults = self.config.get("_use_default_values", ())  # which are for four levels
+        defaults = self.config.get("_use_default_values", ())  # the default kinds are for four levels
         kinds = {
             key: self.config[key][:1] for key in ("down_block_types", "up_block_types") if key in defaults
         }
@@ -72,7 +72,7 @@ class KLAutoencoderFlux2(ExactAutoencoder, AutoencoderKLFlux2):
 
     @property
     def scaling(self) -> dict[str, Any]:
-        """What `scale` and `unscale` apply: mean and deviation of each channel of the patches."""
+        """The scaling that `scale` and `unscale` apply: mean and deviation of each channel of the patches."""
         statistics = self.bn.running_mean, self.bn.running_var
         mean, variance = (cast(Tensor, tensor).detach().float().cpu() for tensor in statistics)
         return {
@@ -96,10 +96,13 @@ class KLAutoencoderFlux2(ExactAutoencoder, AutoencoderKLFlux2):
         torch_dtype: torch.dtype | None = None,
         **config: Any,
     ) -> "KLAutoencoderFlux2":
-        """A .safetensors of Black Forest Labs' or diffusers' names, the VAE alone -> the model."""
+        """A .safetensors file of the VAE alone, with Black Forest Labs' or diffusers' names -> the model.
+
+        `config` entries override those of the file. Raises ValueError naming the file.
+        """
         path = os.fspath(pretrained_model_link_or_path)
         everything, metadata = read_tensors(path)
-        tensors, statistics = _parted(everything, to_ours=True)
+        tensors, statistics = _split_off_statistics(everything, to_ours=True)
         try:
             tensors = single_file.ldm_to_diffusers(tensors)
             found = json.loads(metadata.get(single_file.CONFIG_KEY, "null"))
@@ -111,30 +114,35 @@ class KLAutoencoderFlux2(ExactAutoencoder, AutoencoderKLFlux2):
         return model.to(torch_dtype).eval() if torch_dtype else model.eval()
 
     def save_single_file(self, path: str | os.PathLike) -> None:
-        """Write Black Forest Labs' layout, the config in the metadata."""
-        tensors, statistics = _parted(self.state_dict(), to_ours=False)
+        """Write a .safetensors file in Black Forest Labs' layout, with the config in its metadata."""
+        tensors, statistics = _split_off_statistics(self.state_dict(), to_ours=False)
         config = {key: v for key, v in json.loads(self.to_json_string()).items() if not key.startswith("_")}
         renamed = single_file.diffusers_to_ldm(tensors)
-        for theirs, ours in MOVED:
-            renamed = {_moved(name, ours, theirs): tensor for name, tensor in renamed.items()}
+        for theirs, ours in MOVED_LAYERS:
+            renamed = {_replace_prefix(name, ours, theirs): tensor for name, tensor in renamed.items()}
         metadata = {single_file.CONFIG_KEY: json.dumps(config, sort_keys=True)}
         save_tensors(path, renamed | statistics, metadata)
 
 
-def _parted(tensors: Mapping[str, Tensor], to_ours: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The network's tensors, under our names for what Black Forest Labs call otherwise, and the statistics."""
+def _split_off_statistics(
+    tensors: Mapping[str, Tensor], to_ours: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the network's tensors and the statistics.
+
+    to_ours: rename the `MOVED_LAYERS` layers from theirs to our names.
+    """
     network = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATISTICS)}
     statistics = {name: tensor for name, tensor in tensors.items() if name.startswith(STATISTICS)}
-    for theirs, ours in MOVED if to_ours else ():
-        network = {_moved(name, theirs, ours): tensor for name, tensor in network.items()}
+    for theirs, ours in MOVED_LAYERS if to_ours else ():
+        network = {_replace_prefix(name, theirs, ours): tensor for name, tensor in network.items()}
     return network, statistics
 
 
-def _moved(name: str, before: str, after: str) -> str:
+def _replace_prefix(name: str, before: str, after: str) -> str:
     return after + name.removeprefix(before) if name.startswith(before) else name
 
 
 def _config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config that the shapes of the tensors tell."""
+    """Return the config that follows from the shapes of the tensors."""
     config = single_file.config_from_tensors(tensors)
     return {**config, "sample_size": 1024}

@@ -1,4 +1,4 @@
-"""Our class for a model: by the name in its config.json, or by the tensors in a single file."""
+"""Find our class for a model: by the class name in its config.json, or by the tensors in a single file."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,9 @@ Class = type[ExactAutoencoder] | type[Autoencoder]
 
 
 def class_of(source: str | os.PathLike, subfolder: str = "", **options: Any) -> Class:
-    """Our class for the model in a folder in diffusers' layout, or of a hub id, by the name in its config.json.
+    """Return our class for a folder in diffusers' layout or a hub id, by the class name in its config.json.
 
-    options: of diffusers' `load_config`. ValueError for other models; OSError if a hub id leads to none.
+    options: of diffusers' `load_config`. Raises ValueError for other models, OSError for a hub id without a model.
     """
     folder = Path(source, subfolder)
     if folder.is_dir():
@@ -30,17 +30,17 @@ def class_of(source: str | os.PathLike, subfolder: str = "", **options: Any) -> 
 
 
 def hub_config(source: str | os.PathLike, subfolder: str = "", **options: Any) -> dict[str, Any]:
-    """The config.json of a hub id. OSError if there is none."""
+    """Return the config.json of a hub id. Raises OSError if there is none."""
     return KLAutoencoder.load_config(source, subfolder=subfolder or None, **options)
 
 
 def class_of_file(path: str | os.PathLike) -> type[ExactAutoencoder]:
-    """Our class for a single file: FLUX.2's autoencoder has statistics in it."""
+    """Return our class for a single file; FLUX.2's autoencoder is recognised by its statistics."""
     is_flux2 = Path(path).suffix == ".safetensors" and f"{STATISTICS}running_mean" in read_header(Path(path))
     return KLAutoencoderFlux2 if is_flux2 else KLAutoencoder
 
 
-# Of each class name in a config.json, ours.
+# class name in a config.json -> our class
 CLASSES: dict[str, Class] = {
     "AutoencoderKL": KLAutoencoder,
     "AutoencoderKLFlux2": KLAutoencoderFlux2,

@@ -1,4 +1,4 @@
-"""What makes diffusers and its pipelines take our class for an AutoencoderKL in all that they look at."""
+"""Let diffusers and its pipelines treat our classes as theirs: attention processors, comparison of classes."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from ..networks.attention import AttentionBlock
 
 
 class OwnAttention(AttnProcessor2_0):
-    """The `.processor` of an AttentionBlock that is computed by the block itself, whole or in pieces.
+    """The `.processor` of an AttentionBlock that computes attention itself, whole or in pieces.
 
-    Pipelines ask for its type (`upcast_vae` keeps the attention in float16 if it is an AttnProcessor2_0).
+    It is an AttnProcessor2_0 because pipelines check this: `upcast_vae` then keeps the attention in float16.
     """
 
     own_attention = True
@@ -20,15 +20,15 @@ class OwnAttention(AttnProcessor2_0):
         return attn.attend(hidden_states)
 
 
-# Processors that compute what a block computes by itself.
+# Processors that compute the same as `AttentionBlock.attend`.
 SAME_ATTENTION = (OwnAttention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
 class EqualsDiffusersClass(type):
-    """The type of our classes and of those derived from them, which compare equal to diffusers' (`stands_for`).
+    """Metaclass of our autoencoders: they compare equal to the class of diffusers that they stand for.
 
-    `from_pipe` takes a component over if `type(component) in (AutoencoderKL, ...)`, where a subclass would not do.
-    Hashes stay different, so that dictionaries and sets keep the classes apart.
+    Pipelines' `from_pipe` takes over a component only if `type(component) in (AutoencoderKL, ...)`, which is false
+    for subclasses. Hashes differ, so that dictionaries and sets keep the classes apart.
     """
 
     stands_for: type

@@ -1,6 +1,6 @@
-"""What the config of an AutoencoderKL may say: the type and range of each key, and how large the network is.
+"""Check the configs of autoencoders: the type and range of each key, and the size of the network.
 
-A config.json is a stranger's file. Everything here looks at numbers alone; no network is built.
+A config.json may come from anywhere and is not trusted: only its values are checked, no network is built.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,29 +14,31 @@ LARGEST_SCALE = 1e8
 
 
 def _whole(value: Any, most: int = MOST_CHANNELS) -> bool:
+    """Whether a value is a whole number from 1 to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _number(value: Any, above: float = -LARGEST_SCALE) -> bool:
-    """A finite number; comparisons with NaN are false, and whole numbers of any length can be compared."""
+    """Whether a value is a number between the limits; NaN is not, since comparisons with it are false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < LARGEST_SCALE
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value is an image's [height, width]."""
+    """Whether a value is the [height, width] of an image, in pixels."""
     return _several(value, lambda side: _whole(side, LARGEST_IMAGE), 2) and len(value) == 2
 
 
 def is_patch(value: Any) -> bool:
-    """Whether a value is the [height, width] of patches of latents."""
+    """Whether a value is the [height, width] of a patch of latents, up to 64 each."""
     return _several(value, lambda side: _whole(side, 64), 2) and len(value) == 2
 
 
 def _several(value: Any, check: Callable[[Any], bool], most: int) -> bool:
+    """Whether a value is a list or tuple of 1 to `most` entries that all pass `check`."""
     return isinstance(value, (list, tuple)) and 1 <= len(value) <= most and all(map(check, value))
 
 
-Rule = tuple[Callable[[Any], bool], str]  # what holds for a value, and the same in words
+Rule = tuple[Callable[[Any], bool], str]  # check of a value, and what is allowed in words
 CHANNELS: Rule = (_whole, f"a whole number from 1 to {MOST_CHANNELS}")
 SWITCH: Rule = (lambda value: isinstance(value, bool), "true or false")
 KINDS: Rule = (
@@ -81,7 +83,8 @@ RULES: dict[str, Rule] = {
 
 
 WIDTHS: Rule = RULES["block_out_channels"]
-# Of an AutoencoderKLFlux2, whose latents are normalised by tensors of its own: statistics of patches of them.
+# Of an AutoencoderKLFlux2, which has no scaling in its config: it normalises latents by statistics, its own
+# tensors.
 FLUX2_RULES: dict[str, Rule] = {
     **{key: rule for key, rule in RULES.items() if key not in (*SCALING, "force_upcast")},
     "decoder_block_out_channels": (lambda value: value is None or WIDTHS[0](value), f"null or {WIDTHS[1]}"),
@@ -91,7 +94,7 @@ FLUX2_RULES: dict[str, Rule] = {
 }
 
 
-# Of an `Autoencoder`, one of the relatives.
+# Of an `Autoencoder`.
 FAMILY_RULES: dict[str, Rule] = {
     "network": (lambda value: value in ("conv", "mlp"), "'conv' or 'mlp'"),
     "bottleneck": (lambda value: isinstance(value, Mapping) and len(value) <= 16, "{'kind': ..., options}"),
@@ -117,12 +120,12 @@ FAMILY_RULES: dict[str, Rule] = {
 
 
 def decoder_block_out_channels(config: Mapping[str, Any]) -> Sequence[int]:
-    """The widths of the decoder's levels: those of the encoder unless the config says others."""
+    """Return the widths of the decoder's levels: the encoder's unless the config has others."""
     return config.get("decoder_block_out_channels") or config["block_out_channels"]
 
 
 def check_config(config: Mapping[str, Any], rules: Mapping[str, Rule] = RULES) -> None:
-    """Hold a whole config to what a network can have; ValueError naming the key, its value and what is allowed."""
+    """Check a whole config. Raises ValueError naming the key, its value and what is allowed."""
     check_rules(config, rules)
     widths, groups, channels = (
         config[key] for key in ("block_out_channels", "norm_num_groups", "latent_channels")
@@ -150,14 +153,14 @@ def check_config(config: Mapping[str, Any], rules: Mapping[str, Rule] = RULES) -
 
 
 def check_rules(config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """Hold each value to its rule, by itself."""
+    """Check each value by itself. Raises ValueError naming the key, its value and what is allowed."""
     for key, (fits, allowed) in rules.items():
         if not fits(config[key]):
             raise ValueError(f"{key}: {shown(config[key])}; allowed: {allowed}")
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of the network that a config describes, from its numbers alone."""
+    """Return the number of parameters of a config's network, without building it."""
     widths, layers, z = (config[key] for key in ("block_out_channels", "layers_per_block", "latent_channels"))
     out, attention = decoder_block_out_channels(config), config["mid_block_add_attention"]
     encoder = _conv(config["in_channels"], widths[0]) + _middle(widths[-1], attention)

@@ -1,4 +1,4 @@
-"""A model's folder as it lies on the disk: its config and the headers of its weights, neither of them trusted."""
+"""Read the config and the headers of the weights in a model's folder; neither is trusted."""
 
 import json
 import re
@@ -12,13 +12,16 @@ if TYPE_CHECKING:  # the commands look at a config before they import torch
 
 CONFIG = "config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
-WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for them
-ENTROPY_MODEL = "entropy_model.safetensors"  # of the codec, beside them
-LARGEST_JSON = 1 << 20  # bytes; published configs have less than 1000
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of weights
+ENTROPY_MODEL = "entropy_model.safetensors"  # of the codec, beside the weights
+LARGEST_JSON = 1 << 20  # in bytes; published configs have less than 1000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError, or ValueError naming the file if there is none in it."""
+    """Return the JSON object in a file.
+
+    Raises FileNotFoundError, or ValueError naming the file if it holds none.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > LARGEST_JSON:
@@ -33,7 +36,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The .safetensors files, one or several, of which diffusers loads this `variant`; [] if it has none."""
+    """Return the .safetensors files (one, or several shards) that diffusers loads for a `variant`; [] if none.
+
+    Raises ValueError naming an index of shards that is invalid.
+    """
     dotted = f".{variant}" if variant else ""
     whole = folder / f"{WEIGHTS}{dotted}.safetensors"
     index = folder / f"{WEIGHTS}.safetensors.index{dotted}.json"
@@ -46,8 +52,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def read_headers(folder: Path, variant: str | None = None) -> "dict[str, Tensor]":
-    """The tensors of the weights, on the meta device; {} if there are no .safetensors files.
+    """Return the names and shapes of the weights, as tensors on the meta device; {} without .safetensors files.
 
-    Raises as `files.read_header`.
+    Raises the errors of `files.read_header` and `weight_files`.
     """
     return {name: t for path in weight_files(folder, variant) for name, t in read_header(path).items()}

@@ -1,4 +1,4 @@
-"""Images of many pixels: executed in the least memory, and refused up front where even that is too much."""
+"""Prepare for large images: tile the model, and refuse images that would not fit into memory."""
 
 import torch
 
@@ -9,17 +9,17 @@ from .autoencoder_kl import KLAutoencoder
 TILED_FROM = (
     2048 * 2048
 )  # pixels. On a CPU one image takes as much and as long either way; on a GPU it takes less
-# What is held, of the largest activation, while an image is executed in pieces: measured with `compact` at 1024 to
-# 3072 pixels a side, 1.67 to 1.4 times.
-ACTIVATIONS = 1.5
-# And beside that for each pixel: the image and its reconstruction, as floats, as they are scaled, and as 8 bits.
+# Memory of execution in pieces, in units of the largest activation; measured with `compact`, from 1.67 at 1024 to
+# 1.4 at 3072 pixels a side.
+ACTIVATIONS_HELD = 1.5
+# Further memory for each pixel: the image and its reconstruction, as floats, while they are scaled, and as 8 bits.
 BYTES_A_PIXEL = 70
 
 
 def prepare_for(vae: KLAutoencoder, height: int, width: int) -> None:
-    """Tile the model for a large image, and no other. ValueError if one of this size would not fit into memory.
+    """Tile the model if an image of `height` x `width` pixels is large, and only then.
 
-    `height`, `width`: of the image, in pixels.
+    Raises ValueError if an image of this size would not fit into memory.
     """
     if not hasattr(vae, "enable_tiling"):  # an `Autoencoder`: executed whole
         return
@@ -38,14 +38,14 @@ def prepare_for(vae: KLAutoencoder, height: int, width: int) -> None:
 
 
 def memory_needed(vae: KLAutoencoder, height: int, width: int) -> tuple[int, int]:
-    """Bytes for the activations, on the model's device, and for the image and what is made of it, on the CPU."""
+    """Return the bytes for activations, on the model's device, and for images, on the CPU."""
     f = vae.downsampling
     rows, columns = -(-height // f), -(-width // f)
     with torch.device("meta"):
         images = torch.empty(1, vae.config.in_channels, f * rows, f * columns)
         latents = torch.empty(1, vae.config.latent_channels, rows, columns)
     elements = max(largest_activation(vae.encoder, images), largest_activation(vae.decoder, latents))
-    return int(ACTIVATIONS * elements * vae.dtype.itemsize), BYTES_A_PIXEL * height * width
+    return int(ACTIVATIONS_HELD * elements * vae.dtype.itemsize), BYTES_A_PIXEL * height * width
 
 
 def _too_large(height: int, width: int, needed: int, left: float, what: str) -> str:

@@ -20,20 +20,21 @@ from .prediction import EntropyModel, decode_symbols, encode_symbols
 from .static_model import StaticModel
 from .steps import HIGHEST, LOWEST, check_quality, step_of
 
-LARGEST_SYMBOL = 1 << 15
+LARGEST_SYMBOL = 1 << 15  # largest magnitude of a rounded latent, in steps
 Photograph = str | os.PathLike | Image.Image | Tensor
 
 
 class Codec:
     """Compresses images to bytes and back with one autoencoder.
 
-    The latents are the posterior's mode, scaled to about unit deviation and rounded to multiples of the step; they
-    are coded with the tables that an entropy model chooses. The decoder gets the same whole numbers on any machine,
-    and puts each latent where the entropy model expects it within its step. What the network makes of that differs
-    between machines by rounding errors of floats, as for any decoding.
+    The latents are the posterior's mode, scaled to about unit deviation and rounded to multiples of the step. They
+    are coded with tables of probabilities chosen by an entropy model. Decoding returns the same whole numbers on
+    any machine, and sets each latent to the value within its step that the entropy model expects. The images that
+    the network decodes from these differ between machines by rounding errors of floats.
 
-    vae: the autoencoder, in evaluation mode. name: what people call it, kept in the files. learned: the entropy
-    model trained for it; None for static tables, which are fitted to each image.
+    vae: an autoencoder of RGB images, in evaluation mode. name: for people, stored in the files. learned: the
+    entropy model trained for it; None for static tables, which are fitted to each image. Raises ValueError if
+    `learned` is for another number of channels.
     """
 
     def __init__(self, vae: ExactAutoencoder, name: str, learned: ContextModel | None = None):
@@ -48,17 +49,20 @@ class Codec:
     # ---------------------------------------------------------------- images <-> bytes
 
     def compress(self, image: Photograph, quality: int) -> bytes:
-        """An image as `public.compress` takes it -> a file of this quality, 1 to 100."""
+        """Compress an image, as `public.compress` takes it, to a file of this quality, 1 to 100.
+
+        Raises ValueError for another quality, and the errors of `latents`.
+        """
         check_quality(quality)
         return self.packed(*self.latents(image), quality)
 
     def compress_to(self, image: Photograph, most_bytes: int) -> bytes:
-        """The file of the best quality that has at most so many bytes. ValueError if the lowest has more."""
+        """Compress at the best quality that takes at most `most_bytes` bytes. Raises ValueError if none does."""
         latents, size = self.latents(image)
         return best_quality(lambda quality: self.packed(latents, size, quality), most_bytes)
 
     def decompress(self, data: bytes) -> Image.Image:
-        """A file -> the image, RGB. Raises ValueError for a damaged file and one made with another model."""
+        """Decompress a file to an RGB image. Raises ValueError for a damaged file and one of another model."""
         header, chunks = container.unpack(data)
         self.check_models(header)
         _, latents = self.decoded(header, chunks)
@@ -68,7 +72,11 @@ class Codec:
 
     @torch.inference_mode()
     def latents(self, image: Photograph) -> tuple[Tensor, tuple[int, int]]:
-        """An image -> scaled latents (C, h, w), float32, on the CPU, and the image's height and width."""
+        """Encode an image: scaled latents (C, h, w), float32 on the CPU, and the image's (height, width).
+
+        Raises ValueError for a tensor that is not (3, H, W) or (1, 3, H, W) and for latents that are not finite,
+        and the errors of `load_image`.
+        """
         images = image if isinstance(image, Tensor) else load_image(image, multiple_of=1)
         images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[:2] != (1, 3):
@@ -83,7 +91,7 @@ class Codec:
 
     @torch.inference_mode()
     def image(self, latents: np.ndarray, quality: int, size: tuple[int, int]) -> Image.Image:
-        """Latents in steps (C, h, w) -> the image of `size` (height, width)."""
+        """Decode latents in steps (C, h, w) to the image of `size` (height, width)."""
         scaled = torch.from_numpy(latents).float() * step_of(quality)
         latents = self.vae.unscale(scaled[None].to(self.vae.device, self.vae.dtype))
         prepare_for(self.vae, *size)
@@ -94,7 +102,7 @@ class Codec:
     # ---------------------------------------------------------------- latents <-> bytes
 
     def packed(self, latents: Tensor, size: tuple[int, int], quality: int) -> bytes:
-        """Scaled latents (C, h, w) of an image of `size` (height, width) -> the file."""
+        """Round and code scaled latents (C, h, w) of an image of `size` (height, width): the bytes of the file."""
         symbols = rounded(latents, quality)
         model = self.learned or StaticModel.fit(symbols)
         chunks = [
@@ -105,7 +113,7 @@ class Codec:
         return container.pack(header, chunks)
 
     def decoded(self, header: Header, chunks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The latents of a file (C, h, w): in whole steps, int32, and as they are expected within these, float32.
+        """The latents of a file, (C, h, w): in whole steps, int32, and their expected values in steps, float32.
 
         Raises ValueError if they are damaged.
         """
@@ -123,14 +131,14 @@ class Codec:
         return symbols, latents
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Of scaled latents: channels, rows and columns."""
+        """The shape (C, h, w) of the scaled latents of an image of height x width pixels."""
         multiple, f = self.vae.size_multiple, self.vae.downsampling
         patch = multiple // f
         rows, columns = (-(-side // multiple) for side in (height, width))
         return self.vae.config.latent_channels * patch**2, rows, columns
 
     def check_models(self, header: Header) -> None:
-        """Refuse a file that another autoencoder or entropy model made, and a quality that there is none of."""
+        """Raise ValueError for a file of another autoencoder or entropy model, and for a quality out of range."""
         if not LOWEST <= header.quality <= HIGHEST:
             raise ValueError(f"damaged: quality {header.quality}; allowed: {LOWEST} to {HIGHEST}")
         if header.model_hash != self.model_hash:
@@ -150,7 +158,7 @@ class Codec:
 
 
 def rounded(latents: Tensor, quality: int) -> np.ndarray:
-    """Scaled latents (C, h, w) -> whole steps, int32. ValueError beyond LARGEST_SYMBOL."""
+    """Round scaled latents (C, h, w) to whole steps, int32, halves up. Raises ValueError beyond LARGEST_SYMBOL."""
     symbols = latents.double().div_(step_of(quality)).add_(0.5).floor_().numpy()
     if np.abs(symbols).max() > LARGEST_SYMBOL:
         raise ValueError(f"latents of {np.abs(symbols).max():.3g} steps; allowed: up to {LARGEST_SYMBOL}")
@@ -158,7 +166,10 @@ def rounded(latents: Tensor, quality: int) -> np.ndarray:
 
 
 def best_quality(packed: Callable[[int], bytes], most_bytes: int) -> bytes:
-    """The largest quality's file of at most so many bytes, by bisection: fewer bytes at each lower quality."""
+    """Find, by bisection, the highest quality whose file has at most `most_bytes` bytes, and return that file.
+
+    packed: quality -> file, taken to grow with the quality. Raises ValueError if no quality fits.
+    """
     best, low, high = None, LOWEST, HIGHEST
     while low <= high:
         middle = (low + high) // 2
@@ -173,12 +184,15 @@ def best_quality(packed: Callable[[int], bytes], most_bytes: int) -> bytes:
 
 
 def bytes_of(bits_a_pixel: float, size: tuple[int, int]) -> int:
-    """How many bytes so many bits for each pixel of an image of `size` are."""
+    """The bytes, rounded down, of `bits_a_pixel` for each pixel of an image of `size` (height, width)."""
     return math.floor(bits_a_pixel * size[0] * size[1] / 8)
 
 
 def weights_hash(vae: ExactAutoencoder) -> bytes:
-    """The beginning of the SHA-256 of all tensors as float32: the same for a model stored in half precision."""
+    """The first 6 bytes of the SHA-256 of all tensors as float32 and of the scaling.
+
+    It does not change if exactly these values are stored in another type, such as half precision.
+    """
     digest = hashlib.sha256(f"norm_num_groups {vae.config.norm_num_groups} {vae.scaling}".encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

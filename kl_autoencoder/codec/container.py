@@ -1,18 +1,18 @@
-"""The file: a header that says all that decoding needs, and chunks of coded latents, each with a checksum.
+"""The file format: a header with everything that decoding needs, then chunks of coded latents with checksums.
 
     magic and version   b"KLC", 1
     quality             1 byte
-    model               6 bytes of the SHA-256 of its weights; its name, for people: a length and UTF-8, none for
-                        compact, the model in the package
-    entropy model       4 bytes of its SHA-256, or none, for static tables: a length and the bytes
+    model               the first 6 bytes of the SHA-256 of its weights; then its name, for people, as a length and
+                        UTF-8; the length is 0 for compact, the model in the package
+    entropy model       a length, and the first 4 bytes of its SHA-256; the length is 0 for static tables
     height, width       of the image in pixels
     side information    of the entropy model: a length and the bytes
-    chunks              how many; of each its length and the CRC-32 of its bytes
+    chunks              their number; for each, its length and the CRC-32 of its bytes
     CRC-32              of everything before
     the chunks
 
-Lengths, counts and sizes are whole numbers of 7 bits a byte, the lowest first, with the highest bit where another
-byte follows (LEB128); CRCs are 4 bytes, the lowest first.
+Lengths, counts and sizes are unsigned LEB128: 7 bits in each byte, lowest first, with the highest bit set if
+another byte follows. CRCs are 4 bytes, little-endian.
 """
 
 import zlib
@@ -22,23 +22,23 @@ from pathlib import Path
 
 from ..files import clipped
 
-SUFFIX = ".klc"  # of the files' names
+SUFFIX = ".klc"  # of compressed files
 MAGIC, VERSION = b"KLC", 1
-MODEL_BYTES, ENTROPY_BYTES = 6, 4  # of hashes
-LONGEST_NAME = 64  # bytes
-UNNAMED = "compact"  # the model whose name takes no bytes
-MOST_SIDE = 4096  # bytes of side information
-MOST_PIXELS = 1 << 28  # 268 million
-MOST_BYTES = 1 << 30  # of a file
+MODEL_BYTES, ENTROPY_BYTES = 6, 4  # stored bytes of the hashes of both models
+LONGEST_NAME = 64  # bytes of a model's name, at most
+UNNAMED = "compact"  # the model whose name is not stored
+MOST_SIDE = 4096  # bytes of side information, at most
+MOST_PIXELS = 1 << 28  # of an image, at most: 268 million
+MOST_BYTES = 1 << 30  # of a file, at most
 NOT_OURS = "not a file of `kl-autoencoder compress`"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """The header of a compressed file.
 
-    model_hash, entropy_hash: the beginnings of the SHA-256 of the weights; entropy_hash is b"" for static tables.
-    height, width: of the image, in pixels. side: bytes for the entropy model.
+    model_hash, entropy_hash: first bytes of the SHA-256 of the weights; entropy_hash is b"" for static tables.
+    height, width: of the image in pixels. side: side information of the entropy model.
     """
 
     quality: int
@@ -51,7 +51,7 @@ class Header:
 
 
 def pack(header: Header, chunks: Sequence[bytes]) -> bytes:
-    """The file. ValueError for an image of more than MOST_PIXELS."""
+    """Return the bytes of a file with this header and these chunks. Raises ValueError for more than MOST_PIXELS."""
     if header.height * header.width > MOST_PIXELS:
         raise ValueError(f"{header.width}x{header.height} pixels; allowed: up to {MOST_PIXELS:,}")
     name = header.model_name if header.model_name != UNNAMED else ""
@@ -71,9 +71,9 @@ def pack(header: Header, chunks: Sequence[bytes]) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[Header, list[bytes]]:
-    """The header and the chunks of a file. Raises ValueError for anything that `pack` has not written.
+    """Parse a file: its header and its chunks. Raises ValueError for anything that `pack` has not written.
 
-    Nothing is allocated by what the file says: all lengths are compared with its own first.
+    Every length is compared with the bytes that are left before anything of that length is allocated.
     """
     check_magic(data)
     fields = _Fields(data, len(MAGIC) + 1)
@@ -100,7 +100,11 @@ def unpack(data: bytes) -> tuple[Header, list[bytes]]:
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a file that begins as ours do. Raises FileNotFoundError and ValueError, naming it."""
+    """Read a compressed file.
+
+    Raises FileNotFoundError, and ValueError for other kinds of files and those above MOST_BYTES; both name the
+    file.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
@@ -118,7 +122,7 @@ def read(path: Path) -> bytes:
 
 
 def check_magic(data: bytes) -> None:
-    """Refuse what does not begin as our files do; of another version, say so."""
+    """Raise ValueError unless `data` begins with the magic and the version of this format."""
     if data[: len(MAGIC)] != MAGIC:
         what = f"begins with {data[:4]!r}" if data else "is empty"
         raise ValueError(f"{NOT_OURS} ({what})")
@@ -128,7 +132,7 @@ def check_magic(data: bytes) -> None:
 
 
 def number(value: int) -> bytes:
-    """A whole number from 0 on, in 7 bits a byte."""
+    """Encode a whole number from 0 on as unsigned LEB128."""
     found = bytearray()
     while value >= 0x80:
         found.append(value & 0x7F | 0x80)
@@ -137,6 +141,7 @@ def number(value: int) -> bytes:
 
 
 def crc(data: bytes) -> bytes:
+    """The CRC-32 of `data`, 4 bytes, little-endian."""
     return zlib.crc32(data).to_bytes(4, "little")
 
 
@@ -147,7 +152,7 @@ def _checked(chunk: bytes, check: bytes, index: int) -> bytes:
 
 
 class _Fields:
-    """Reads a header from `position` on."""
+    """Reads the fields of a header in order, from `position` on. Raises ValueError if bytes are missing."""
 
     def __init__(self, data: bytes, position: int):
         self.data, self.position = data, position

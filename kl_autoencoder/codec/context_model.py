@@ -1,4 +1,4 @@
-"""The learned entropy model at work: exact predictions on any machine, and the file that it is kept in."""
+"""The learned entropy model in use: its predictions, the same on any machine, and its file."""
 
 import hashlib
 import os
@@ -18,12 +18,15 @@ from .prediction import Pass, Prediction
 from .steps import deviations_to_steps, steps_to_deviations
 from .tables import PLACE_BITS, SCALES
 
-KEY = "kl_autoencoder.entropy_model"  # in its metadata: the version of what the numbers mean
+KEY = "kl_autoencoder.entropy_model"  # metadata key of the file, for the version of the format
 VERSION = "1"
 
 
 class ContextModel:
-    """An `EntropyModel` of whole-number networks. hash: the beginning of the SHA-256 of its numbers."""
+    """An `EntropyModel` of integer networks (`ContextNetwork`). hash: first bytes of the SHA-256 of its weights.
+
+    Raises ValueError if sums of the network may be too large to be exact. The network is moved to the CPU.
+    """
 
     side = b""
 
@@ -35,28 +38,28 @@ class ContextModel:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ContextModel":
-        """Read a file of `save`. Raises FileNotFoundError, or ValueError naming it for anything else."""
+        """Read a file of `save`. Raises FileNotFoundError, and ValueError, which names the file, for any other."""
         path = Path(path)
         try:
             if read_metadata(path).get(KEY) != VERSION:
                 raise ValueError(f"not an entropy model of version {VERSION}")
             tensors, _ = read_tensors(path)
             network = _empty_network(tensors)
-            network.load_state_dict({name: _unit(name, t) for name, t in tensors.items()})
+            network.load_state_dict({name: _from_integers(name, t) for name, t in tensors.items()})
             return cls(network)
-        except (RuntimeError, KeyError, IndexError) as error:  # of torch, for other tensors
+        except (RuntimeError, KeyError, IndexError) as error:  # names or shapes of tensors do not match
             raise ValueError(f"{path}: not the tensors of an entropy model") from error
         except ValueError as error:
             raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
     @classmethod
     def beside(cls, folder: str | os.PathLike) -> "ContextModel | None":
-        """The one in the folder of an autoencoder, None if there is none. Raises as `load`."""
+        """Load the entropy model in an autoencoder's folder; None if it has none. Raises the errors of `load`."""
         path = Path(folder, ENTROPY_MODEL)
         return cls.load(path) if path.is_file() else None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the whole numbers as a .safetensors file, whole or not at all."""
+        """Write the weights, as int32, to a .safetensors file, whole or not at all."""
         save_tensors(path, integers(self.network), {KEY: VERSION})
 
     def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
@@ -77,8 +80,8 @@ class ContextModel:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """float32 products are products of float32: no autocast inside, and no oneDNN in bfloat16 or TF32."""
-    settings = getattr(torch.backends.mkldnn, "conv", None)  # of torch 2.9 on, which has the choice
+    """Compute float32 convolutions in float32 inside: without autocast, and without bfloat16 or TF32 in oneDNN."""
+    settings = getattr(torch.backends.mkldnn, "conv", None)  # torch before 2.9 has no such setting
     before = settings and settings.fp32_precision
     with torch.autocast("cpu", enabled=False):
         try:
@@ -91,22 +94,25 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def integers(network: ContextNetwork) -> dict[str, torch.Tensor]:
-    """The weights and biases as whole numbers, int32, in the units of their sums."""
+    """Weights in units of 2 ** -7 and biases in units of 2 ** -12, rounded: name -> int32 tensor."""
     return {
         name: ((value * (1 << _bits(name))).double() + 0.5).floor().to(torch.int32)
         for name, value in network.state_dict().items()
     }
 
 
-def _unit(name: str, whole: torch.Tensor) -> torch.Tensor:
+def _from_integers(name: str, whole: torch.Tensor) -> torch.Tensor:
+    """The inverse of `integers` for one tensor."""
     return whole.float() / (1 << _bits(name))
 
 
 def _bits(name: str) -> int:
+    """The unit of a tensor is 2 ** -_bits(name)."""
     return fixed.SUM_BITS if name.endswith(".bias") else fixed.WEIGHT_BITS
 
 
 def _empty_network(tensors: dict[str, torch.Tensor]) -> ContextNetwork:
+    """A network of the shape of `tensors`. Raises ValueError or KeyError for tensors of no such network."""
     width, channels = tensors["passes.0.hidden.weight"].shape[0], len(tensors) // 12
     if not (1 <= width <= 1024 and 1 <= channels <= 256):
         raise ValueError(f"an entropy model of {channels} channels and {width} features")

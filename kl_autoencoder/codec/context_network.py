@@ -1,18 +1,18 @@
-"""The learned entropy model: small networks in whole numbers that predict latents from those coded before.
+"""The learned entropy model: small integer networks that predict latents from those coded before them.
 
-Each channel is coded in two passes, the places of a checkerboard, `.` first and `#` then (He et al. 2021), and the
-channels one after the other (ELIC, He et al. 2022). One network a pass sees all earlier channels and, in the second
-pass, the first half of its own channel, 5x5 places of each:
+Channels are coded one after the other (ELIC, He et al. 2022), each in two passes over a checkerboard, first the
+places `.` and then the places `#` (He et al. 2021). Each pass has a network of its own. It sees a neighbourhood of
+5x5 places of all earlier channels and, in the second pass, of the places `.` of its own channel:
 
     . # . # .        pass 2c predicts the . of channel c from channels 0 to c-1,
-    # . # . #        pass 2c+1 the # of it, from these and its .
+    # . # . #        pass 2c+1 predicts its # from channels 0 to c-1 and its own .
     . # . # .
 
 Encoder and decoder must agree on each prediction to the last bit (Ballé et al. 2019, "Integer Networks for Data
-Compression with Latent-Variable Models"). Weights, biases and activations are whole numbers held in float32, of
-fixed units: activations 2 ** -5, weights 2 ** -7, sums 2 ** -12. As long as the sums stay below 2 ** 23, every
-product and partial sum is exact, in whatever order they are added. Training runs the same numbers, with gradients
-straight through the rounding.
+Compression with Latent-Variable Models"). Weights, biases and activations are therefore whole numbers, stored in
+float32, in fixed units: activations 2 ** -5, weights 2 ** -7, sums 2 ** -12. As long as sums stay below 2 ** 23,
+every product and partial sum is exact, in whatever order they are added. Training uses the same rounded numbers,
+with straight-through gradients.
 """
 
 import json
@@ -26,14 +26,17 @@ from .tables import SCALES, SMALLEST
 
 ACTIVATION_BITS, WEIGHT_BITS = 5, 7
 SUM_BITS = ACTIVATION_BITS + WEIGHT_BITS
-LARGEST_ACTIVATION = 255  # 8 deviations
-LARGEST_SUM = 1 << 23
-MEAN_BITS = 6  # of predicted means, in deviations
-SIDE = 5  # of what a network sees
+LARGEST_ACTIVATION = 255  # in units of 2 ** -5: 8 deviations
+LARGEST_SUM = 1 << 23  # sums must stay below this to be exact
+MEAN_BITS = 6  # predicted means are in units of 2 ** -6 deviations
+SIDE = 5  # side of the neighbourhood that a network sees
 
 
 class FixedPointConv(nn.Conv2d):
-    """A convolution of whole numbers: weights in units of 2 ** -7, bias and result in units of 2 ** -12."""
+    """A convolution in whole numbers.
+
+    Input in units of 2 ** -5; weights, which are rounded here, in units of 2 ** -7; bias and result of 2 ** -12.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         weight = rounded(self.weight * (1 << WEIGHT_BITS))
@@ -41,13 +44,16 @@ class FixedPointConv(nn.Conv2d):
 
     @torch.no_grad()
     def largest_sum(self) -> float:
-        """A bound of all partial sums."""
+        """An upper bound of the magnitude of all partial sums."""
         weight, bias = (self.weight * (1 << WEIGHT_BITS)).round(), (self.bias * (1 << SUM_BITS)).round()
         return float((weight.abs().sum(dim=(1, 2, 3)) * LARGEST_ACTIVATION + bias.abs()).max())
 
 
 class PassNetwork(nn.Module):
-    """(B, channels + 1, h, w), whole numbers -> sums (B, 2, h, w): of the mean and of the scale."""
+    """The network of one pass: context (B, channels + 1, h, w) -> sums (B, 2, h, w) of the mean and the scale.
+
+    All are whole numbers. channels: visible channels; the one more is the quality.
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -60,7 +66,7 @@ class PassNetwork(nn.Module):
 
 
 class ContextNetwork(nn.Module):
-    """The networks of all passes over latents of so many channels, of `width` features each."""
+    """The networks of all passes over latents with `channels` channels; each network has `width` features."""
 
     def __init__(self, channels: int, width: int = 32):
         super().__init__()
@@ -70,10 +76,11 @@ class ContextNetwork(nn.Module):
         )
 
     def predict(self, number: int, context: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """Means in deviations, in units of 2 ** -6, and scales, as the numbers of tables, at every place.
+        """Predict means, in units of 2 ** -6 deviations, and scales, as numbers of tables, for pass `number`.
 
-        context: (B, channels, h, w), deviations in units of 2 ** -5; what a pass may not see counts nothing.
-        quality: (B,). Both results are (B, h, w), whole numbers in float32, not yet limited to SCALES.
+        context: latents (B, C, h, w) in units of 2 ** -5 deviations, from channel 0 to at least that of the pass;
+        what the pass may not see is ignored. quality: (B,). Both results are (B, h, w), at every place, whole
+        numbers in float32; scales are not yet clamped to SCALES.
         """
         channel, second = divmod(number, 2)
         b, _, h, w = context.shape
@@ -83,12 +90,12 @@ class ContextNetwork(nn.Module):
         x = torch.cat(seen, dim=1).contiguous(memory_format=torch.channels_last)
         mean, scale = self.passes[number](x).unbind(1)
         mean = rounded(mean / (1 << (SUM_BITS - MEAN_BITS)))
-        # the sum of the scale is half its log2, in deviations; in sixteenths of a halving:
+        # the network's sum is half the log2 of the scale in deviations; here in sixteenths of an octave, of steps
         sixteenths = rounded(scale / (1 << (SUM_BITS - 5))) - (UNIT_STEP - quality.view(b, 1, 1))
         return mean, rounded((sixteenths - SMALLEST * A_HALVING) / 4)
 
     def bits(self, latents: Tensor, quality: Tensor) -> Tensor:
-        """Bits of latents at each place of each pass, differentiable: (B, 2 C, h, w), 0 where not coded.
+        """Differentiable bits of latents at each place of each pass: (B, 2C, h, w), 0 where a pass codes nothing.
 
         latents: (B, C, h, w) in steps, whole numbers or with noise in place of rounding. quality: (B,).
         """
@@ -107,12 +114,12 @@ class ContextNetwork(nn.Module):
         return torch.stack(found, dim=1)
 
     def forward(self, latents: Tensor, quality: Tensor) -> Tensor:
-        """`bits`, in float32 also under autocast."""
+        """`bits`, computed in float32 even under autocast."""
         with torch.autocast(latents.device.type, enabled=False):
             return self.bits(latents.float(), quality.float())
 
     def to_json_string(self) -> str:
-        """Its shape, as a checkpoint keeps it."""
+        """The network's class and sizes, as checkpoints store them."""
         return json.dumps(
             {"_class_name": type(self).__name__, "channels": self.channels, "width": self.width}
         )
@@ -127,9 +134,9 @@ class ContextNetwork(nn.Module):
 
 
 def logistic_bits(difference: Tensor, scale: Tensor) -> Tensor:
-    """-log2 of the probability between difference - 1/2 and difference + 1/2 of a logistic distribution.
+    """-log2 of the probability of [difference - 1/2, difference + 1/2] under a logistic distribution around 0.
 
-    F(a) - F(b) = F(a) F(-b) (1 - exp(b - a)), whose logarithm is finite and has a gradient far out.
+    By F(a) - F(b) = F(a) F(-b) (1 - exp(b - a)), whose logarithm stays finite and has a gradient far from the mean.
     """
     above, below = (difference + 0.5) / scale, (difference - 0.5) / scale
     nats = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-1 / scale))
@@ -137,13 +144,13 @@ def logistic_bits(difference: Tensor, scale: Tensor) -> Tensor:
 
 
 def checkerboard(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(h, w): 1 at the places of the first pass, among them the one at the top left, and 0 elsewhere."""
+    """(h, w): 1 at the places of the first pass, which include the top left one, and 0 at those of the second."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     return ((rows[:, None] + columns) % 2 == 0).float()
 
 
 class _Rounded(torch.autograd.Function):
-    """The nearest whole numbers, halves rounded up; the gradient passes through."""
+    """Round to the nearest whole number, halves up, with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Activated(torch.autograd.Function):
-    """Sums in units of 2 ** -12 -> activations in units of 2 ** -5, 0 to 255; the gradient is that of a clamp."""
+    """Sums in units of 2 ** -12 -> activations in units of 2 ** -5, clamped to 0 to 255; gradient of a clamp."""
 
     @staticmethod
     def forward(ctx, sums: Tensor) -> Tensor:

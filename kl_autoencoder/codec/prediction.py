@@ -1,4 +1,4 @@
-"""What an entropy model is: it predicts symbols pass by pass, each from those of the passes before."""
+"""The protocol of entropy models, which predict symbols pass by pass from earlier passes, and coding with them."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -8,11 +8,11 @@ import numpy as np
 from .range_coding import SymbolDecoder, SymbolEncoder
 from .tables import PLACE_BITS, PLACES, SMALLEST
 
-POINTS = 16  # of a step, at which a density is taken
+POINTS = 16  # at which a density is evaluated within a step
 
 
 class Pass(NamedTuple):
-    """The pass of this number: symbols of one channel, at the places where `mask` (h, w) is true."""
+    """Pass `number` codes the symbols of one channel at the places where `mask` (h, w) is true."""
 
     number: int
     channel: int
@@ -20,22 +20,25 @@ class Pass(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Whole numbers at every place (h, w): the mean in sixteenths of a step, the number of the scale."""
+    """The logistic distribution at every place: means (h, w) in sixteenths of a step, scales (h, w) by number.
+
+    Scale i is 2 ** (i / 4 - 4) steps, see `tables.py`.
+    """
 
     means: np.ndarray
     scales: np.ndarray
 
 
 class EntropyModel(Protocol):
-    """side: what the file keeps for it."""
+    """Predicts the symbols of each pass. side: bytes stored in the file, from which decoding restores the model."""
 
     side: bytes
 
     def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
-        """Every place of symbols (C, h, w) once, in the order in which they are coded."""
+        """Yield the passes over symbols of shape (C, h, w) in coding order; every symbol is in one pass."""
 
     def predict(self, at: Pass, symbols: np.ndarray, quality: int) -> Prediction:
-        """Of a pass, from symbols (C, h, w), int32, of which nothing but those of earlier passes may count."""
+        """Predict a pass from symbols (C, h, w), int32; the result may depend on those of earlier passes only."""
 
 
 def everywhere(shape: tuple[int, int, int]) -> np.ndarray:
@@ -43,7 +46,7 @@ def everywhere(shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def encode_symbols(symbols: np.ndarray, model: EntropyModel, quality: int) -> bytes:
-    """Symbols (C, h, w), int32 -> their bytes."""
+    """Code symbols (C, h, w), int32, to bytes. Raises ValueError for one too far from its predicted mean."""
     coder = SymbolEncoder()
     for at in model.passes(symbols.shape):
         whole, places, scales = _tables_of(at, model.predict(at, symbols, quality))
@@ -54,9 +57,9 @@ def encode_symbols(symbols: np.ndarray, model: EntropyModel, quality: int) -> by
 def decode_symbols(
     data: bytes, shape: tuple[int, int, int], model: EntropyModel, quality: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse: symbols (C, h, w), int32, and the latents that they most likely stand for, in steps, float32.
+    """Decode the bytes of `encode_symbols`: symbols, int32, and expected latents in steps, float32, both (C, h, w).
 
-    Raises ValueError for bytes that cannot be those of such symbols.
+    Raises ValueError for bytes that no symbols of this shape can have.
     """
     coder, symbols, latents = SymbolDecoder(data), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     for at in model.passes(shape):
@@ -70,10 +73,11 @@ def decode_symbols(
 
 
 def expected(symbols: np.ndarray, means: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The expected values of latents that were rounded to `symbols` (N,), in steps, float64.
+    """The expected values of latents that were rounded to `symbols` (N,): (N,) in steps, float64.
 
-    By the logistic distributions that the symbols were coded with, over the step around each: nearer to the mean
-    than its middle, the more so the smaller the scale. means: in sixteenths of a step; scales: numbers of tables.
+    The expectation is under the logistic distribution that a symbol was coded with, over the step around the
+    symbol. It is nearer to the mean than the middle of the step is, the more so the smaller the scale. means: (N,),
+    in sixteenths of a step. scales: (N,), numbers of scales.
     """
     places = symbols[:, None] + (np.arange(POINTS) + 0.5) / POINTS - 0.5
     away = np.abs(places - means[:, None] / PLACES) / 2.0 ** (scales[:, None] / 4 + SMALLEST)
@@ -82,7 +86,10 @@ def expected(symbols: np.ndarray, means: np.ndarray, scales: np.ndarray) -> np.n
 
 
 def _tables_of(at: Pass, prediction: Prediction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each symbol of a pass: the whole number nearest to its mean, the mean's place beside it, the scale."""
+    """For each symbol of a pass: the whole number nearest to its mean, and the place and the scale of its table.
+
+    The place is that of the mean beside the whole number, 0 to 15 for -1/2 to 7/16.
+    """
     means, scales = prediction.means[at.mask], prediction.scales[at.mask]
     whole = (means + PLACES // 2) >> PLACE_BITS
     return whole.astype(np.int32), means - PLACES * whole + PLACES // 2, scales

@@ -1,4 +1,4 @@
-"""`compress` and `decompress`: a photograph to a few kilobytes and back."""
+"""`compress` and `decompress`: an image to a few kilobytes and back."""
 
 import os
 from functools import lru_cache
@@ -24,19 +24,20 @@ def compress(
     bits_per_pixel: float | None = None,
     model: str | os.PathLike | ExactAutoencoder = COMPACT.name,
 ) -> bytes:
-    """An image -> the bytes of a file that `decompress` reads.
+    """Compress an image to the bytes of a file that `decompress` reads.
 
-    Any size: the network gets it padded by reflection, and the padding is cropped again. As in `load_image` it is
-    turned upright, its colour profile is converted to sRGB, transparency is laid over white, and 16 bits are
-    rounded to 8; profile, alpha and EXIF are not kept.
+    The image may have any size: it is padded by reflection for the network, and the padding is cropped again. As in
+    `load_image` it is turned upright, its colour profile is converted to sRGB, transparency is composited over
+    white, and 16 bits are rounded to 8; profile, alpha and EXIF are not kept.
 
     Args:
         image: a file, a PIL image, or a tensor (3, H, W) or (1, 3, H, W) in [-1, 1].
-        quality: 1 to 100 (60); 16 more halve the step that the latents are rounded to.
-        max_bytes, bits_per_pixel: instead of a quality, the best that fits.
-        model: "compact", a folder, a hub id, or an autoencoder in evaluation mode. Decoding needs the same.
+        quality: 1 to 100, by default 60; raising it by 16 halves the step to which latents are rounded.
+        max_bytes, bits_per_pixel: choose the best quality that fits, instead of a given one.
+        model: "compact", a folder, a hub id, or an autoencoder in evaluation mode. Decoding needs the same model.
 
-    Raises ValueError for more than one of the three, for values out of range, and as `load_image`.
+    Raises ValueError if more than one of quality, max_bytes and bits_per_pixel is given, for values out of range
+    and for limits that no quality meets; and the errors of `load_image`.
     """
     if sum(value is not None for value in (quality, max_bytes, bits_per_pixel)) > 1:
         raise ValueError("quality, max_bytes and bits_per_pixel: one of them")
@@ -49,16 +50,16 @@ def compress(
 
 
 def decompress(data: bytes, model: str | os.PathLike | ExactAutoencoder = COMPACT.name) -> Image.Image:
-    """The bytes that `compress` made -> the image, RGB in sRGB, of its original size.
+    """Decompress the bytes of `compress` to an RGB image in sRGB, of its original size.
 
-    Raises ValueError for bytes that are damaged, truncated or something else, and for those of another model.
+    Raises ValueError for bytes that are damaged, truncated or of another format, and for those of another model.
     """
-    container.unpack(data)  # before the model is loaded
+    container.unpack(data)  # raises for damaged data before the model is loaded
     return codec_of(model).decompress(data)
 
 
 def codec_of(model: str | os.PathLike | ExactAutoencoder) -> Codec:
-    """The codec of an autoencoder, or of the one that a name leads to, which is loaded once."""
+    """The codec of an autoencoder, given itself or by name; the last one loaded by name is kept."""
     if isinstance(model, ExactAutoencoder):
         source = Path(model.config.get("_name_or_path") or "a model")
         return Codec(model, source.name, ContextModel.beside(source))
@@ -73,6 +74,7 @@ def _loaded(name: str) -> Codec:
 
 
 def _size(image: Photograph) -> tuple[int, int]:
+    """(height, width) in pixels."""
     if isinstance(image, Image.Image):
         return image.height, image.width
     return tuple(image.shape[-2:]) if hasattr(image, "shape") else image_size(image)

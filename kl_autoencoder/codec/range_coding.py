@@ -1,7 +1,8 @@
-"""Code symbols with the tables by constriction's range coder: a queue, as predicting from decoded symbols needs.
+"""Code symbols by constriction's range coder with the probabilities of `tables.py`.
 
-Decoding takes the same tables in the same order as encoding. constriction is exact: it gets the entries of a table,
-which are whole numbers below 2 ** 24, as float32.
+The range coder is a queue: symbols are decoded in the order in which they were encoded, so that later ones can be
+predicted from earlier ones. Decoding must be given the same tables in the same order. constriction takes entries of
+tables as float32, which is exact, as they are whole numbers below 2 ** 24.
 """
 
 import numpy as np
@@ -9,16 +10,16 @@ import numpy as np
 from ..extras import needs
 from .tables import REACH, tables
 
-SYMBOLS_AT_A_TIME = 1 << 14  # whose tables are laid out in memory: 6 MB
-MOST_BITS = 16  # of the distance of a symbol beyond the tables
+SYMBOLS_AT_A_TIME = 1 << 14  # symbols per call, whose rows of tables take 6 MB
+MOST_BITS = 16  # the distance of a symbol from the end of its table is below 2 ** 16
 
 
 class DamagedStream(ValueError):
-    """Bytes that no encoder has written."""
+    """Raised for bytes that no encoder can have written."""
 
 
 class SymbolEncoder:
-    """`encode` any number of times, then `finish`."""
+    """Encodes symbols: call `encode` any number of times, then `finish`."""
 
     def __init__(self) -> None:
         self._stream = _constriction()
@@ -26,7 +27,10 @@ class SymbolEncoder:
         self._categorical = self._stream.model.Categorical(perfect=False)
 
     def encode(self, symbols: np.ndarray, scales: np.ndarray, places: np.ndarray) -> None:
-        """Append symbols (N,), each with the table [scale, place]. ValueError for one beyond 2 ** 16."""
+        """Append symbols (N,), each with the table of its scale and place.
+
+        Raises ValueError for a symbol 2 ** 16 or more from the end of its table.
+        """
         symbols = symbols.astype(np.int32)
         for part in _parts(len(symbols)):
             inside = symbols[part].clip(-REACH, REACH) + np.int32(REACH)
@@ -34,7 +38,7 @@ class SymbolEncoder:
             self._encode_distances(np.abs(symbols[part][_is_end(inside)]) - REACH)
 
     def _encode_distances(self, distances: np.ndarray) -> None:
-        """Elias' gamma code of each distance + 1: how many bits, and the bits behind the first."""
+        """Append each distance + 1 in Elias' gamma code: its number of bits, then its bits after the first."""
         uniform = self._stream.model.Uniform
         for value in (distances + 1).tolist():
             bits = value.bit_length() - 1
@@ -47,12 +51,12 @@ class SymbolEncoder:
                 self._coder.encode(value - (1 << bits), uniform(1 << bits))
 
     def finish(self) -> bytes:
-        """All that was encoded, without the zeros at the end, which a decoder reads there anyhow."""
+        """Return the bytes, without zeros at the end: the decoder fills them in."""
         return self._coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
 
 class SymbolDecoder:
-    """The inverse: `decode` with the same tables, then `finish`."""
+    """Decodes the bytes of `SymbolEncoder`: call `decode` with the same tables in the same order, then `finish`."""
 
     def __init__(self, data: bytes):
         self._stream = _constriction()
@@ -61,7 +65,7 @@ class SymbolDecoder:
         self._categorical = self._stream.model.Categorical(perfect=False)
 
     def decode(self, scales: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """The next symbols (N,), int32. Raises DamagedStream."""
+        """Return the next symbols (N,), int32. Raises DamagedStream for bytes that cannot be decoded."""
         found = []
         for part in _parts(len(scales)):
             inside = self._decoded(self._categorical, _rows(scales[part], places[part]))
@@ -83,11 +87,11 @@ class SymbolDecoder:
         except (
             AssertionError,
             ValueError,
-        ) as error:  # constriction's words for what its encoder cannot have written
+        ) as error:  # constriction raises these for damaged data
             raise DamagedStream("its coded latents are damaged") from error
 
     def finish(self) -> None:
-        """Raise DamagedStream if bytes are left."""
+        """Raise DamagedStream if bytes are left over."""
         if not self._coder.maybe_exhausted():
             raise DamagedStream("more coded latents than its size has")
 
@@ -104,8 +108,10 @@ def _parts(length: int) -> list[slice]:
 
 
 def _rows(scales: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The table of each symbol, (N, 2 * REACH + 1)."""
     return tables()[scales, places].astype(np.float32)
 
 
 def _is_end(inside: np.ndarray) -> np.ndarray:
+    """Whether an entry is the first or last of a table, which stand for everything beyond, too."""
     return (inside == 0) | (inside == 2 * REACH)

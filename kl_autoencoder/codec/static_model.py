@@ -1,6 +1,6 @@
-"""Tables that stay the same over a whole image: a mean and a scale for each channel, told in the file.
+"""The static entropy model: a mean and a scale for each channel, the same over the whole image, stored in the file.
 
-What any autoencoder can be used with, and what a learned model is compared with.
+It needs no training, so that any autoencoder can be used, and it is the baseline of learned models.
 """
 
 import struct
@@ -11,18 +11,18 @@ import numpy as np
 from .prediction import Pass, Prediction, everywhere
 from .tables import PLACE_BITS, PLACES, REACH, SCALES, cost_table
 
-CHANNEL = struct.Struct("<hB")  # the mean in sixteenths of a step, the number of the scale
+CHANNEL = struct.Struct("<hB")  # mean in sixteenths of a step, number of the scale
 
 
 class StaticModel:
-    """means: of the channels, in sixteenths of a step; scales: the numbers of their scales."""
+    """An `EntropyModel`. means: of the channels, in sixteenths of a step. scales: the numbers of their scales."""
 
     def __init__(self, means: list[int], scales: list[int]):
         self.means, self.scales = means, scales
 
     @classmethod
     def fit(cls, symbols: np.ndarray) -> "StaticModel":
-        """The mean and the scale that cost the fewest bits for the symbols (C, h, w) of an image."""
+        """Fit the model to the symbols (C, h, w) of an image: means of channels, and the scales of fewest bits."""
         means = [
             int(np.clip(round(float(channel.mean()) * PLACES), -(1 << 15), (1 << 15) - 1))
             for channel in symbols
@@ -31,7 +31,7 @@ class StaticModel:
 
     @classmethod
     def from_side(cls, side: bytes, channels: int) -> "StaticModel":
-        """The inverse of `side`. Raises ValueError for what it cannot have written."""
+        """The inverse of `side`. Raises ValueError for bytes that `side` cannot have returned."""
         if len(side) != channels * CHANNEL.size:
             raise ValueError(f"damaged: static tables of {len(side)} bytes for {channels} channels")
         means, scales = zip(*CHANNEL.iter_unpack(side), strict=True)
@@ -52,6 +52,7 @@ class StaticModel:
 
 
 def _best_scale(channel: np.ndarray, mean: int) -> int:
+    """The number of the scale with which the symbols (h, w) of a channel take the fewest bits."""
     whole = (mean + PLACES // 2) >> PLACE_BITS
     place = mean - PLACES * whole + PLACES // 2
     entries = (channel.astype(np.int64) - whole).clip(-REACH, REACH) + REACH

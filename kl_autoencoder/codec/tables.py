@@ -1,12 +1,13 @@
-"""The probabilities that symbols are coded with: tables of whole numbers, the same on every machine.
+"""The probabilities with which symbols are coded: tables of whole numbers, the same on every machine.
 
-A symbol is a whole number of steps, counted from the whole number nearest to its predicted mean. It has a logistic
-distribution around the mean, of one of `SCALES` scales; the mean lies at one of 16 places between -1/2 and 7/16:
+A symbol is a rounded latent minus the whole number nearest to its predicted mean. It has a logistic distribution
+around the mean, with one of `SCALES` scales; relative to that whole number, the mean lies at one of 16 places from
+-1/2 to 7/16:
 
     P(symbol = k) = F((k + 1/2 - place) / scale) - F((k - 1/2 - place) / scale),    F(x) = 1 / (1 + exp(-x))
 
-The first and the last entry of a table take the whole tail; what is that far out is told by further bits
-(`range_coding.py`). exp is rounded correctly by Python's decimal module; all else is arithmetic of whole numbers.
+The first and the last entry of a table stand for the whole tail; further bits tell how far out a symbol is
+(`range_coding.py`). Python's decimal module rounds exp correctly; everything else is integer arithmetic.
 """
 
 from decimal import Decimal, localcontext
@@ -15,12 +16,12 @@ from functools import cache
 import numpy as np
 
 REACH = 48  # symbols from -48 to 48 have an entry
-PLACE_BITS = 4  # places of the mean between two whole numbers, as a power of two
+PLACE_BITS = 4  # log2 of PLACES, the places of the mean between two whole numbers
 PLACES = 1 << PLACE_BITS
-SCALES = 36  # four a doubling, from 2 ** -4 to 2 ** 4.75 steps
+SCALES = 36  # four per octave, from 2 ** -4 to 2 ** 4.75 steps
 SMALLEST = -4  # log2 of the smallest scale
 TOTAL_BITS = 20  # the entries of a table add up to 2 ** 20
-FIXED_BITS = 96
+FIXED_BITS = 96  # fractional bits of the fixed-point arithmetic
 
 
 @cache
@@ -33,7 +34,7 @@ def tables() -> np.ndarray:
 
 
 def _of_scale(index: int) -> list[list[int]]:
-    """The tables of one scale, for all places."""
+    """The tables of scale number `index`: (PLACES, 2 * REACH + 1)."""
     farthest = PLACES * REACH + PLACES
     below = _cumulative(index, farthest)  # below[n + farthest]: of x = n / PLACES / scale
     half = PLACES // 2
@@ -60,12 +61,12 @@ def _cumulative(index: int, farthest: int) -> list[int]:
 
 
 def _with_no_zero(row: list[int]) -> list[int]:
-    """The row with 1 in place of 0, which its largest entry pays for: any symbol can be coded."""
+    """Raise zeros to 1, so that any symbol can be coded; the largest entry is lowered to keep the sum."""
     largest = row.index(max(row))
     row[largest] -= row.count(0)
     return [max(value, 1) for value in row]
 
 
 def cost_table() -> np.ndarray:
-    """Bits of each symbol in each table, float64, as `tables`."""
+    """The bits that each entry of each table costs: float64, in the shape of `tables`."""
     return TOTAL_BITS - np.log2(tables())

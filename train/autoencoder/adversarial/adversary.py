@@ -133,7 +133,7 @@ class Adversary:
         return terms | norm
 
     def r1(self, images: Tensor) -> Tensor:
-        """The R1 penalty of real images (B, C, H, W), in float32: half precision cannot hold its double gradient."""
+        """The R1 penalty of real images (B, C, H, W), in float32: float16 cannot hold its double gradient."""
         network = self.run.accelerator.unwrap_model(self.player.network)
         images = images.detach().requires_grad_()
         with torch.autocast(self.run.device.type, enabled=False):

@@ -1,9 +1,9 @@
-"""Make the autoencoder inside any diffusers pipeline faster, exactly: `optimize`, and `restore`.
+"""Make the autoencoder inside any diffusers pipeline faster, with the same result: `optimize`, and `restore`.
 
-Nothing of the pipeline is replaced. The encoder and decoder modules that diffusers' autoencoders share get
-classes derived from their own, `ExactEncoder` and `ExactDecoder`, whose `forward` is computed by `inference`. So
-the autoencoder keeps its class, config, tensors and saved form; what it does around the two (quant convolutions,
-batch-norm statistics, slicing) stays diffusers' code, and hooks find the methods where they look for them.
+Nothing of the pipeline is replaced. The modules Encoder and Decoder of diffusers' autoencoders get classes derived
+from their own, `ExactEncoder` and `ExactDecoder`, whose `forward` is computed by `inference`. So the autoencoder
+keeps its class, config, tensors and saved form, and hooks find its methods. What it does around the two modules
+(quant convolutions, batch-norm statistics, slicing) stays diffusers' code.
 """
 
 import warnings
@@ -21,23 +21,22 @@ from ..inference.dispatch import infer_exactly, why_whole
 from .autoencoder_kl import ExactAutoencoder
 
 Optimized = TypeVar("Optimized")
-UNUSED = ("condition_encoder",)  # by MaskConditionDecoder, without a mask
+UNUSED = ("condition_encoder",)  # parts of MaskConditionDecoder that compute nothing without a mask
 
 
 def optimize(pipe_or_vae: Optimized, tiling: bool | None = None, offload: bool = False) -> Optimized:
-    """Let a pipeline's autoencoders, or an autoencoder, compute the same in less time and memory; returns it.
+    """Let an autoencoder, or the autoencoders of a pipeline, compute the same in less time and memory; returns it.
 
-    In place: no tensor is copied, classes and configs stay, and `restore` undoes it. What happens to the pipeline
-    afterwards is followed. Where something needs the network whole (hooks of group offloading, processors of
-    one's own, ...) diffusers' own code computes it, with the same result and one warning that says why.
+    Works in place: no tensor is copied, classes and configs stay, and `restore` undoes it. Later changes of the
+    pipeline take effect. If something requires whole execution (hooks of group offloading, special attention
+    processors ...), diffusers' own code computes the network, with one warning that says why.
 
     Args:
-        tiling: the least memory, for all sizes; False: never. By default where `enable_tiling` makes the
-            autoencoder tile, for images larger than its tiles. Exact: what diffusers' tiles approximate is
-            computed as a whole.
-        offload: where it tiles, keep the large activations in host memory.
+        tiling: True: always take the least memory; False: never. By default wherever diffusers would tile: after
+            `enable_tiling`, for images larger than its tiles. The result is exact, unlike that of diffusers' tiles.
+        offload: when tiling, keep the large activations in host memory.
 
-    Raises ValueError if it has no autoencoder that can be optimized.
+    Raises ValueError if there is no autoencoder that can be optimized.
     """
     ours = [module for module in _modules(pipe_or_vae) if isinstance(module, ExactAutoencoder)]
     for vae in ours:
@@ -49,7 +48,7 @@ def optimize(pipe_or_vae: Optimized, tiling: bool | None = None, offload: bool =
             f"autoencoder with diffusers' Encoder or Decoder (AutoencoderKL, AutoencoderKLFlux2, VQModel ...)"
         )
     for owner, network in networks:
-        _give_class(network, EXACT.get(type(network), type(network)))
+        _change_class(network, EXACT.get(type(network), type(network)))
         network.tiling, network.offload, network.warned_causes = tiling, offload, set()
         for name, tiled in TILED.items():
             if hasattr(type(owner), name):
@@ -58,10 +57,10 @@ def optimize(pipe_or_vae: Optimized, tiling: bool | None = None, offload: bool =
 
 
 def restore(pipe_or_vae: Optimized) -> Optimized:
-    """Undo `optimize`; returns what it was given. (A KLAutoencoder is exact by itself: nothing to undo.)"""
+    """Undo `optimize`; returns its argument. (A KLAutoencoder is left as it is: it is exact by itself.)"""
     for owner, network in _networks(pipe_or_vae):
         if isinstance(network, _Exact):
-            _give_class(network, network.plain)
+            _change_class(network, network.plain)
             for name in ("tiling", "offload", "warned_causes"):
                 del network.__dict__[name]
         for name in TILED:
@@ -70,16 +69,19 @@ def restore(pipe_or_vae: Optimized) -> Optimized:
 
 
 class _Exact:
-    """What is computed in pieces where it can be; `tiling`, `offload` and `warned_causes` are set by `optimize`."""
+    """A network of diffusers that is computed in pieces if possible.
+
+    `optimize` sets the attributes of instances.
+    """
 
     plain: type[nn.Module]
     tiling: bool | None
     offload: bool
-    warned_causes: set[str]  # the causes that there were warnings about
+    warned_causes: set[str]  # causes of whole execution that were warned about
 
     def execute(self, x: Tensor, tiled: bool) -> Tensor:
-        """The network of x; `tiled`: the autoencoder would compute it in tiles."""
-        network, least = _plain(self), tiled if self.tiling is None else self.tiling
+        """Return network(x). tiled: diffusers would compute this call in tiles."""
+        network, least = _plain_view(self), tiled if self.tiling is None else self.tiling
         cause = why_whole(network, x)
         if cause is None:
             return infer_exactly(network, x, least, least and self.offload)
@@ -101,7 +103,7 @@ class ExactEncoder(_Exact, theirs.Encoder):
 
 
 class ExactDecoder(_Exact, theirs.Decoder):
-    """diffusers' Decoder, computed in pieces, unless its norms read `latent_embeds`."""
+    """diffusers' Decoder, computed in pieces, unless it gets `latent_embeds` for its norms."""
 
     plain = theirs.Decoder
 
@@ -132,11 +134,11 @@ class ExactMaskDecoder(_Exact, theirs.MaskConditionDecoder):
 EXACT = {cls.plain: cls for cls in (ExactEncoder, ExactDecoder, ExactMaskDecoder)}
 
 
-# ---------------------------------------------------------------- what diffusers' tiles approximate
+# ---------------------------------------------------------------- exact in place of diffusers' tiles
 
 
 def tiled_encode(vae: Any, x: Tensor) -> Tensor:
-    """The moments of images, in the least memory: for `_tiled_encode` of an autoencoder."""
+    """Images -> moments, in the least memory; replaces `_tiled_encode` of an autoencoder."""
     if not isinstance(vae.encoder, ExactEncoder):  # replaced or compiled since
         return type(vae)._tiled_encode(vae, x)
     moments = vae.encoder(x, tiled=True)
@@ -144,7 +146,7 @@ def tiled_encode(vae: Any, x: Tensor) -> Tensor:
 
 
 def tiled_decode(vae: Any, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-    """Images of raw latents, in the least memory: for `tiled_decode` of an autoencoder."""
+    """Raw latents -> images, in the least memory; replaces `tiled_decode` of an autoencoder."""
     if not isinstance(vae.decoder, ExactDecoder):
         return type(vae).tiled_decode(vae, z, return_dict)
     z = z if vae.post_quant_conv is None else vae.post_quant_conv(z)
@@ -159,6 +161,7 @@ TILED = {"_tiled_encode": tiled_encode, "tiled_decode": tiled_decode}
 
 
 def _modules(pipe_or_vae: Any) -> Iterator[nn.Module]:
+    """Yield all modules of a pipeline's components, or of a model."""
     components = getattr(pipe_or_vae, "components", None) or {"": pipe_or_vae}
     for component in components.values():
         if isinstance(component, nn.Module):
@@ -166,24 +169,28 @@ def _modules(pipe_or_vae: Any) -> Iterator[nn.Module]:
 
 
 def _networks(pipe_or_vae: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Each encoder and decoder that is diffusers', plain or exact, after the module that holds it."""
+    """Yield (owner, network) for each encoder and decoder of diffusers' classes, optimized or not."""
     for owner in list(_modules(pipe_or_vae)):
         for network in owner.children():
             if type(network) in EXACT or isinstance(network, _Exact):
                 yield owner, network
 
 
-def _give_class(network: nn.Module, new: type) -> None:
+def _change_class(network: nn.Module, new: type) -> None:
+    """Change the class of a network in place, and the bound `forward` that hooks may hold."""
     old = type(network).forward
     network.__class__ = new
-    for name in ("forward", "_old_forward"):  # what accelerate's hooks hold, and leave behind
+    for name in (
+        "forward",
+        "_old_forward",
+    ):  # accelerate's hooks keep `forward` there, also after their removal
         held = network.__dict__.get(name)
         if isinstance(held, MethodType) and held.__func__ is old:
             network.__dict__[name] = MethodType(new.forward, network)
 
 
-def _plain(network: Any) -> nn.Module:
-    """The network as a module of diffusers' class, of the same tensors, without what surrounds its `forward`."""
+def _plain_view(network: Any) -> nn.Module:
+    """Return a module of diffusers' class with the network's parts, without its hooks and its own `forward`."""
     view = network.plain.__new__(network.plain)
     nn.Module.__init__(view)
     state = network.__dict__

@@ -1,7 +1,8 @@
-"""The weights in a folder that the training program writes: its newest checkpoint, and whether an export is as new.
+"""Read the folder of a training run: its newest checkpoint, whether an export is as new, and its metrics.
 
-A checkpoint is `checkpoints/step-000200/` with the model's config.json, `ema.safetensors` (the moving average, in a
-run that keeps one), `model.safetensors` (the weights themselves), and a manifest that is written last.
+A checkpoint is a folder `checkpoints/step-000200/` with the model's config.json, `ema.safetensors` (the moving
+average of the weights, if the run keeps one), `model.safetensors` (the weights), and a manifest, which is written
+last.
 """
 
 import json
@@ -11,16 +12,16 @@ from typing import Any
 
 from .folder import CONFIG, read_json
 
-METRICS_FILE = "metrics.jsonl"  # what the run measured, a line for each time
-MANIFEST, TRAINED = "manifest.json", "training.json"  # the second lies in an export and says its step
+METRICS_FILE = "metrics.jsonl"  # measurements of the run, a line of JSON each
+MANIFEST, TRAINED = "manifest.json", "training.json"  # TRAINED is in an export, and holds its step
 WEIGHTS = {"ema.safetensors": "moving average", "model.safetensors": "without a moving average"}
 NAME = re.compile(r"step-(\d{6,})")
 
 
 def newer_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a run's folder (or a checkpoint's own) stands for; None where the export is as new.
+    """Return the newest checkpoint of a run's folder, or a checkpoint's own folder; None if the export is as new.
 
-    An export that does not say of which step it is counts as the newest.
+    None also if there is no checkpoint. An export that does not tell its step counts as the newest.
     """
     if is_checkpoint(folder):
         return folder
@@ -37,6 +38,10 @@ def newer_checkpoint(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the training step of a checkpoint, by its name or its state.json.
+
+    Raises ValueError if neither has it.
+    """
     name = NAME.fullmatch(checkpoint.name)
     step = int(name[1]) if name else read_json(checkpoint / "state.json").get("step")
     if not isinstance(step, int):
@@ -45,9 +50,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether all files that the manifest lists are there in their sizes, a config and weights among them.
+    """Whether a folder has all files of its manifest in the right sizes, among them a config and weights.
 
-    Their hashes are left to the training program, which must not go on from a changed bit.
+    Hashes are checked only by the training program, which must not continue from a file with a changed bit.
     """
     try:
         manifest = read_json(folder / MANIFEST)
@@ -59,19 +64,19 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def weights_in(checkpoint: Path) -> Path:
-    """The moving average where there is one, as an export takes it."""
+    """Return the file of the moving average if there is one (exports have it too), else that of the weights."""
     return next(checkpoint / name for name in WEIGHTS if (checkpoint / name).is_file())
 
 
 def described(folder: Path, checkpoint: Path) -> str:
-    """A line that says which weights are read."""
+    """Return a line for the user that says which weights are read."""
     kind = WEIGHTS[weights_in(checkpoint).name]
     remark = "its scaling_factor is the one it started with"
     return f"{folder}: step {step_of(checkpoint)} ({kind}), from {checkpoint}; {remark}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl that are whole; none if there is no such file."""
+    """Return the complete lines of a run's metrics.jsonl, as dictionaries; [] if there is no such file."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -1,4 +1,4 @@
-"""The scaling of latents that diffusion models expect, as the configs of diffusers write it down."""
+"""Scale latents for diffusion models, by the keys that the configs of diffusers have for this."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of the config of a model
-KEPT_KEYS = (*SCALING_KEYS, "patch_size")  # what `vae.scaling` may have, and files of latents keep
-READ_BY = {  # what diffusers' pipelines read of them, and the channels of their published latents
+SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # in the config of a model
+KEPT_KEYS = (*SCALING_KEYS, "patch_size")  # in `vae.scaling` and in files of latents
+READ_BY = {  # kind of pipeline -> keys that it reads, channels of its published latents
     "sd": (("scaling_factor",), 4),
     "sdxl": (("scaling_factor", "latents_mean", "latents_std"), 4),
     "sd3": (("scaling_factor", "shift_factor"), 16),
@@ -18,13 +18,13 @@ PER_CHANNEL = ("latents_mean", "latents_std")
 
 
 class ScaledLatents:
-    """The part of an autoencoder that scales its latents, as its `scaling` says."""
+    """Mixin of autoencoders that scales their latents by their `scaling`."""
 
-    scaling: Any  # a property: the keys of the config that `scale` and `unscale` read
+    scaling: Any  # a property: the arguments of `scale` and `unscale`
     register_to_config: Any  # diffusers'
 
     def set_scaling(self, statistics: Any) -> None:
-        """Set what gives latents with these `LatentStatistics` unit variance."""
+        """Set the scaling_factor that gives latents with these `LatentStatistics` unit variance."""
         self.register_to_config(scaling_factor=statistics.scaling_factor)
 
     def scale(self, z: Tensor) -> Tensor:
@@ -37,12 +37,14 @@ class ScaledLatents:
 
 
 def scale(z: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Raw latents (B, C, h, w) -> what a diffusion model works on, as diffusers' pipelines compute it.
+    """Raw latents (B, C, h, w) -> the latents that a diffusion model works on, as in diffusers' pipelines.
 
-    With `latents_mean` and `latents_std` in the config (SDXL pipelines): (z - mean) * scaling_factor / std per
-    channel; otherwise (z - shift_factor) * scaling_factor (SD3, FLUX), without a shift in SD. With `patch_size`
-    (FLUX.2) mean and std are those of patches (B, C*p*q, h/p, w/q), which come out.
-    Raises ValueError if C is not the length of mean and std, and for latents that no patches fit into.
+    With `latents_mean` and `latents_std` in the config (SDXL): (z - mean) * scaling_factor / std for each channel.
+    Otherwise (z - shift_factor) * scaling_factor (SD3, FLUX), or z * scaling_factor (SD). With `patch_size` (p, q)
+    (FLUX.2), z is first cut into patches, (B, C*p*q, h/p, w/q); mean and std are those of the channels of patches.
+
+    Raises ValueError if mean and std do not have a value for each channel, and if h or w is not a multiple of the
+    patch size.
     """
     z = patchify(z, config.get("patch_size"))
     factor, shift = config["scaling_factor"], config.get("shift_factor")
@@ -62,7 +64,7 @@ def unscale(z: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def patchify(z: Tensor, patch: Sequence[int] | None) -> Tensor:
-    """(B, C, h, w) -> (B, C*p*q, h/p, w/q): the channels of a patch, row by row, behind one another."""
+    """(B, C, h, w) -> (B, C*p*q, h/p, w/q): channel c*p*q + i*q + j is pixel (i, j) of a patch in channel c."""
     if patch is None:
         return z
     (p, q), (b, c, h, w) = patch, z.shape
@@ -82,12 +84,14 @@ def unpatchify(z: Tensor, patch: Sequence[int] | None) -> Tensor:
 def from_statistics(
     found: Mapping[str, Any], pipeline: str | None = None, per_channel: bool = False
 ) -> dict[str, Any]:
-    """The scaling, of all four keys, that gives latents of these statistics unit variance in a kind of pipeline.
+    """Return the scaling (all of `SCALING_KEYS`) that gives latents with these statistics unit variance.
 
     Args:
-        found: scaling_factor, shift_factor, mean and std, as a data set's manifest has them.
-        pipeline: one of READ_BY, of which nothing is set that it does not read; None sets a shift all the same.
-        per_channel: a mean and a standard deviation for each channel. ValueError if the pipeline reads none.
+        found: scaling_factor, shift_factor, mean and std, as in the manifest of a data set.
+        pipeline: a kind in READ_BY; keys that it does not read are None. Without a kind, all keys may be set.
+        per_channel: use a mean and a standard deviation for each channel.
+
+    Raises ValueError for `per_channel` if the pipeline does not read these.
     """
     keys = SCALING_KEYS if pipeline is None else READ_BY[pipeline][0]
     if per_channel and "latents_mean" not in keys:
@@ -100,12 +104,15 @@ def from_statistics(
 
 
 def pipelines_of(config: Mapping[str, Any]) -> list[str]:
-    """The kinds of pipelines, of READ_BY, that scale latents as `scale` does with this config."""
+    """Return the kinds of pipelines (READ_BY, or flux2) that scale latents as `scale` does with this config."""
     if config.get("patch_size") is not None:
         return ["flux2"]
     is_set = {key for key in SCALING_KEYS if config.get(key) is not None}
-    is_set -= {"shift_factor"} if _per_channel(config) else set(PER_CHANNEL)  # what `scale` leaves aside
-    needed = {"sd3": "shift_factor", "flux": "shift_factor"}  # they add it, None or not
+    is_set -= {"shift_factor"} if _per_channel(config) else set(PER_CHANNEL)  # keys that `scale` does not use
+    needed = {
+        "sd3": "shift_factor",
+        "flux": "shift_factor",
+    }  # these pipelines always add it, so it must be set
     return [
         kind
         for kind, (keys, _) in READ_BY.items()
@@ -114,7 +121,7 @@ def pipelines_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def described(config: Mapping[str, Any]) -> str:
-    """The scaling that is set, with five digits: "scaling_factor 0.70067, shift_factor 0.30054"."""
+    """Return the scaling in words, with five digits: "scaling_factor 0.70067, shift_factor 0.30054"."""
     if config.get("patch_size") is not None:
         p, q = config["patch_size"]
         return f"mean and deviation of {len(config['latents_mean'])} channels of {p}x{q} patches"
@@ -130,7 +137,7 @@ def _per_channel(config: Mapping[str, Any]) -> bool:
 
 
 def _channel_values(config: Mapping[str, Any], z: Tensor) -> tuple[Tensor, Tensor]:
-    """latents_mean and latents_std as (1, C, 1, 1), in the type and on the device of z."""
+    """Return latents_mean and latents_std as (1, C, 1, 1), in the dtype and on the device of z."""
     values = [
         torch.tensor(config[key], dtype=z.dtype, device=z.device) for key in ("latents_mean", "latents_std")
     ]

@@ -1,8 +1,8 @@
-"""Single files: LDM names <-> diffusers names, and the config that names, shapes and surroundings tell.
+"""Single files: LDM names of tensors <-> diffusers names, and the config that the tensors imply.
 
-Two spellings of one network. CompVis' latent-diffusion (LDM), in which Stable Diffusion's single files are
-written, counts the decoder's levels from the highest resolution and stores attention as 1x1 convolutions;
-diffusers counts them from the lowest and stores attention as linear layers. All between them is renaming.
+Both layouts describe the same network. CompVis' latent-diffusion (LDM), the layout of Stable Diffusion's single
+files, counts the decoder's levels from the highest resolution and stores attention as 1x1 convolutions. diffusers
+counts them from the lowest resolution and stores attention as linear layers. Otherwise only names differ.
 """
 
 import json
@@ -18,33 +18,33 @@ from torch import Tensor
 from ..files import clipped, read_tensors, save_tensors, shown
 from .config import decoder_block_out_channels
 
-CONFIG_KEY = "kl_autoencoder.config"  # in the metadata of the single files written here
+CONFIG_KEY = "kl_autoencoder.config"  # key in the metadata of single files written here
 
-# Where a checkpoint keeps its autoencoder: within a whole diffusion model (LDM, and what merges write), or alone.
+# Prefixes of the autoencoder's tensors: in a full diffusion checkpoint (LDM's, or of merging programs), or alone.
 PREFIXES = ("first_stage_model.", "vae.", "")
-# What a training checkpoint keeps beside the autoencoder's own weights.
+# Prefixes of other tensors in a training checkpoint of an autoencoder.
 NOT_THE_MODEL = ("loss.", "model_ema.", "discriminator.", "optimizer")
 
-# What the published models' config.json say beyond the shapes of the tensors.
+# Entries in the config.json of published models that do not follow from the shapes of their tensors.
 FAMILIES = {
     "SD": {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "sample_size": 512},
     "SDXL": {"latent_channels": 4, "scaling_factor": 0.13025, "shift_factor": None, "sample_size": 1024},
     "SD3": {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024},
     "FLUX": {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024},
 }
-# Names that tell which diffusion model a file holds; the first that occurs counts.
+# Part of a tensor's name -> the family of the diffusion model in a file. The first one that occurs counts.
 FAMILY_MARKS = {
     "joint_blocks.": "SD3",
     "double_blocks.": "FLUX",
     "conditioner.embedders.": "SDXL",
-    "model.diffusion_model.label_emb.": "",  # without a text encoder: SDXL or SD 2.1 unCLIP, nobody can say
+    "model.diffusion_model.label_emb.": "",  # unknown: without a text encoder it may be SDXL or SD 2.1 unCLIP
     "model.diffusion_model.input_blocks.": "SD",
 }
-STRUCTURE = (  # the keys of a config that the tensors tell as well
+STRUCTURE = (  # keys of a config that follow from the tensors too
     *("block_out_channels", "layers_per_block", "in_channels", "out_channels", "latent_channels"),
     *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
 )
-PLAYGROUND_SCALING = 0.5  # Playground v2.5 has SDXL's network and normalises by edm_mean and edm_std first
+PLAYGROUND_SCALING = 0.5  # Playground v2.5: SDXL's network, latents normalised by edm_mean and edm_std
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -68,13 +68,14 @@ NAMES = [  # (LDM, diffusers), each followed by .weight or .bias
 FIELDS = {
     "side": "encoder|decoder",
     "level": r"\d+",
-    "flipped": r"\d+",  # a level that the two sides count from opposite ends
+    "flipped": r"\d+",  # a level that the two layouts count from opposite ends
     "i": r"\d+",
     "layer": "norm1|conv1|norm2|conv2",
 }
 
 
 def _pattern(template: str) -> re.Pattern:
+    """Return the regular expression for names of a template in NAMES, with a group for each field."""
     named = re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(template))
     return re.compile(named + r"\.(?P<leaf>weight|bias)")
 
@@ -85,12 +86,12 @@ ATTENTION_WEIGHT = re.compile(r".*\.(mid\.attn_1|mid_block\.attentions\.0)\.(q|k
 
 
 def ldm_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The autoencoder in `tensors` under diffusers' AutoencoderKL names; no number is changed.
+    """Return the autoencoder in `tensors` under the names of diffusers' AutoencoderKL; no value is changed.
 
-    Finds it alone or within a whole diffusion checkpoint (`first_stage_model.`, `vae.`). Reads LDM names,
-    diffusers' and diffusers' old attention names (`query`, `key`, `value`, `proj_attn`), attention weights as
-    linear layers (2D) or 1x1 convolutions (4D); they come out 2D. Losses, discriminators and LDM's own EMA
-    copies are left aside. Raises ValueError if there is no autoencoder, and for any tensor that has no place.
+    The autoencoder may be alone or in a full diffusion checkpoint (`first_stage_model.`, `vae.`). Names may be
+    LDM's, diffusers' or diffusers' old ones of attention (`query`, `key`, `value`, `proj_attn`); attention weights
+    may be linear layers (2D) or 1x1 convolutions (4D), and are returned 2D. Losses, discriminators and LDM's EMA
+    copies are left out. Raises ValueError if there is no autoencoder, and for tensors that do not belong to one.
     """
     tensors = _find_autoencoder(tensors)
     if any(name.startswith(("encoder.mid_block.", "decoder.mid_block.")) for name in tensors):
@@ -104,9 +105,9 @@ def ldm_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An AutoencoderKL's tensors under LDM names, attention weights as 1x1 convolutions, as CompVis writes them.
+    """Return an AutoencoderKL's tensors under LDM names, attention weights as 1x1 convolutions (4D).
 
-    Raises as `ldm_to_diffusers`.
+    Raises the errors of `ldm_to_diffusers`.
     """
     renamed = _renamed(ldm_to_diffusers(tensors), TO_LDM)
     for name, tensor in renamed.items():
@@ -116,10 +117,11 @@ def diffusers_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict:
-    """The AutoencoderKL config that the names and shapes of diffusers-named tensors tell.
+    """Return the AutoencoderKL config that follows from names and shapes of diffusers-named tensors.
 
-    The number of GroupNorm groups leaves no trace in the tensors: 32 as everywhere, or if that does not divide
-    every width, the largest number below that does. Raises ValueError naming a tensor that is missing for it.
+    The number of GroupNorm groups does not show in the tensors. It is taken to be 32, as in all published models,
+    or if 32 does not divide every width, the largest smaller number that does. Raises ValueError naming a tensor
+    that is missing or does not have four dimensions.
     """
 
     def shape(name: str) -> torch.Size:
@@ -154,9 +156,9 @@ def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict:
 
 
 def compare_with_tensors(config: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    """Hold what a config says of the network to what the tensors tell, by numbers: no network is built.
+    """Compare the config's keys about the network with the shapes of the tensors, without building a network.
 
-    Raises ValueError naming the key. Where tensors are missing, `check_state` will say which.
+    Raises ValueError naming a key that differs. If tensors are missing, does nothing: `check_state` names them.
     """
     try:
         told = config_from_tensors(tensors)
@@ -172,10 +174,10 @@ def compare_with_tensors(config: Mapping, tensors: Mapping[str, Tensor]) -> None
 
 
 def scaling_from_checkpoint(tensors: Mapping[str, Tensor], config: dict) -> dict | None:
-    """What only the rest of a checkpoint tells about its autoencoder of this `config`; None if it tells nothing.
+    """Return the config entries of an autoencoder that follow from the rest of its checkpoint; None if none do.
 
-    `tensors`: everything in the file. LDM stores `scale_factor` where it measured it; otherwise the diffusion
-    model beside the autoencoder gives scaling_factor, shift_factor and sample_size.
+    tensors: all tensors of the file. config: the autoencoder's, from its tensors. `scale_factor` is stored if LDM
+    measured it; otherwise the family of the diffusion model gives scaling_factor, shift_factor and sample_size.
     """
     marks = (family for mark, family in FAMILY_MARKS.items() if any(mark in name for name in tensors))
     family = FAMILIES.get(next(marks, ""), {})
@@ -190,7 +192,7 @@ def scaling_from_checkpoint(tensors: Mapping[str, Tensor], config: dict) -> dict
 
 
 def family_of(config: Mapping) -> str:
-    """Which published model a config describes, by network and scaling, in words."""
+    """Return the name of the published model with this network and scaling, or in words that it is a custom one."""
     if "patch_size" in config:
         return "FLUX.2" if config["latent_channels"] == 32 and _is_kl_f8(config) else "custom (as FLUX.2's)"
     published = [
@@ -206,11 +208,12 @@ def family_of(config: Mapping) -> str:
 
 
 def load_single_file(path: str | os.PathLike, **given) -> tuple[dict, dict[str, Tensor]]:
-    """A single file (.safetensors, .ckpt ...) -> AutoencoderKL config and diffusers-named tensors.
+    """Read a single file (.safetensors, .ckpt ...) -> AutoencoderKL config and diffusers-named tensors.
 
-    The config comes from the metadata of a file written here, else from the tensors' shapes and the diffusion
-    model around them; `given` entries go before both. Where nothing tells the scaling of the latents, SD's (or
-    the only published one) is assumed with a warning. Raises ValueError naming the file and what was expected.
+    The config comes from the metadata of a file written here, else from the shapes of the tensors and from the
+    diffusion model in the file; `given` entries override both. If the scaling of the latents is unknown, that of
+    the first published family with as many latent channels (or SD's) is assumed, with a warning. Raises ValueError
+    naming the file and what was expected.
     """
     everything, metadata = read_tensors(path)
     try:
@@ -229,14 +232,17 @@ def load_single_file(path: str | os.PathLike, **given) -> tuple[dict, dict[str, 
 def save_single_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping) -> None:
     """Write diffusers-named `tensors` as one .safetensors in LDM layout, with `config` in its metadata.
 
-    diffusers' `from_single_file` reads it too. Raises as `diffusers_to_ldm` and `save_tensors`.
+    diffusers' `from_single_file` reads it too. Raises the errors of `diffusers_to_ldm` and `save_tensors`.
     """
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     save_tensors(path, diffusers_to_ldm(tensors), {CONFIG_KEY: json.dumps(public, sort_keys=True)})
 
 
 def check_state(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: object) -> None:
-    """Hold `tensors` to the names and shapes of a model; ValueError names what differs and `source`."""
+    """Compare `tensors` with the names and shapes of a model.
+
+    Raises ValueError naming `source` and what differs.
+    """
     wrong = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
@@ -252,7 +258,7 @@ def refuse(
     unexpected: Collection[str] = (),
     wrong: Collection[str] = (),
 ) -> None:
-    """Raise ValueError naming `source` and the tensors at fault; nothing happens if there are none."""
+    """Raise ValueError naming `source` and the given tensors; do nothing if no tensor is given."""
     groups = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
     groups = {kind: names for kind, names in groups.items() if names}
     if groups:
@@ -262,7 +268,7 @@ def refuse(
 
 
 def _listed(names: Iterable[str], most: int = MOST_LISTED) -> str:
-    """The first of them, in `most` characters, and how many more there are."""
+    """Return the first of the names, in at most `most` characters, and the number of the others."""
     names = list(names)
     listed = clipped(names[0], most) if names else ""
     count = min(1, len(names))
@@ -273,7 +279,7 @@ def _listed(names: Iterable[str], most: int = MOST_LISTED) -> str:
 
 
 def modern_name(name: str) -> str:
-    """diffusers' present name for a tensor, which may have one of its old names of attention layers."""
+    """Return a tensor's name with diffusers' old names of attention layers replaced by the present ones."""
     return re.sub(
         r"(\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.",
         lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.",
@@ -282,6 +288,7 @@ def modern_name(name: str) -> str:
 
 
 def _find_autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the autoencoder in a checkpoint, without prefix. Raises ValueError if there is none."""
     for prefix in PREFIXES:
         if any(f"{prefix}{side}.conv_in.weight" in tensors for side in ("encoder", "decoder")):
             found = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
@@ -293,6 +300,7 @@ def _find_autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: list[tuple[re.Pattern, str]]) -> dict[str, Tensor]:
+    """Rename all tensors. Raises ValueError for names that no rule matches, and for two that become the same."""
     last = _count(tensors, r"decoder\.(?:up|up_blocks)\.(\d+)\.") - 1
     renamed, sources, strangers = {}, {}, []
     for name, tensor in tensors.items():
@@ -311,6 +319,7 @@ def _renamed(tensors: Mapping[str, Tensor], rules: list[tuple[re.Pattern, str]])
 
 
 def _rename(name: str, rules: list[tuple[re.Pattern, str]], last_level: int) -> str | None:
+    """Return the new name by the first rule that matches; None if none does."""
     name = modern_name(name)
     for pattern, template in rules:
         if match := pattern.fullmatch(name):
@@ -322,19 +331,19 @@ def _rename(name: str, rules: list[tuple[re.Pattern, str]], last_level: int) -> 
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds at the start of a name."""
+    """Return one more than the largest number that `pattern` finds in the names; 0 if it finds none."""
     return max((int(match[1]) for match in map(re.compile(pattern).match, names) if match), default=-1) + 1
 
 
 def _is_kl_f8(config: Mapping) -> bool:
-    """Whether this is the network of Stable Diffusion and FLUX, but for the channels of its latents."""
-    # FLUX.2 and those of 4 channels have the 1x1 convolutions, those of 16 do not
-    small = config["latent_channels"] in (4, 32)
+    """Whether this is the network of Stable Diffusion and FLUX, whatever its latent channels."""
+    # Published models with 4 latent channels, and FLUX.2, have the 1x1 convolutions; those with 16 do not.
+    has_quant_convs = config["latent_channels"] in (4, 32)
     return (
         tuple(config["block_out_channels"]) == (128, 256, 512, 512)
         and (config["in_channels"], config["out_channels"], config["layers_per_block"]) == (3, 3, 2)
         and config["mid_block_add_attention"]
-        and config["use_quant_conv"] == config["use_post_quant_conv"] == small
+        and config["use_quant_conv"] == config["use_post_quant_conv"] == has_quant_convs
     )
 
 

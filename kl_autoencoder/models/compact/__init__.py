@@ -1,4 +1,4 @@
-"""The model in the package: a diffusers VAE folder, its card beside it."""
+"""`COMPACT`, the folder of the model that comes with the package, in diffusers' layout, with its card."""
 
 from pathlib import Path
 

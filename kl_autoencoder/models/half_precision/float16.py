@@ -1,15 +1,16 @@
-"""float16 without black images: what overflows in an autoencoder, and weights of the same function that do not.
+"""float16 without black images: measure which activations overflow, and rescale weights so that they do not.
 
-GroupNorm does not see the scale of a group of channels, so whatever only GroupNorms and linear maps read may
-be divided by a constant, group by group: what writes it gets that much smaller weights and biases, the linear
-maps that read it that much larger weights. With powers of two this rounds nothing. Only GroupNorm's eps, which
-AutoencoderKL's config does not hold, stays as it was: `norm_change` says what that makes of it.
+GroupNorm's output does not depend on the scale of a group of channels. So a tensor that is read only by GroupNorms
+and linear maps may be divided by a constant, one for each group: the weights and biases of the layers that write it
+are divided by the constant, the weights of the linear maps that read it are multiplied by it. Constants are powers
+of two, so that nothing is rounded. Only GroupNorm's eps, which AutoencoderKL's config does not have, cannot be
+rescaled: `norm_change` tells the effect of this.
 
-What is counted: every tensor that the plain network or a fused one writes in float16, each convolution also
-before its bias is added (torch adds it to what cuDNN returns), the attention scores, and the weights. What is
-not, since it is held in float32: sums inside a convolution or a matrix product, GroupNorm's statistics, the
-softmax. Where a library sums in float16 after all (four neighbours in the input of a Winograd convolution,
-partial products), MARGIN is what there is for it.
+Measured are all tensors that the plain network or a fused one writes in float16, including the result of a
+convolution before its bias is added (torch adds it to cuDNN's result), attention scores, and the weights. Not
+measured are values held in float32: sums inside a convolution or a matrix product, GroupNorm's statistics, the
+softmax. MARGIN leaves room for libraries that do sum in float16 (four neighbours in the input of a Winograd
+convolution, partial products).
 """
 
 import math
@@ -23,35 +24,37 @@ from torch import Tensor, nn
 from ...networks.convolutional import NORM_EPS, AttentionBlock, Decoder, Encoder, ResnetBlock
 from ..autoencoder_kl import KLAutoencoder
 
-LARGEST = 65504.0  # in float16; beyond is infinity
-MARGIN = 4.0  # other images reach further than those measured
+LARGEST = 65504.0  # largest finite float16
+MARGIN = 4.0  # other images may have larger activations than those measured
 LIMIT = LARGEST / MARGIN
-WEIGHTS = "the largest weight"  # among the layers' names
-QUERIES = 1024  # whose scores are held at a time
+WEIGHTS = "the largest weight"  # its name among those of layers
+QUERIES = 1024  # attention scores are computed for this many queries at a time
 WATCHED = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock, AttentionBlock)
 
 
 @dataclass
 class Activations:
-    """What a model's tensors reached, by layer; blocks stand for the residual stream behind them.
+    """The range of a model's activations, by layer; the name of a block stands for the residual stream after it.
 
-    largest: the largest |value| of every channel, (C,); `.scores` of an attention, q.k / sqrt(C), (1,).
-    variance: the smallest variance of every group of channels that a GroupNorm read, (groups,).
+    largest: the largest |value| of every channel, (C,); under the name of an attention block and `.scores`, the
+        largest |q.k| / sqrt(C), (1,).
+    variance: the smallest variance of every group of channels in the input of a GroupNorm, (groups,).
     """
 
     largest: dict[str, Tensor] = field(default_factory=dict)
     variance: dict[str, Tensor] = field(default_factory=dict)
 
     def by_layer(self) -> dict[str, float]:
-        """The largest |value| of each layer, largest first."""
+        """Return the largest |value| of each layer, largest first."""
         reached = {name: channels.max().item() for name, channels in self.largest.items()}
         return dict(sorted(reached.items(), key=lambda item: -item[1]))
 
     def unsafe(self, limit: float = LIMIT) -> list[str]:
-        """The layers that reach beyond `limit`, worst first."""
+        """Return the layers with a |value| above `limit`, worst first."""
         return [name for name, value in self.by_layer().items() if value > limit]
 
     def add(self, name: str, channels: Tensor) -> None:
+        """Take in the largest |values| (C,) of a layer. Raises ValueError if one is not finite."""
         if not channels.isfinite().all():
             raise ValueError(
                 f"{name}: not finite in {channels.dtype} already, float16 is not what ails this model"
@@ -60,19 +63,20 @@ class Activations:
 
 
 def largest_activations(vae: KLAutoencoder, images: Tensor) -> dict[str, float]:
-    """Layer -> the largest |value| that it reaches on images (B, C, H, W) in [-1, 1] and their latents.
+    """Return for each layer the largest |value| on images (B, C, H, W) in [-1, 1] and on their latents.
 
-    Beyond 65504 float16 overflows. Raises as `measure`.
+    float16 overflows above 65504. Raises the errors of `measure`.
     """
     return measure(vae, images.split(1)).by_layer()
 
 
 @torch.no_grad()
 def measure(vae: KLAutoencoder, images: Iterable[Tensor], latents: Iterable[Tensor] = ()) -> Activations:
-    """What the model's tensors reach on batches of images (B, C, H, W) in [-1, 1], and of latents (B, C, h, w).
+    """Measure a model's activations on batches of images (B, C, H, W) in [-1, 1] and raw latents (B, C, h, w).
 
-    Images are encoded, and the mode of what comes out is decoded; `latents`, raw, are decoded. Raises
-    ValueError for images that do not fit the model, a model that is not in float32, or is not finite there.
+    Images are encoded and the mode of their posterior is decoded; `latents` are decoded. Raises ValueError for
+    images that do not fit the model, for a model that is not in float32 or float64, and for activations that are
+    not finite.
     """
     if vae.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"vae: in {vae.dtype}; allowed: float32, in which nothing overflows")
@@ -85,7 +89,10 @@ def measure(vae: KLAutoencoder, images: Iterable[Tensor], latents: Iterable[Tens
 
 
 def encoded(vae: KLAutoencoder, images: Tensor) -> Tensor:
-    """Images -> the mode of their latents, by the plain modules."""
+    """Images (B, C, H, W) in [-1, 1] -> mode of the posterior, by the plain modules.
+
+    ValueError for another shape.
+    """
     channels, f = vae.config.in_channels, vae.downsampling
     if (
         images.ndim != 4
@@ -99,14 +106,14 @@ def encoded(vae: KLAutoencoder, images: Tensor) -> Tensor:
 
 
 def decoded(vae: KLAutoencoder, z: Tensor) -> Tensor:
-    """Raw latents -> images, by the plain modules."""
+    """Raw latents (B, C, h, w) -> images, by the plain modules."""
     z = z.to(vae.device, vae.dtype)
     return vae.decoder(vae.post_quant_conv(z) if vae.post_quant_conv else z)
 
 
 @contextmanager
 def recording(vae: KLAutoencoder) -> Iterator[Activations]:
-    """What the model's tensors reach in whatever it computes, with its plain modules, within the block."""
+    """Measure the activations of everything that the model's plain modules compute within the `with` statement."""
     reached = Activations()
     reached.add(WEIGHTS, torch.stack([p.abs().max() for p in vae.parameters()]).max()[None])
 
@@ -137,7 +144,8 @@ def recording(vae: KLAutoencoder) -> Iterator[Activations]:
 
 
 def _largest_score(block: AttentionBlock, x: Tensor) -> Tensor:
-    tokens = block.group_norm.forward(x).flatten(2).mT  # forward: without the hooks
+    """Return the largest |q.k| / sqrt(C) of an attention block on x (B, C, H, W): (1,)."""
+    tokens = block.group_norm.forward(x).flatten(2).mT  # `forward`, so that no hook is called
     q, k = block.to_q.forward(tokens), block.to_k.forward(tokens)
     scores = [(some @ k.mT).abs().max() for some in q.split(QUERIES, dim=1)]
     return torch.stack(scores).max()[None] / math.sqrt(q.shape[-1])
@@ -147,11 +155,11 @@ def _largest_score(block: AttentionBlock, x: Tensor) -> Tensor:
 
 
 @dataclass
-class Wire:
-    """Tensors that share a scale which nothing sees: GroupNorms apart, only linear maps read them.
+class FreeScale:
+    """Tensors that can be multiplied by a common factor, since only GroupNorms and linear maps read them.
 
-    `tensors` are the modules whose outputs they are, `writers` those of them whose weights make the scale,
-    `readers` the linear maps that read it. The channels of one of `groups` groups share a scale.
+    tensors: the modules with these outputs. writers: those of them whose weights and biases set the scale. readers:
+    the linear maps that read the tensors. groups: each of so many groups of channels has its own factor.
     """
 
     tensors: list[nn.Module]
@@ -160,12 +168,12 @@ class Wire:
     groups: int
 
     def carry_on(self, writer: nn.Module, block: nn.Module) -> None:
-        """The residual stream behind `block`, to which `writer` added."""
+        """Add the residual stream after `block`, whose layer `writer` adds to the stream."""
         self.tensors += [writer, block]
         self.writers.append(writer)
 
     def scale(self, by: Tensor) -> None:
-        """Multiply every channel by `by` (C,)."""
+        """Multiply every channel of the tensors by `by` (C,), and divide the readers' weights by it."""
         for module in self.writers:
             module.weight.mul_(by.view(-1, *[1] * (module.weight.ndim - 1)))
             module.bias.mul_(by)
@@ -173,55 +181,57 @@ class Wire:
             module.weight.div_(by.view(1, -1, *[1] * (module.weight.ndim - 2)))
 
 
-def wires(vae: KLAutoencoder) -> list[Wire]:
-    """Every place of the network where a scale is free."""
+def free_scales(vae: KLAutoencoder) -> list[FreeScale]:
+    """Return all sets of tensors in the network whose scale is free."""
     groups = vae.config.norm_num_groups
     found = []
     for network in (vae.encoder, vae.decoder):
-        stream = Wire([network.conv_in], [network.conv_in], [], groups)
+        stream = FreeScale([network.conv_in], [network.conv_in], [], groups)
         found.append(stream)
         for block in _blocks(network):
             if isinstance(block, AttentionBlock):
                 projections = [block.to_q, block.to_k, block.to_v]
-                found.append(Wire([block.group_norm], [block.group_norm], projections, 1))
-                found.append(Wire([block.to_v], [block.to_v], [block.to_out[0]], 1))
+                found.append(FreeScale([block.group_norm], [block.group_norm], projections, 1))
+                found.append(FreeScale([block.to_v], [block.to_v], [block.to_out[0]], 1))
                 stream.carry_on(block.to_out[0], block)
                 continue
-            # A convolution within the stream, the only way on, is where its scale may change.
+            # A convolution in the residual stream itself (not a branch) ends one scale and begins another.
             is_resnet = isinstance(block, ResnetBlock)
             crossing = block.conv_shortcut if is_resnet else block.conv
             if isinstance(crossing, nn.Conv2d):
                 stream.readers.append(crossing)
-                stream = Wire([crossing], [crossing], [], groups)
+                stream = FreeScale([crossing], [crossing], [], groups)
                 found.append(stream)
             if is_resnet:
-                found.append(Wire([block.conv1], [block.conv1], [], groups))
+                found.append(FreeScale([block.conv1], [block.conv1], [], groups))
                 stream.carry_on(block.conv2, block)
     if vae.quant_conv:
-        found.append(Wire([vae.encoder.conv_out], [vae.encoder.conv_out], [vae.quant_conv], 1))
+        found.append(FreeScale([vae.encoder.conv_out], [vae.encoder.conv_out], [vae.quant_conv], 1))
     if vae.post_quant_conv:
-        found.append(Wire([vae.post_quant_conv], [vae.post_quant_conv], [vae.decoder.conv_in], 1))
+        found.append(FreeScale([vae.post_quant_conv], [vae.post_quant_conv], [vae.decoder.conv_in], 1))
     return found
 
 
 def _blocks(network: Encoder | Decoder) -> list[nn.Module]:
+    """Return the blocks of a network between conv_in and conv_norm_out, in order."""
     before, after = getattr(network, "down_blocks", []), getattr(network, "up_blocks", [])
     return [block for stage in (*before, network.mid_block, *after) for block in stage.blocks()]
 
 
 @torch.no_grad()
 def rescaled(vae: KLAutoencoder, reached: Activations, limit: float = LIMIT) -> KLAutoencoder:
-    """A model of the same function, with every tensor within `limit` on what `reached` was measured on.
+    """Return a model of the same function whose tensors are within `limit` on the inputs `reached` was measured on.
 
-    Only groups of channels beyond the limit are shrunk, by the least power of two that suffices; its config has
-    `force_upcast` False; it shares no tensor with `vae` and has its floating type. What has no free scale stays
-    as it is (what SiLU reads, attention scores, the results): `measure` tells whether that is within the limit.
+    Groups of channels above the limit are divided by the smallest power of two that suffices; others are not
+    changed. The inputs of SiLU, attention scores and the network's results cannot be rescaled: call `measure` on
+    the result to see whether they are within the limit. The model is a copy, of the dtype of `vae`; its config has
+    `force_upcast` False.
     """
     fixed = copied(vae, vae.dtype, force_upcast=False)
     names = {module: name for name, module in fixed.named_modules()}
-    for wire in wires(fixed):
-        largest = torch.stack([reached.largest[names[module]] for module in wire.tensors]).amax(0)
-        wire.scale(_power_of_two(largest, wire.groups, limit))
+    for free_scale in free_scales(fixed):
+        largest = torch.stack([reached.largest[names[module]] for module in free_scale.tensors]).amax(0)
+        free_scale.scale(_power_of_two(largest, free_scale.groups, limit))
     for module, name in names.items():
         if isinstance(module, AttentionBlock):
             _balance(module, *(reached.largest[f"{name}.{p}"].max() for p in ("to_q", "to_k")), limit)
@@ -229,14 +239,14 @@ def rescaled(vae: KLAutoencoder, reached: Activations, limit: float = LIMIT) -> 
 
 
 def _power_of_two(largest: Tensor, groups: int, limit: float) -> Tensor:
-    """(C,) -> (C,): for each group the largest power of two up to 1 that takes it within `limit`."""
+    """Largest |values| (C,) -> factors (C,): for each group the largest power of two, up to 1, that keeps `limit`."""
     by_group = largest.cpu().double().unflatten(0, (groups, -1))
     exponent = (limit / by_group.amax(1, keepdim=True)).log2().floor().clamp(max=0)
     return exponent.exp2().expand_as(by_group).flatten().to(largest)
 
 
 def _balance(block: AttentionBlock, q: Tensor, k: Tensor, limit: float) -> None:
-    """If queries or keys are beyond `limit`, make them alike: q.k depends on the product of their scales alone."""
+    """If queries or keys exceed `limit`, give both about the same range, which leaves q.k unchanged."""
     if max(q, k) > limit:
         by = (k / q).sqrt().log2().round().exp2()
         for module, factor in ((block.to_q, by), (block.to_k, 1 / by)):
@@ -245,25 +255,28 @@ def _balance(block: AttentionBlock, q: Tensor, k: Tensor, limit: float) -> None:
 
 
 def norm_change(before: Activations, after: Activations) -> float:
-    """By how much of its value eps changes the output of any norm, at most, on what both were measured on.
+    """Return the largest relative change of a GroupNorm's output by rescaling, on the inputs that were measured.
 
-    A norm gives (x - mean) / sqrt(variance + eps); x scaled by s gives .../ sqrt(variance + eps / s^2).
+    A norm computes (x - mean) / sqrt(variance + eps). For s x it computes s (x - mean) / sqrt(s^2 variance + eps),
+    which is (x - mean) / sqrt(variance + eps / s^2): as if eps had changed.
     """
     changes = [
-        1 - _share(after.variance[name]) / _share(variance) for name, variance in before.variance.items()
+        1 - _shrinkage(after.variance[name]) / _shrinkage(variance)
+        for name, variance in before.variance.items()
     ]
     return torch.cat(changes).abs().nan_to_num(0).max().item()
 
 
-def _share(variance: Tensor) -> Tensor:
+def _shrinkage(variance: Tensor) -> Tensor:
+    """Return the factor sqrt(variance / (variance + eps)) by which eps shrinks a norm's output."""
     variance = variance.cpu().double()
     return (variance / (variance + NORM_EPS)).sqrt()
 
 
 def copied(vae: KLAutoencoder, dtype: torch.dtype, **config) -> KLAutoencoder:
-    """The model for inference with tensors of its own, of `dtype`, and other `config` entries."""
+    """Return a copy of the model for inference, in `dtype`, with `config` entries replaced."""
     given = {key: value for key, value in vae.config.items() if key not in config and key[0] != "_"}
-    with torch.device("meta"):  # without the private entries: one of them brings defaults back over `config`
+    with torch.device("meta"):  # without private entries: one of them would restore defaults over `config`
         known = {key: value for key, value in config.items() if key in vae.rules}
         copy = type(vae).from_config({**given, **known})
     tensors = {

@@ -1,4 +1,4 @@
-"""What `fp16-check` measures on, and how far a model in float16 is from itself in float32."""
+"""The images that `fp16-check` measures, and the comparison of a model in float16 with itself in float32."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,10 @@ SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")  # colour photographs tha
 
 
 def sample_photographs(size: int) -> Iterator[Tensor]:
-    """(1, 3, size, size) each, in [-1, 1]: the photographs that scikit-image brings along."""
+    """Yield scikit-image's photographs SAMPLES, (1, 3, size, size) each, in [-1, 1].
+
+    Raises MissingExtra without scikit-image.
+    """
     with needs("eval"):
         from skimage import data
 
@@ -25,7 +28,7 @@ def sample_photographs(size: int) -> Iterator[Tensor]:
 
 
 def hard_images(size: int) -> Iterator[Tensor]:
-    """(1, 3, size, size) each, in [-1, 1]: flat ones, an edge, a checkerboard, and noise of the extremes."""
+    """Yield images (1, 3, size, size) in [-1, 1]: black, white, an edge, a checkerboard, noise of -1 and 1."""
     shape = (1, 3, size, size)
     x = torch.arange(size)
     yield from (torch.full(shape, level) for level in (-1.0, 1.0))
@@ -35,16 +38,16 @@ def hard_images(size: int) -> Iterator[Tensor]:
 
 
 def noise_latents(vae: KLAutoencoder, size: int) -> Tensor:
-    """Raw latents (1, C, size / f, size / f) of what a diffusion model begins with."""
+    """Return the noise that a diffusion model begins with, as raw latents: (1, C, size / f, size / f)."""
     shape = (1, vae.config.latent_channels, size // vae.downsampling, size // vae.downsampling)
     return vae.unscale(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
 def in_float16(vae: KLAutoencoder) -> KLAutoencoder:
-    """A copy of the model that computes in float16: as it is on a GPU, elsewhere by rounding.
+    """Return a copy of the model that computes in float16, emulated on other devices than a GPU.
 
-    torch's float16 convolutions on a CPU take minutes. There the copy stays in float32, and its weights and
-    whatever goes into a layer or comes out of it are rounded to float16: sums in float32, as on a GPU.
+    torch's float16 convolutions on a CPU take minutes. So there the copy computes in float32, with its weights and
+    the input and output of each layer rounded to float16: sums are in float32, as on a GPU.
     """
     if vae.device.type == "cuda":
         return copied(vae, torch.float16)
@@ -57,7 +60,7 @@ def in_float16(vae: KLAutoencoder) -> KLAutoencoder:
 
 
 class Difference:
-    """How far tensors are from those they should be, over any number of pairs."""
+    """The difference between tensors and the wanted ones, accumulated over any number of pairs."""
 
     def __init__(self):
         self.low, self.high = math.inf, -math.inf
@@ -65,6 +68,7 @@ class Difference:
         self.count = 0
 
     def add(self, wanted: Tensor, got: Tensor) -> None:
+        """Take in a pair of tensors of the same shape."""
         wanted, got = wanted.cpu().double(), got.cpu().double()
         difference = (got - wanted).abs().nan_to_num(math.inf, math.inf)
         self.low, self.high = min(self.low, wanted.min().item()), max(self.high, wanted.max().item())
@@ -74,12 +78,12 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The largest |difference| as a part of the range of the values wanted; infinite if any is not finite."""
+        """The largest |difference| over the range of the wanted values; infinite if any value is not finite."""
         return self.largest / (self.high - self.low) if self.largest else 0.0
 
     @property
     def psnr(self) -> float:
-        """In dB, the peak being the range of the values wanted; minus infinity if any is not finite."""
+        """PSNR in dB, with the range of the wanted values as peak; minus infinity if any value is not finite."""
         error = self.squares / self.count / (self.high - self.low) ** 2
         return -10 * math.log10(error) if error else math.inf
 
@@ -94,9 +98,10 @@ def compare(
     images: Iterable[Tensor],
     latents: Iterable[Tensor],
 ) -> dict[str, tuple[Difference, Difference]]:
-    """How far each of `others` is from `vae`, in latents and in images, by name.
+    """Return for each of `others`, by name, its differences from `vae` in latents and in images.
 
-    Latents are those of `images`; all models decode the ones that `vae` makes of them, and `latents`.
+    Latents are compared for `images` (B, C, H, W). Images are compared as decoded from the latents of `vae` for
+    these, and from the raw `latents` (B, C, h, w).
     """
     found = {name: (Difference(), Difference()) for name in others}
 
@@ -116,7 +121,7 @@ def compare(
 
 
 def layers_table(columns: Mapping[str, Activations], worst: int = 10) -> str:
-    """The largest values of the `worst` layers of the first of the named columns."""
+    """Return a table of the `worst` layers of the first column, with their largest |values| in all columns."""
     values = [activations.by_layer() for activations in columns.values()]
     lines = ["".join(f"{name:>12}" for name in columns) + f"  layer (float16 ends at {LARGEST:,.0f})"]
     for layer in list(values[0])[:worst]:
@@ -125,7 +130,7 @@ def layers_table(columns: Mapping[str, Activations], worst: int = 10) -> str:
 
 
 def verdict(reached: Activations) -> str:
-    """Whether that is safe in float16, in words."""
+    """Return in words whether these activations are safe in float16."""
     overflow, unsafe, count = len(reached.unsafe(LARGEST)), len(reached.unsafe()), len(reached.largest)
     limit = f"{LIMIT:,.0f} (1/{MARGIN:g} of {LARGEST:,.0f}, as other images reach further)"
     if not unsafe:

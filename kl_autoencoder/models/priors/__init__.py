@@ -1,4 +1,4 @@
-"""Models of what an autoencoder's codes are like: what is drawn from them decodes to new images."""
+"""Models of the codes of an autoencoder: codes drawn from them decode to new images."""
 
 from .code_prior import CodePrior
 

@@ -10,10 +10,13 @@ from ...networks.transformer import CodeTransformer
 
 
 class CodePrior(ModelMixin, ConfigMixin):
-    """p(codes | label) of grids of `height` x `width` codes, row by row; saved and loaded as diffusers' models are.
+    """p(codes | label) of grids of `height` x `width` codes, in row order; saved and loaded like diffusers' models.
 
-    codes: size of the code book. classes: how many labels there are; None: it knows no labels. autoencoder: the
-    folder or hub id of the autoencoder that the codes are of, as its training named it.
+    codes: size of the code book. classes: number of labels; None: a prior without labels. hidden_size, num_layers,
+    num_heads: of the transformer. autoencoder: folder or hub id of the autoencoder of the codes, as given in
+    training.
+
+    Raises ValueError if hidden_size is not a multiple of num_heads.
     """
 
     @register_to_config
@@ -36,13 +39,13 @@ class CodePrior(ModelMixin, ConfigMixin):
         )
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Codes (B, h, w) and labels (B,), int64 -> logits (B, h, w, codes), of each code given those before it."""
+        """Codes (B, h, w) and labels (B,), int64 -> logits (B, h, w, codes) of each code given those before it."""
         return self.transformer(codes.flatten(1), self._labels(len(codes), labels)).unflatten(
             1, codes.shape[1:]
         )
 
     def nll(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """-log p(codes | label) in nats a grid: (B,)."""
+        """Codes (B, h, w), labels (B,) -> -log p(codes | label) in nats, summed over each grid: (B,)."""
         logits = self(codes, labels).float()
         return (
             F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
@@ -57,9 +60,10 @@ class CodePrior(ModelMixin, ConfigMixin):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`count` drawn grids of codes, (count, h, w) int64, of the labels (count,) where the prior knows any.
+        """Draw `count` grids of codes, (count, h, w) int64, of labels (count,), int64, if the prior has labels.
 
-        generator: of torch, on the CPU. temperature: below 1 the likely codes become likelier.
+        temperature: divides the logits; below 1 likely codes become likelier. generator: on the CPU. Raises
+        ValueError if labels are missing, or given to a prior without labels.
         """
         drawn = self.transformer.draw(self._labels(count, labels), temperature, generator)
         return drawn.view(count, self.config.height, self.config.width)

@@ -1,1 +1,1 @@
-"""A model for others: graphs and programs for other runtimes, and the hub with its model cards."""
+"""Export a model to other runtimes (ONNX, torch.export) and publish it on the hub with a model card."""

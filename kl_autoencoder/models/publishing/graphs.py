@@ -1,4 +1,4 @@
-"""The two networks of a model as other runtimes get them, and whether these compute what torch computes."""
+"""The encoder and decoder of a model as they are exported, and the comparison of other runtimes with torch."""
 
 import math
 from collections.abc import Callable
@@ -10,25 +10,32 @@ from torch import Tensor, nn
 from ..autoencoder_kl import ExactAutoencoder
 from ..half_precision import float16, float16_check
 
-MEASURED = 32  # latents a side of the images that float16's range is measured on
-TRACED = (2, 8, 12)  # batch, height and width of latents: sides that differ, or torch takes them for one
-CHECKED = ((1, 8, 8), (3, 5, 7), (1, 16, 9))  # batch, height and width of latents that both runtimes compute
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}  # of the range of the values that torch computes
+MEASURED = 32  # side in latent pixels of the images that activations are measured on for float16
+TRACED = (
+    2,
+    8,
+    12,
+)  # batch, height and width of latents; sides must differ, or torch takes them for the same size
+CHECKED = ((1, 8, 8), (3, 5, 7), (1, 16, 9))  # batch, height and width of the latents for the comparison
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+}  # largest difference, relative to the range of torch's values
 
 
 class Graph(NamedTuple):
-    """One of the two networks: its folder, its names for input and output, and the channels that it reads."""
+    """Encoder or decoder for export: its folder, names of input and output, and the channels of its input."""
 
     folder: str
     input: str
     output: str
     network: nn.Module
     channels: int
-    factor: int  # its input's pixels a latent pixel, per side
+    factor: int  # pixels of the input for each latent pixel, per side
 
 
 def graphs(vae: ExactAutoencoder) -> tuple[Graph, Graph]:
-    """Encoder and decoder with the 1x1 convolutions on the side of the latents, sharing the model's tensors."""
+    """Return encoder and decoder, each with its 1x1 convolution if there is one; tensors are the model's own."""
     encoder = nn.Sequential(*filter(None, (vae.encoder, vae.quant_conv)))
     decoder = nn.Sequential(*filter(None, (vae.post_quant_conv, vae.decoder)))
     c = vae.config
@@ -39,7 +46,7 @@ def graphs(vae: ExactAutoencoder) -> tuple[Graph, Graph]:
 
 
 def example(graph: Graph, shape: tuple[int, int, int]) -> Tensor:
-    """(B, channels, factor h, factor w), the same at every call."""
+    """Return noise for latents of `shape` (B, h, w): (B, channels, factor*h, factor*w), the same at every call."""
     (b, h, w), f = shape, graph.factor
     return torch.randn(b, graph.channels, h * f, w * f, generator=torch.Generator().manual_seed(h))
 
@@ -47,9 +54,10 @@ def example(graph: Graph, shape: tuple[int, int, int]) -> Tensor:
 def differences(
     vae: ExactAutoencoder, computed: Callable[[Graph, Tensor], Tensor], runtime: str
 ) -> dict[str, float]:
-    """By folder the largest |difference| between `computed(graph, x)` of a runtime and torch's results in float32.
+    """Return for each folder the largest |difference| between `computed(graph, x)` and torch's float32 results.
 
-    As a part of their range, at the batches and sizes of CHECKED. ValueError if one of them is beyond TOLERANCE.
+    Relative to the range of torch's results, over the batches and sizes of CHECKED. Raises ValueError for a
+    difference above TOLERANCE.
     """
     dtype, found = vae.dtype, {}
     for graph in graphs(float16.copied(vae, torch.float32)):
@@ -66,7 +74,7 @@ def differences(
 
 
 def described(found: dict[str, float], runtime: str) -> str:
-    """The result of `differences` in words."""
+    """Return the result of `differences` in words."""
     sizes = ", ".join("x".join(map(str, shape)) for shape in CHECKED)
     parts = [f"{folder} within {math.ceil(value * 1e8) / 1e8:.2g}" for folder, value in found.items()]
     return f"checked {runtime} against torch at latents of {sizes}: {', '.join(parts)} of the range"
@@ -74,10 +82,10 @@ def described(found: dict[str, float], runtime: str) -> str:
 
 @torch.no_grad()
 def safe_in_float16(vae: ExactAutoencoder) -> ExactAutoencoder:
-    """The same function in float16: as it is where every activation is in range, else by `float16.rescaled`.
+    """Return the model in float16, rescaled by `float16.rescaled` if an activation would be out of range.
 
-    `vae` is in float32. Measured on hard images and scikit-image's photographs, of MEASURED
-    latents a side. ValueError if rescaling does not help.
+    `vae` must be in float32. Activations are measured on hard images and scikit-image's photographs of MEASURED
+    latent pixels a side, and on noise. Raises ValueError if rescaling does not bring all into range.
     """
     size = MEASURED * vae.downsampling
     images = [*float16_check.hard_images(size), *float16_check.sample_photographs(size)]

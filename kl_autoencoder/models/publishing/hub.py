@@ -1,4 +1,4 @@
-"""The hub: whether a model can be had from it, told at once and in a sentence, and publishing a folder."""
+"""The hub: check whether a model is available, explain refusals in one sentence, publish a folder."""
 
 from pathlib import Path
 
@@ -7,26 +7,27 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from ...files import clipped, one_line
 
-PATIENCE = 10  # seconds that the hub may take to say what it knows of a model
+PATIENCE = 10  # seconds to wait for the hub's answer about a model
 LOG_IN = "`hf auth login`, or HF_TOKEN"
 
 
 def is_reachable(name: str) -> bool:
     """Whether the hub answers for the model `name` (owner/name).
 
-    ValueError if it refuses the model. False where the hub cannot be reached; what is in the cache can be read.
+    False if the hub cannot be reached (the model may still be in the cache). Raises ValueError if it refuses the
+    model.
     """
     try:
         HfApi().model_info(name, timeout=PATIENCE)
     except HfHubHTTPError as error:
         raise ValueError(refusal(name, error)) from error
-    except Exception:  # of whichever library carries the requests: no route, no name, no answer in time
+    except Exception:  # errors of any HTTP library: no route, no such host, no answer in time
         return False
     return True
 
 
 def refusal(name: str, error: HfHubHTTPError) -> str:
-    """What the hub answered, in a sentence that says what to do."""
+    """Return the hub's answer as a sentence that says what to do."""
     if isinstance(error, GatedRepoError):
         return f"{name}: is gated; ask for access on its page, then log in ({LOG_IN})"
     if isinstance(error, RepositoryNotFoundError):
@@ -38,26 +39,27 @@ def refusal(name: str, error: HfHubHTTPError) -> str:
 
 
 def unreachable(name: str) -> str:
+    """Return the message for a model that is neither available from the hub nor cached."""
     return f"{name}: the hub ({constants.ENDPOINT}) cannot be reached, and the model is not in the cache"
 
 
 def refusal_in(error: BaseException | None) -> HfHubHTTPError | None:
-    """The hub's answer among the causes of an error, or None."""
+    """Return the hub's error among the causes of an error, or None."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def check_token(repo: str) -> None:
-    """ValueError without a token, before anything is computed that is to be pushed to `repo`."""
+    """Raise ValueError if there is no token; to be called before computing what is pushed to `repo`."""
     if not get_token():
         raise ValueError(f"{repo}: pushing needs a token that may write; {LOG_IN}")
 
 
 def publish(folder: Path, repo: str, private: bool) -> str:
-    """Make the repository if there is none and commit all of `folder`; returns the address of its page.
+    """Create the repository if there is none and commit all files of `folder`; returns the URL of its page.
 
-    ValueError, naming the repository, without a token and for what the hub refuses.
+    Raises ValueError naming the repository: without a token, for refusals of the hub, and if it cannot be reached.
     """
     check_token(repo)
     api = HfApi()

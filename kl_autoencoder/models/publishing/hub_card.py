@@ -1,7 +1,6 @@
-"""The model card of a model that is published on the hub: metadata that the hub reads, and a page for people.
+"""The model card of a published model: metadata that the hub reads, and a page for people.
 
-Nothing in it names a path of this machine: of a data set, a run or a model that is a local folder no more than the
-last part of its name is told.
+It contains no path of this machine: of a data set, run or model in a local folder it has only the last part.
 """
 
 import re
@@ -17,9 +16,9 @@ from ..run_folder import METRICS_FILE, read_metrics
 if TYPE_CHECKING:
     from ..autoencoder_kl import ExactAutoencoder
 
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")  # an identifier, as the hub has them
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")  # identifiers of licenses on the hub
 PICTURE = "reconstructions.png"
-SECTIONS = ("model", "loss", "optimizer", "ema", "train")  # of a run's config.yaml that tell its recipe
+SECTIONS = ("model", "loss", "optimizer", "ema", "train")  # of a run's config.yaml that make up its recipe
 METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 CARD = """---
 {metadata}
@@ -44,7 +43,7 @@ medical or legal evidence).
 
 
 def model_card(vae: "ExactAutoencoder", repo: str, license: str | None, run: Path | None) -> str:
-    """README.md of the repository `repo` (owner/name); of a training run's folder also its figures and recipe."""
+    """Return the README.md of the repository `repo` (owner/name), with metrics and recipe of a run's folder."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else {}
     measured = last_validation(run) if run else {}
     size, f = vae.config.sample_size, vae.downsampling
@@ -64,7 +63,7 @@ def model_card(vae: "ExactAutoencoder", repo: str, license: str | None, run: Pat
 
 
 def last_validation(run: Path) -> dict[str, float]:
-    """The metrics of METRICS that a run measured last, by name; what was not measured is missing."""
+    """Return the METRICS of a run's last validation, by name, without those that were not measured."""
     found: dict[str, float] = {}
     for values in read_metrics(run / METRICS_FILE):
         measured = {name: values.get(f"validation/{name}") for name in METRICS}
@@ -74,7 +73,7 @@ def last_validation(run: Path) -> dict[str, float]:
 
 
 def newest_picture(run: Path) -> Path | None:
-    """Originals and reconstructions of held-out images, as the run saved them last."""
+    """Return the last picture of originals and reconstructions that a run saved, or None."""
     return max(run.glob("samples/step-*.png"), default=None)
 
 
@@ -108,7 +107,7 @@ def _metadata(repo: str, license: str | None, config: dict, measured: Mapping[st
 
 
 def dataset_id(config: Mapping[str, Any]) -> str | None:
-    """owner/name of the data set on the hub that a run was trained on, or None if it was none."""
+    """Return the hub id (owner/name) of the data set that a run was trained on; None if it is not on the hub."""
     train = str((config.get("data") or {}).get("train") or "")
     train = train.removeprefix("hf://datasets/")
     found = re.match(HUB_ID.pattern, train)
@@ -116,16 +115,17 @@ def dataset_id(config: Mapping[str, Any]) -> str | None:
 
 
 def is_hub_id(name: object) -> bool:
+    """Whether a name has the form owner/name and is no local path."""
     return isinstance(name, str) and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-    """What a run was trained on: owner/name on the hub, or the last part of a path."""
+    """Return the name of the data set that a run was trained on: its hub id, or the last part of its path."""
     return dataset_id(config) or without_path(str((config.get("data") or {}).get("train") or "its data"))
 
 
 def without_path(value: Any) -> Any:
-    """A value of a configuration; text that is a path or a URL without all but its last part."""
+    """Return a value of a configuration with only the last part of each path and URL; hub ids stay whole."""
     if isinstance(value, dict):
         return {key: without_path(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -136,7 +136,7 @@ def without_path(value: Any) -> Any:
 
 
 def shareable(recipe: str) -> str:
-    """The YAML of a configuration with no more than the last part of each path."""
+    """Return the YAML of a configuration with only the last part of each path."""
     return yaml.safe_dump(without_path(yaml.safe_load(recipe)), sort_keys=False)
 
 

@@ -1,9 +1,12 @@
-"""A model as two ONNX graphs, for programs that run without torch.
+"""Export a model as two ONNX graphs, for programs that run without torch.
 
-Names of folders, inputs and outputs are those that optimum's ORTStableDiffusionPipeline reads, in the layout of
-diffusers' ONNX pipelines: `vae_encoder/model.onnx`, sample -> latent_parameters (mean and log variance, one after
-the other in the channels), and `vae_decoder/model.onnx`, latent_sample -> sample, a config.json beside each. What
-is exported are the plain torch modules, not the execution in pieces. Batch, height and width are free.
+The layout is that of diffusers' ONNX pipelines, which optimum's ORTStableDiffusionPipeline reads:
+
+- `vae_encoder/model.onnx`: sample -> latent_parameters, mean and log-variance, in this order in the channels;
+- `vae_decoder/model.onnx`: latent_sample -> sample;
+- a config.json beside each.
+
+The plain torch modules are exported, not the execution in pieces. Batch, height and width are free.
 """
 
 import logging
@@ -23,12 +26,12 @@ from . import graphs
 from .graphs import Graph
 
 FILE = "model.onnx"
-# Bytes of weights above which they are a file of their own: a protobuf ends at 2 GiB.
+# Weights of more bytes than this are written to a separate file: a protobuf cannot exceed 2 GiB.
 LARGEST_FILE = 2_000_000_000
 
 
 def export_onnx(vae: ExactAutoencoder, folder: Path) -> None:
-    """Write both graphs into `folder`, which is made. MissingExtra without onnx and onnxscript."""
+    """Write both graphs into new folders in `folder`. Raises MissingExtra without onnx or onnxscript."""
     with needs("onnx"):
         import onnx
         import onnxscript  # noqa: F401
@@ -53,7 +56,7 @@ def _trace(graph: Graph, dtype: torch.dtype, path: Path) -> None:
 
 
 def _forget_sources(program: torch.onnx.ONNXProgram) -> None:
-    """Remove what the exporter notes of each node: lines of this program, with their paths on this machine."""
+    """Remove the exporter's notes on each node: source lines with their paths on this machine."""
     graph = program.model.graph
     for node in graph.all_nodes():
         node.metadata_props.clear()
@@ -66,7 +69,7 @@ def _forget_sources(program: torch.onnx.ONNXProgram) -> None:
 
 
 def differences(vae: ExactAutoencoder, folder: Path) -> dict[str, float]:
-    """By folder the largest |difference| between onnxruntime's results and torch's; see `graphs.differences`."""
+    """Return the largest |difference| of onnxruntime from torch, for each folder; see `graphs.differences`."""
     import onnxruntime
 
     def computed(graph: Graph, x: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ def can_be_checked() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Only errors of the exporter's log; its warnings are of its own insides."""
+    """Silence warnings within the `with` statement: the exporter's are about its own internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Write a model's folder, and what its repository on the hub holds, completely or not at all."""
+"""Write a model's folder, or the content of its repository on the hub, completely or not at all."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ from .hub_card import PICTURE, model_card, newest_picture
 
 
 def write_model_folder(vae: ExactAutoencoder, output: Path, others: Mapping[str, Path]) -> None:
-    """Save a model beside `output` and rename it then; what else an existing folder holds stays.
+    """Save a model into a temporary folder beside `output`, then rename it; other files of an existing folder stay.
 
-    others: files that are copied into it, by the names that they get there.
+    others: name in the folder -> further file to copy into it.
     """
     temporary = temporary_beside(output)
     try:
@@ -33,7 +33,7 @@ def write_model_folder(vae: ExactAutoencoder, output: Path, others: Mapping[str,
 def write_repository(
     vae: ExactAutoencoder, output: Path, repo: str, license: str | None, run: Path | None
 ) -> None:
-    """What the repository is to hold: config, .safetensors files, README.md and, of a run, its last picture."""
+    """Write the content of a repository: config, .safetensors files, README.md and, for a run, its last picture."""
     with tempfile.TemporaryDirectory() as temporary:
         card = Path(temporary) / "README.md"
         card.write_text(model_card(vae, repo, license, run), encoding="utf-8")

@@ -1,8 +1,11 @@
-"""A model as two programs of torch.export, which torch runs without this package, or compiles ahead of time.
+"""Export a model as two programs of torch.export, which torch runs without this package or compiles ahead of time.
 
-In the layout of the ONNX graphs: `vae_encoder/model.pt2` computes moments (mean and log variance, one after the
-other in the channels) from images, `vae_decoder/model.pt2` images from latents; a config.json beside each. Read
-them with `torch.export.load(path).module()`. Batch, height and width are free.
+The layout is that of the ONNX graphs, with a config.json beside each program:
+
+- `vae_encoder/model.pt2`: images -> moments, mean and log-variance, in this order in the channels;
+- `vae_decoder/model.pt2`: latents -> images.
+
+Load them with `torch.export.load(path).module()`. Batch, height and width are free.
 """
 
 from pathlib import Path
@@ -17,11 +20,15 @@ from . import graphs
 from .graphs import Graph
 
 FILE = "model.pt2"
-OF_THIS_MACHINE = ("stack_trace", "from_node", "source_fn_stack")  # lines of this program, with their paths
+OF_THIS_MACHINE = (
+    "stack_trace",
+    "from_node",
+    "source_fn_stack",
+)  # metadata with source lines and their paths
 
 
 def export_programs(vae: ExactAutoencoder, folder: Path) -> None:
-    """Write both programs into `folder`, which is made."""
+    """Write both programs into new folders in `folder`."""
     for graph in graphs.graphs(vae):
         (folder / graph.folder).mkdir(parents=True)
         torch.export.save(_traced(graph, vae.dtype), folder / graph.folder / FILE)
@@ -29,7 +36,7 @@ def export_programs(vae: ExactAutoencoder, folder: Path) -> None:
 
 
 def differences(vae: ExactAutoencoder, folder: Path) -> dict[str, float]:
-    """By folder the largest |difference| between a program and the model; see `graphs.differences`."""
+    """Return the largest |difference| of each program from the model, by folder; see `graphs.differences`."""
 
     def computed(graph: Graph, x: Tensor) -> Tensor:
         if graph.folder not in programs:

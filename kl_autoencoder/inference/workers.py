@@ -2,8 +2,8 @@
 
 On a GPU one thread's copies from and to host memory overlap with another's computations. On a CPU a single worker
 is used and torch's own threads share each operation: Python threads take turns between these short operations, and
-on two idle cores they decoded no faster and encoded an eighth slower. (`latent_rows` gives each thread its own
-images, so that the number of threads does not change the result in any bit.)
+on two idle cores they decoded no faster and encoded an eighth slower. (`latents/shard_encoder.py` gives each thread
+its own images, so that the number of threads does not change the result in any bit.)
 """
 
 import threading

@@ -180,10 +180,8 @@ def _change_class(network: nn.Module, new: type) -> None:
     """Change the class of a network in place, and the bound `forward` that hooks may hold."""
     old = type(network).forward
     network.__class__ = new
-    for name in (
-        "forward",
-        "_old_forward",
-    ):  # accelerate's hooks keep `forward` there, also after their removal
+    # accelerate's hooks keep the bound `forward` in the instance, also after their removal.
+    for name in ("forward", "_old_forward"):
         held = network.__dict__.get(name)
         if isinstance(held, MethodType) and held.__func__ is old:
             network.__dict__[name] = MethodType(new.forward, network)

@@ -109,10 +109,8 @@ def pipelines_of(config: Mapping[str, Any]) -> list[str]:
         return ["flux2"]
     is_set = {key for key in SCALING_KEYS if config.get(key) is not None}
     is_set -= {"shift_factor"} if _per_channel(config) else set(PER_CHANNEL)  # keys that `scale` does not use
-    needed = {
-        "sd3": "shift_factor",
-        "flux": "shift_factor",
-    }  # these pipelines always add it, so it must be set
+    # These pipelines always add a shift, so it must be set.
+    needed = {"sd3": "shift_factor", "flux": "shift_factor"}
     return [
         kind
         for kind, (keys, _) in READ_BY.items()

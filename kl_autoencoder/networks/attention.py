@@ -20,9 +20,8 @@ class AttentionBlock(nn.Module):
     `own_attention` is true, the block computes `attend` (or `inference` computes the same in pieces).
     """
 
-    _from_deprecated_attn_block = (
-        True  # makes diffusers rename query, key, value and proj_attn of old folders
-    )
+    # Makes diffusers rename query, key, value and proj_attn of old folders.
+    _from_deprecated_attn_block = True
 
     def __init__(self, channels: int, groups: int):
         super().__init__()

@@ -239,7 +239,7 @@ def rescaled(vae: KLAutoencoder, reached: Activations, limit: float = LIMIT) -> 
 
 
 def _power_of_two(largest: Tensor, groups: int, limit: float) -> Tensor:
-    """Largest |values| (C,) -> factors (C,): for each group the largest power of two, up to 1, that keeps `limit`."""
+    """Largest |values| (C,) -> factors (C,), for each group the largest power of two up to 1 within `limit`."""
     by_group = largest.cpu().double().unflatten(0, (groups, -1))
     exponent = (limit / by_group.amax(1, keepdim=True)).log2().floor().clamp(max=0)
     return exponent.exp2().expand_as(by_group).flatten().to(largest)

@@ -11,16 +11,11 @@ from ..autoencoder_kl import ExactAutoencoder
 from ..half_precision import float16, float16_check
 
 MEASURED = 32  # side in latent pixels of the images that activations are measured on for float16
-TRACED = (
-    2,
-    8,
-    12,
-)  # batch, height and width of latents; sides must differ, or torch takes them for the same size
+# Batch, height and width of latents for tracing; sides must differ, or torch takes them for the same size.
+TRACED = (2, 8, 12)
 CHECKED = ((1, 8, 8), (3, 5, 7), (1, 16, 9))  # batch, height and width of the latents for the comparison
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-}  # largest difference, relative to the range of torch's values
+# Largest difference allowed, relative to the range of torch's values.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 
 
 class Graph(NamedTuple):

@@ -20,11 +20,8 @@ from . import graphs
 from .graphs import Graph
 
 FILE = "model.pt2"
-OF_THIS_MACHINE = (
-    "stack_trace",
-    "from_node",
-    "source_fn_stack",
-)  # metadata with source lines and their paths
+# Metadata of nodes with source lines and their paths.
+OF_THIS_MACHINE = ("stack_trace", "from_node", "source_fn_stack")
 
 
 def export_programs(vae: ExactAutoencoder, folder: Path) -> None:

@@ -10,9 +10,11 @@ from kl_autoencoder.models.run_folder import TRAINED
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], step: int, samples: int) -> None:
-    """Call `write` with a folder beside `folder`, whose name it then takes; an earlier one is replaced.
+    """Write a finished model as `folder`, which replaces an earlier one.
 
-    Beside what `write` writes the folder says of which step it is. OSError naming the folder if that fails.
+    write: called with a temporary path, at which it must make a folder and write the model; that folder is then
+    renamed to `folder`. step, samples: how far the run was, written beside the model as JSON (`TRAINED`). Raises
+    OSError, which names `folder`, if anything fails.
     """
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`OneNetwork`: what tasks that train one network, with a moving average, have in common."""
+"""`OneNetwork`: what tasks that train a single network, with a moving average, have in common."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from ..loop.context import RunContext
 from ..loop.player import MovingAverage, Player, Tensors
 from ..loop.task import Grouped
 
-COLUMNS = 8  # of a grid of pictures
+COLUMNS = 8  # of a grid of pictures, at most
 
 
 class OneNetwork:
-    """The parts of a `Task` that do not depend on what its network is. Its `network` is what is trained.
+    """Base class with the parts of a `Task` that are the same for any network.
 
-    Evaluation mode or training mode is the network's own affair: nothing here changes it.
+    network: the network that is trained. Nothing here changes whether it is in training or evaluation mode.
     """
 
     def __init__(self, run: RunContext, network: nn.Module):
@@ -35,23 +35,23 @@ class OneNetwork:
         return self.network if self.ema is None else self.ema.network
 
     def ready(self) -> None:
-        """Nothing is left to read."""
+        """Do nothing: by default there is no held-out data left to read."""
 
     def playing(self, step: int) -> Sequence[Player]:
         return self.players
 
     def end_step(self, step: int) -> None:
-        """Move the average; `step` counts the steps taken."""
+        """Update the moving average; `step` is the number of steps taken."""
         if self.ema is not None:
             self.ema.update(self.network, step)
 
     def move(self, loss: Tensor) -> dict[str, Tensor]:
-        """Backward and, in the last micro-batch of a step, update; returns the terms to log."""
+        """Backward of a scalar `loss` and, in the last micro-batch of a step, update; returns the terms to log."""
         self.player.backward(loss, watched=loss)
         return {"loss": loss.detach(), **self.player.update()}
 
     def mean_over_ranks(self, values: Tensor) -> float:
-        """The mean of the values (n,) of all ranks, each of which has its own share, perhaps of none."""
+        """The mean of the values of all ranks; `values`: this rank's share (n,), which may be empty."""
         shares = gather_object([values.double().tolist()])
         return sum(sum(share) for share in shares) / sum(map(len, shares))
 
@@ -59,12 +59,12 @@ class OneNetwork:
         return {}
 
     def tensors(self) -> Tensors:
-        """Everything that the next step depends on."""
+        """Weights, optimizer state and moving average: everything that the next step depends on."""
         ema = {} if self.ema is None else {"ema": self.ema.network.state_dict()}
         return self.player.tensors() | ema
 
     def load(self, tensors: Tensors) -> None:
-        """The inverse of `tensors`. A moving average that is not among them starts from the weights."""
+        """Load what `tensors` returned; a moving average that is not among them starts from the weights."""
         self.player.load(tensors)
         if self.ema is not None:
             self.ema.network.load_state_dict(
@@ -76,7 +76,7 @@ class OneNetwork:
 
 
 def save_grid(path: Path, images: Tensor) -> None:
-    """Write images (B, C, H, W) in [-1, 1] in rows of `COLUMNS`, without an incomplete last one."""
+    """Write images (B, C, H, W) in [-1, 1] to `path` in rows of `COLUMNS`; an incomplete last row is left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = min(COLUMNS, len(images))
     whole = images[: len(images) // columns * columns].unflatten(0, (-1, columns))

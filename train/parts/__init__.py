@@ -1,4 +1,4 @@
-"""Parts of training that a configuration chooses by `kind:`."""
+"""Parts of training that a configuration chooses by `kind:`: bottlenecks, views and terms of the objective."""
 
 from . import alignment, bottlenecks, equivariance, rounding, views
 from .draws import Draws

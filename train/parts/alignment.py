@@ -1,8 +1,8 @@
 """The term `alignment` of VA-VAE (Yao et al. 2025, arXiv 2501.01423): latents aligned with frozen features.
 
-A learned matrix projects each latent to the space of a vision transformer's features (DINOv2 by default). The loss
-pulls the projection to the direction of the feature of the same patch, and the cosine of any two places of an image
-to that of their features.
+A learned matrix projects the latent vector at each position to the space of a vision transformer's patch features
+(DINOv2 by default). The loss makes this projection point in the direction of the feature at the same position, and
+makes the cosine between the projections at any two positions of an image that between their features.
 """
 
 from contextlib import nullcontext
@@ -19,36 +19,43 @@ from ..settings import choice, key, section
 from .registry import TERMS
 from .terms import Term
 
-# mean and deviation of ImageNet, on which most of these networks are trained
+# mean and standard deviation of ImageNet's pixels, by which most of these networks expect images normalised
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @section
 class AlignmentConfig:
-    """Align latents with features. The weight is fixed; VA-VAE multiplies it by |grad nll| / |grad alignment|."""
+    """Align latents with features by a fixed weight; VA-VAE multiplies it by |grad nll| / |grad alignment|."""
 
     kind: Literal["alignment"] = choice(
-        "alignment", "latents get the directions and cosines of frozen features"
+        "alignment",
+        "align latents with the features of a frozen network, in direction and in pairwise cosines",
     )
     features: str = key(
-        "facebook/dinov2-large", "a folder or a hub id of a vision transformer that transformers loads"
+        "facebook/dinov2-large",
+        "that network: folder or hub id of a vision transformer that transformers loads",
     )
     weight: float = key(0.1, "of the term", above=0, high=1e6)
-    cosine_margin: float = key(0.5, "a cosine that is less than this below 1 costs nothing", low=0, high=2)
+    cosine_margin: float = key(
+        0.5, "cosines between latent and feature above 1 minus this cost nothing", low=0, high=2
+    )
     distance_margin: float = key(
-        0.25, "by how much the cosine of two places may differ from that of their features", low=0, high=2
+        0.25,
+        "the cosine of two positions may differ by this from that of their features at no cost",
+        low=0,
+        high=2,
     )
 
 
 @TERMS.register(AlignmentConfig)
 def alignment(config: AlignmentConfig, run) -> Term:
-    """Raises ValueError for a network that cannot be loaded, and where the encoder is not trained."""
+    """Build the term. Raises ValueError if the network cannot be loaded or the encoder is not trained."""
     if run.train.decoder_only:
         raise ValueError(
             "loss.terms: alignment with train.decoder_only; allowed: where the encoder is trained, too"
         )
-    network = FrozenFeatures(config.features, HALVES.get(run.train.mixed_precision))
+    network = FrozenFeatures(config.features, HALF_TYPES.get(run.train.mixed_precision))
 
     def compute(projected: Tensor, images: Tensor) -> Tensor:
         wanted = network(images, *projected.shape[2:])
@@ -66,9 +73,10 @@ def alignment(config: AlignmentConfig, run) -> Term:
 def misalignment(
     projected: Tensor, features: Tensor, cosine_margin: float = 0.5, distance_margin: float = 0.25
 ) -> Tensor:
-    """Marginal cosine and marginal distance matrix loss (sections 3.2.1 and 3.2.2), a scalar, in float32.
+    """The sum of VA-VAE's marginal cosine and marginal distance matrix losses (sections 3.2.1 and 3.2.2).
 
-    projected, features: (B, D, h, w). Its minimum, 0, is reached where each pair of vectors points the same way.
+    projected, features: (B, D, h, w). Returns a scalar, float32. It is at least 0, and 0 if projection and feature
+    have the same direction at each position.
     """
     a, b = (F.normalize(x.float().flatten(2), dim=1) for x in (projected, features))  # (B, D, h*w)
     cosine = F.relu(1 - cosine_margin - (a * b).sum(dim=1)).mean()
@@ -79,7 +87,8 @@ def misalignment(
 class FrozenFeatures:
     """The patch features of a frozen vision transformer for images in [-1, 1], on the grid of the latents.
 
-    source: a folder or hub id. width: the features' channels. half: a type to compute them in, or None.
+    source: a folder or hub id. half: the dtype to compute in, None for float32. width: D, channels of the features.
+    Raises ValueError if the network cannot be loaded or has no patches, and MissingExtra without transformers.
     """
 
     def __init__(self, source: str, half: torch.dtype | None = None):
@@ -101,19 +110,22 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, height: int, width: int) -> Tensor:
-        """(B, 3, H, W) -> (B, D, height, width), float32: images are scaled to height x width patches."""
+        """Images (B, 3, H, W) -> features (B, D, height, width), float32.
+
+        The images are scaled to height x width patches, so that each latent position has a feature.
+        """
         network, device = self.network.to(images.device), images.device
         x = ((images.float() + 1) / 2 - self.mean.to(device)) / self.deviation.to(device)
         size = (height * self.patch, width * self.patch)
         x = F.interpolate(x, size, mode="bilinear", antialias=True)
         with torch.autocast(device.type, self.half) if self.half else nullcontext():
             tokens = network(pixel_values=x, **self.options).last_hidden_state
-        patches = tokens[:, -height * width :].float()  # tokens before these stand for the whole image
+        patches = tokens[:, -height * width :].float()  # without the class and register tokens before them
         return patches.mT.unflatten(2, (height, width))
 
 
 def _normalisation(source: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation by which a network expects pixels in [0, 1] normalised; ImageNet's if it names none."""
+    """Mean and deviation by which a network expects pixels in [0, 1] to be normalised; by default ImageNet's."""
     from transformers import AutoImageProcessor
 
     try:

@@ -1,4 +1,4 @@
-"""The bottlenecks that `model.bottleneck.kind` chooses from: those of `kl_autoencoder.networks.bottlenecks`."""
+"""Configure and build the bottlenecks of `kl_autoencoder.networks.bottlenecks` (`model.bottleneck.kind`)."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ MOST_CODES = 2**20
 class KLBottleneckConfig:
     """The Gaussian posterior of a VAE; `loss.kl` has its weight."""
 
-    kind: Literal["kl"] = choice("kl", "a diagonal Gaussian")
+    kind: Literal["kl"] = choice("kl", "a diagonal Gaussian posterior")
 
 
 @section
@@ -32,14 +32,16 @@ class PlainBottleneckConfig:
 class VQConfig:
     """A learned code book (VQ-VAE)."""
 
-    kind: Literal["vq"] = choice("vq", "the nearest vector of a code book")
+    kind: Literal["vq"] = choice("vq", "each latent vector is replaced by the nearest code of a code book")
     codes: int = key(512, "vectors in the code book", low=2, high=MOST_CODES)
-    codebook: Literal["ema", "gradient"] = choice("ema", "moved by averages of its latents, or by a gradient")
-    commitment: float = key(0.25, "weight of the latents' distance to their codes", low=0, high=1e6)
-    decay: float = key(0.99, "of the averages, a step", low=0, high=1)
+    codebook: Literal["ema", "gradient"] = choice(
+        "ema", "how codes are learned: as moving averages of their latents, or by gradient"
+    )
+    commitment: float = key(0.25, "weight of the latents' squared distance to their codes", low=0, high=1e6)
+    decay: float = key(0.99, "of the moving averages, a step", low=0, high=1)
     revive_below: float = key(
         0.5,
-        "a code with fewer latents a step, on average, is replaced by one of them; 0: never",
+        "a code with fewer latents a step, on average, is replaced by a latent; 0: never",
         low=0,
         high=1e6,
     )
@@ -49,33 +51,41 @@ class VQConfig:
 class FSQConfig:
     """Finite scalar quantisation: no code book is learned."""
 
-    kind: Literal["fsq"] = choice("fsq", "each channel rounded to few values")
+    kind: Literal["fsq"] = choice("fsq", "each channel is rounded to a few values")
     levels: tuple[Annotated[Whole, Field(ge=2, le=2**16)], ...] = key(
-        (8, 5, 5, 5), "values of each channel; their product is the number of codes"
+        (8, 5, 5, 5), "number of values of each channel; their product is the number of codes"
     )
 
 
 @section
 class GumbelConfig:
-    """The discrete VAE; `loss.kl` weights its KL to equally likely codes."""
+    """The discrete VAE; `loss.kl` weights its KL to a uniform distribution over the codes."""
 
     kind: Literal["gumbel"] = choice("gumbel", "a categorical posterior, relaxed by Gumbel-softmax")
     codes: int = key(128, "vectors in the code book", low=2, high=MOST_CODES)
     temperature: float = key(1.0, "of the relaxation at the start", above=0, high=100)
-    final_temperature: float = key(0.5, "and at the end of its schedule", above=0, high=100)
-    anneal_steps: int = key(1000, "steps of the schedule", low=0, high=10**9)
-    hard: bool = key(False, "decode one code, with the gradient of the relaxed one")
+    final_temperature: float = key(0.5, "of the relaxation from step anneal_steps on", above=0, high=100)
+    anneal_steps: int = key(
+        1000, "steps over which the temperature goes to final_temperature", low=0, high=10**9
+    )
+    hard: bool = key(
+        False, "decode a single code, with the gradient of the relaxed mixture (straight through)"
+    )
 
 
 @section
 class AdversarialBottleneckConfig:
-    """The adversarial autoencoder: a discriminator of latents makes their distribution that of a prior."""
+    """The adversarial autoencoder: training against a discriminator gives latents the distribution of a prior.
+
+    The keys of that discriminator are `loss.latent_adversarial`; it is trained by
+    `train/autoencoder/adversarial/latent_adversary.py`.
+    """
 
     kind: Literal["adversarial"] = choice("adversarial", "a discriminator compares latents with a prior")
-    prior: Literal["normal", "mixture", "swiss_roll"] = choice("normal", "the prior")
+    prior: Literal["normal", "mixture", "swiss_roll"] = choice("normal", "the distribution of the latents")
 
 
-# What trains the adversarial kind beside the bottleneck is loss.latent_adversarial: see latent_adversary.py.
+# the bottlenecks that are part of the exported model
 SECTIONS = (
     PlainBottleneckConfig,
     VQConfig,
@@ -103,10 +113,10 @@ for _section in SECTIONS:
 
 
 def bottleneck_options(config: Any) -> dict[str, Any]:
-    """{"kind": ..., options}, as an Autoencoder's config has it."""
+    """A bottleneck's section as a dict, {"kind": ..., option: value}, as in the config of an `Autoencoder`."""
     return dataclasses.asdict(config)
 
 
 def belongs_to_the_model(config: Any) -> bool:
-    """Whether the bottleneck is part of the exported model, an `Autoencoder`, rather than of training."""
+    """Whether the bottleneck is part of the exported model, which then is an `Autoencoder`; a KL one is not."""
     return isinstance(config, SECTIONS)

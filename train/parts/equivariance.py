@@ -1,8 +1,7 @@
 """The view `equivariance`: the decoder gets transformed latents and has to return the transformed images.
 
-EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509): latents that turn and scale as their images do are easier for a
-diffusion model. Scaling alone is scale equivariance (Skorokhodov et al. 2025, arXiv
-2502.14831).
+EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509): latents that turn and scale with their images are easier for a
+diffusion model to learn. With scaling only, this is scale equivariance (Skorokhodov et al. 2025, arXiv 2502.14831).
 """
 
 import math
@@ -20,25 +19,28 @@ from .registry import VIEWS
 
 @section
 class EquivarianceConfig:
-    """Latents and images, turned and scaled alike. The defaults are EQ-VAE's, for latents with sides of 32."""
+    """Turn and scale latents and images alike. The defaults are EQ-VAE's, for latents with sides of 32."""
 
     kind: Literal["equivariance"] = choice(
         "equivariance", "latents and images are turned and scaled down alike"
     )
-    probability: float = key(0.5, "that a step turns and scales them", low=0, high=1)
+    probability: float = key(0.5, "share of the steps in which latents are turned and scaled", low=0, high=1)
     rotate: bool = key(True, "turn each image by 90, 180 or 270 degrees; false: only scale")
-    smallest_scale: float = key(0.25, "smallest scale of a step's images", above=0, high=1)
+    smallest_scale: float = key(0.25, "smallest factor that images are scaled by", above=0, high=1)
     largest_scale: float = key(
-        0.96875, "largest scale of a step's images; 1 for both: only turn", above=0, high=1
+        0.96875, "largest factor; smallest_scale and largest_scale 1: only turn", above=0, high=1
     )
     low_resolution: float = key(
         0.25,
-        "share of the other steps in which the encoder gets smaller images, so that it still encodes them well",
+        "share of the other steps in which the encoder itself gets smaller images, to keep encoding them well",
         low=0,
         high=1,
     )
     smallest_side: int = key(
-        32, "smallest side in pixels of a scaled image; LPIPS of alex needs 31, vgg 16", low=16, high=4096
+        32,
+        "smallest side of a scaled image in pixels; LPIPS needs 31 with alex, 16 with vgg",
+        low=16,
+        high=4096,
     )
 
     def __post_init__(self):
@@ -51,24 +53,27 @@ class EquivarianceConfig:
 
 @VIEWS.register(EquivarianceConfig)
 class Equivariance:
-    """Draws one transformation and scale for all images of a step, and a turn for each image.
+    """Draws for each step whether to transform, and the scale; for each image, how far it is turned.
 
     The scale is uniform over those from `smallest_scale` to `largest_scale` that give latents of whole sides:
-    {8..31}/32 for sides of 32, as published. It is a function of the seed and the step's number, the same on every
-    rank, in every micro-batch and after a restart; a turn is a function of the seed and the sample's number. Two
-    ranks therefore give the gradients of one process with the doubled batch, and a run continues bit-equal on a
-    CPU.
+    {8..31}/32 for sides of 32, as published. It depends only on the seed and the step's number, and so is the same
+    on every rank, in every micro-batch and after a restart; a turn depends only on the seed and the sample's
+    number. Therefore two ranks give the gradients of one process with the doubled batch, and a continued run is
+    bit-equal on a CPU.
 
-    The likelihood of a smaller image counts as much as that of a whole one (it is a mean over pixels); the KL is
-    not changed. Each step may have another image size: with `train.compile` the networks are compiled again for
-    sizes that vary, which takes minutes.
+    The likelihood of a smaller image counts as much as that of a whole one, since it is a mean over pixels; the KL
+    is not changed. Each step may have another image size, for which `train.compile` compiles the networks again;
+    that takes minutes.
     """
 
     def __init__(self, config: EquivarianceConfig, run=None):
         self.config = config
 
     def at_encoder(self, images: Tensor, multiple: int, draws: Draws) -> Tensor:
-        """The images (B, 3, H, H) as they are, or scaled down in a step of low resolution."""
+        """The encoder's input: the images (B, C, H, H), scaled down if this is a step of low resolution.
+
+        multiple: the network's downsampling, of which the result's sides are multiples.
+        """
         numbers = draws.of_step()
         if self._kind_of_step(numbers) != "low resolution":
             return images
@@ -87,7 +92,11 @@ class Equivariance:
         return z, images
 
     def smallest_side(self, resolution: int, multiple: int) -> int:
-        """The smallest side in pixels of images made of such crops. ValueError if no scale is allowed."""
+        """The smallest side, in pixels, of the images that it makes of square crops of side `resolution`.
+
+        multiple: the network's downsampling. Raises ValueError if no scale between the two gives latents of whole
+        sides.
+        """
         smallest, largest = self._sides(resolution, multiple)
         if smallest > largest:
             raise ValueError(
@@ -104,12 +113,12 @@ class Equivariance:
         return "low resolution" if shrinks < self.config.low_resolution else "unchanged"
 
     def _side(self, numbers: np.random.Generator, resolution: int, multiple: int) -> int:
-        """The side of the latents of this step."""
+        """Draw the side of this step's latents; `resolution` is that of the whole images."""
         smallest, largest = self._sides(resolution, multiple)
         return int(numbers.integers(smallest, largest + 1))
 
     def _sides(self, resolution: int, multiple: int) -> tuple[int, int]:
-        """The smallest and the largest side of latents that the scales allow."""
+        """The smallest and the largest side of latents that the scales and `smallest_side` allow."""
         whole = resolution // multiple
         smallest = max(
             math.ceil(self.config.smallest_scale * whole), math.ceil(self.config.smallest_side / multiple)
@@ -118,13 +127,16 @@ class Equivariance:
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """(B, C, H, H) -> (B, C, side, side), in the type of x; bilinear, antialiased."""
+    """Resize (B, C, H, H) -> (B, C, side, side), bilinear and antialiased, in the dtype of x."""
     if side == x.shape[-1]:
         return x
     return F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True).to(x.dtype)
 
 
 def turned(x: Tensor, turns: list[int]) -> Tensor:
-    """(B, C, H, H) with each image turned by its number of right angles, in the memory format of the networks."""
+    """Turn each image of x, (B, C, H, H), counterclockwise by `turns` (length B) right angles.
+
+    The result is in channels_last memory format, as the networks expect it.
+    """
     images = [one.rot90(k, (-2, -1)) for one, k in zip(x, turns, strict=True)]
     return torch.stack(images).contiguous(memory_format=torch.channels_last)

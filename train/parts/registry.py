@@ -1,4 +1,4 @@
-"""Parts of training that a configuration chooses by `kind:`. A module named in `plugins` adds its own."""
+"""`BOTTLENECKS`, `VIEWS`, `TERMS`: what `kind:` can choose. Modules that `plugins` names register more."""
 
 import difflib
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Parts:
-    """The parts of one sort by their kind: the section that configures each, and what builds it.
+    """The parts of one sort, such as views: kind -> (the section that configures it, the function that builds it).
 
-    `key` is where the configuration names one, such as loss.view, or with `several` a list of them.
+    key: the key of the configuration that chooses a part, such as loss.view; with `several` it is a list of parts.
     """
 
     def __init__(self, key: str, several: bool = False):
@@ -16,9 +16,10 @@ class Parts:
         self.kinds: dict[str, tuple[type, Callable]] = {}
 
     def register(self, section: type) -> Callable[[Callable], Callable]:
-        """Decorator for a function that builds a part from a `section`, whose `kind` defaults to the part's name.
+        """Decorator for a function `(section, config) -> part`, which makes the part available to configurations.
 
-        Raises ValueError if another part has that name.
+        section: a `train.settings.section` class, whose key `kind` has the part's name as its default. config: the
+        whole `train.config.Config` of the run. Raises ValueError if a part of another module has that name.
         """
         kind = section.__pydantic_fields__["kind"].default
 
@@ -34,7 +35,7 @@ class Parts:
         return add
 
     def section(self, values: Any, key: str) -> type:
-        """The section for the mapping `values`, by its `kind`. Raises ValueError naming `key`."""
+        """The section class for the kind that the mapping `values` names. Raises ValueError, which names `key`."""
         kind = values.get("kind") if isinstance(values, dict) else None
         if not isinstance(kind, str) or kind not in self.kinds:
             near = difflib.get_close_matches(str(kind)[:80], self.kinds, n=1)
@@ -44,7 +45,7 @@ class Parts:
         return self.kinds[kind][0]
 
     def build(self, config: Any, run: Any) -> Any:
-        """Build the part that the section `config` describes; `run` is the whole `train.config.Config`."""
+        """Build the part that the section `config` describes. run: the whole `train.config.Config` of the run."""
         return self.kinds[config.kind][1](config, run)
 
 

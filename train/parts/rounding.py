@@ -1,7 +1,7 @@
-"""The view `rounding` and the term `rate`: an autoencoder whose latents are rounded and coded, see the codec.
+"""The view `rounding` and the term `rate`: train an autoencoder for a codec that rounds and codes its latents.
 
-The rate is that of a VAE with a learned prior: the bits that the entropy model needs for the rounded latents, in
-place of the KL to a normal distribution (Ballé et al. 2017, "End-to-end Optimized Image Compression").
+The rate takes the place of the KL to a normal distribution: it is the number of bits that a learned prior, the
+entropy model, needs for the rounded latents (Ballé et al. 2017, "End-to-end Optimized Image Compression").
 """
 
 from typing import Annotated, Literal
@@ -26,17 +26,18 @@ LARGE = 1e6
 
 @section
 class RoundingConfig:
-    """What rounding does to latents. The step is drawn for each image, evenly over the qualities."""
+    """Round latents as the codec does, to steps of a quality that is drawn uniformly for each image."""
 
     kind: Literal["rounding"] = choice("rounding", "the error of rounding latents to the codec's steps")
     how: Literal["noise", "straight_through"] = choice(
-        "noise", "uniform noise of a step's width, or rounding whose gradient passes through"
+        "noise",
+        "add uniform noise that is one step wide, or round and let the gradient through as if nothing were rounded",
     )
-    lowest: float = key(30.0, "smallest quality", low=LOWEST, high=HIGHEST)
-    highest: float = key(70.0, "largest quality", low=LOWEST, high=HIGHEST)
+    lowest: float = key(30.0, "smallest quality that is drawn", low=LOWEST, high=HIGHEST)
+    highest: float = key(70.0, "largest quality that is drawn", low=LOWEST, high=HIGHEST)
     deviation: float = key(
         1.0,
-        "what the codec divides raw latents by: 1 / scaling_factor of the model",
+        "the codec divides raw latents by this: 1 / scaling_factor of the model",
         above=0,
         high=LARGE,
     )
@@ -50,6 +51,8 @@ class RoundingConfig:
 
 @VIEWS.register(RoundingConfig)
 def rounding(config: RoundingConfig, run) -> View:
+    """Build the view; the step of quality q is deviation * 2^((UNIT_STEP - q) / A_HALVING), as in the codec."""
+
     def apply(z: Tensor, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         quality = draws.uniform(config.lowest, config.highest).view(-1, 1, 1, 1)
         step = config.deviation * 2 ** ((UNIT_STEP - quality) / A_HALVING)
@@ -62,16 +65,18 @@ def rounding(config: RoundingConfig, run) -> View:
 
 @section
 class RateConfig:
-    """Bits a pixel of the rounded latents, by an entropy model that is trained with the autoencoder."""
+    """Bits per pixel of the rounded latents, by an entropy model that is trained together with the autoencoder."""
 
-    kind: Literal["rate"] = choice("rate", "bits a pixel of the rounded latents")
-    weight: float = key(0.1, "of the bits a pixel, beside the reconstruction", above=0, high=LARGE)
+    kind: Literal["rate"] = choice("rate", "bits per pixel of the rounded latents")
+    weight: float = key(0.1, "of the bits per pixel, beside the reconstruction", above=0, high=LARGE)
     qualities: tuple[Annotated[Whole, Field(ge=LOWEST, le=HIGHEST)], ...] = key(
-        (30, 50, 70), "what they are rounded at; the mean over these counts"
+        (30, 50, 70), "qualities at which latents are rounded; the term is the mean over these"
     )
-    deviation: float = key(1.0, "what the codec divides raw latents by, as in the view", above=0, high=LARGE)
-    start: str | None = key(None, "a folder with an entropy model to go on from, or compact; null: a new one")
-    width: int = key(32, "features of a new one's networks", low=1, high=1024)
+    deviation: float = key(1.0, "the codec divides raw latents by this, as in the view", above=0, high=LARGE)
+    start: str | None = key(
+        None, "continue from the entropy model in this folder, or compact; null: a new entropy model"
+    )
+    width: int = key(32, "features of the networks of a new entropy model", low=1, high=1024)
 
     def __post_init__(self) -> None:
         if not self.qualities:
@@ -80,7 +85,7 @@ class RateConfig:
 
 @TERMS.register(RateConfig)
 def rate(config: RateConfig, run) -> Term:
-    """Raises ValueError where the encoder is not trained, whose latents it is about."""
+    """Build the term. Raises ValueError if the encoder is not trained, since its latents do not change then."""
     if run.train.decoder_only:
         raise ValueError(
             "loss.terms: rate with train.decoder_only; allowed: where the encoder is trained, too"
@@ -99,7 +104,7 @@ def rate(config: RateConfig, run) -> Term:
 
 
 class RateNetwork(nn.Module):
-    """Raw latents (B, C, h, w) -> their bits (B,), the mean over qualities; rounding passes gradients through."""
+    """Raw latents (B, C, h, w) -> bits of each image (B,), the mean over qualities; gradients pass the rounding."""
 
     def __init__(self, network: ContextNetwork, qualities: tuple[int, ...], deviation: float):
         super().__init__()
@@ -115,6 +120,10 @@ class RateNetwork(nn.Module):
 
 
 def _network(config: RateConfig, channels: int) -> ContextNetwork:
+    """A new entropy model for latents of `channels` channels, or the one at `start`.
+
+    Raises ValueError if that cannot be read or is for other channels.
+    """
     if config.start is None:
         return ContextNetwork(channels, config.width)
     try:

@@ -1,7 +1,8 @@
 """`Term`: a further term of the objective, beside reconstruction, KL, LPIPS and the adversarial term.
 
-A term at the pixels is a scalar of the reconstruction; its gradient there is added to the others', so that any
-number of them costs one backward pass through the autoencoder. A term at the latents is a scalar of the latents.
+A term at the pixels is a scalar function of the reconstruction. Its gradient there is added to those of the other
+terms, so that all of them together cost one backward pass through the autoencoder. A term at the latents is a
+scalar function of the latents.
 """
 
 from collections.abc import Callable
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Term:
-    """A scalar that is added to the loss.
+    """A scalar that is added to the loss, times its weight.
 
-    name: under which it is logged. at: "pixels", called with (reconstruction, images), (B, 3, H, W) each, or
-    "latents", called with (z, images), z (B, C, h, w) and the input of the encoder. weight: a function of the
-    step's number, which counts from 0; a weight of 0 costs nothing. learned: for a term at the latents, makes a
-    layer for latents of so many channels, which is trained with the autoencoder and saved in its checkpoints under
-    the term's name; `compute` is then called with the output of the layer, and the weight must never be 0.
+    name: the name under which it is logged. at: "pixels" or "latents". weight: step, counted from 0 -> weight; the
+    term is not computed in steps where it is 0. compute: returns the scalar. For a term at the pixels it is called
+    with (reconstruction, images), (B, 3, H, W) each, the images in [-1, 1]; for a term at the latents with
+    (z, images), the raw latents z (B, C, h, w) and the input of the encoder.
+
+    learned: for a term at the latents, a function that makes a layer for latents of the given number of channels.
+    The layer is trained with the autoencoder and saved in its checkpoints under the term's name. `compute` then
+    gets its output in place of z, and the weight must never be 0.
     """
 
     name: str

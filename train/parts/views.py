@@ -1,10 +1,15 @@
-"""Views: changes to the latents, and to the images they stand for, between encoder and decoder.
+"""Views: changes to the latents, and to the images that they decode to, between encoder and decoder.
 
-A view is a callable (z, images, draws) -> (z, images), used in training alone. It may have two further methods:
+A view is a callable (z, images, draws) -> (z, images), used in training only: z are the raw latents (B, C, h, w),
+the images (B, 3, H, W) in [-1, 1], and what it returns are the latents to decode and the images that the decoder
+should return. It may have two further methods:
 
-- `at_encoder(images, multiple, draws) -> images`: the input of the encoder, with sides that are multiples of
-  `multiple`, the network's downsampling, and at most those of `images`;
-- `smallest_side(resolution, multiple) -> int`: the side of the smallest images that it makes of such crops.
+- `at_encoder(images, multiple, draws) -> images`: the input of the encoder. Its sides are multiples of `multiple`,
+the
+  network's downsampling, and at most those of `images`.
+- `smallest_side(resolution, multiple) -> int`: the smallest side, in pixels, of the images that it makes of crops
+of
+  side `resolution`.
 """
 
 from collections.abc import Callable
@@ -33,12 +38,17 @@ def identity(config: IdentityConfig, run) -> View:
 
 @section
 class NoiseConfig:
-    """Normal noise on the latents: the decoder learns to bear errors of diffusion and rounding (RAE uses 0.8)."""
+    """Normal noise on the latents: the decoder gets used to errors of diffusion and rounding. RAE uses 0.8."""
 
-    kind: Literal["noise"] = choice("noise", "normal noise of a deviation that is drawn for each image")
-    low: float = key(0.0, "smallest deviation, in the units of the raw latents", low=0, high=1e6)
+    kind: Literal["noise"] = choice(
+        "noise", "normal noise on the latents, of a standard deviation drawn for each image"
+    )
+    low: float = key(0.0, "smallest standard deviation, in the units of the raw latents", low=0, high=1e6)
     high: float = key(
-        0.5, "largest deviation; the KL keeps latents from growing away from it", low=0, high=1e6
+        0.5,
+        "largest standard deviation; it counts because the KL keeps latents from growing",
+        low=0,
+        high=1e6,
     )
 
     def __post_init__(self):

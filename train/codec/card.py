@@ -1,4 +1,4 @@
-"""The page beside an exported entropy model."""
+"""The README.md beside an exported entropy model."""
 
 from dataclasses import asdict
 
@@ -26,7 +26,7 @@ Trained on `{data}`, {samples:,} crops of {size}x{size}. Bits a pixel of {held_o
 
 
 def card(config: EntropyModelConfig, facts: dict) -> str:
-    """facts: samples, held_out (number of images), and the metrics `before` and `after`."""
+    """The text of README.md. facts: samples, held_out (number of images), metrics `before` and `after` training."""
     names = list(facts["after"])
     rows = [
         f"| {when} training | {' | '.join(f'{value:.4f}' for value in facts[when].values())} |"

@@ -1,4 +1,4 @@
-"""The task `entropy_model`: networks that predict the rounded latents of a frozen autoencoder, in whole numbers."""
+"""The task `entropy_model`: train the codec's networks to predict the rounded latents of a frozen autoencoder."""
 
 import copy
 from pathlib import Path
@@ -25,13 +25,14 @@ from ..one_network.task import OneNetwork
 from ..parts import Draws
 from .card import card
 
-MEASURED = (24, 40, 56, 72)  # the qualities that held-out images are coded at
+MEASURED = (24, 40, 56, 72)  # qualities at which held-out images are measured
 
 
 class EntropyTask(OneNetwork):
-    """Minimises the bits of rounded latents, at qualities drawn for each image.
+    """Trains a `ContextNetwork` to minimise the bits of rounded latents, at qualities drawn for each image.
 
-    Making one raises ValueError or FileNotFoundError, naming the key, for a model or data that cannot be had.
+    Creating it raises ValueError or FileNotFoundError, which names the key, if the autoencoder or the data cannot
+    be used.
     """
 
     shown = ("loss",)
@@ -68,7 +69,7 @@ class EntropyTask(OneNetwork):
     # ---------------------------------------------------------------- one step
 
     def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
-        """Code each image's latents at some qualities; the loss is the bits of a latent value."""
+        """Train on each image's latents at `qualities.an_image` qualities; the loss is in bits a latent value."""
         with record_function("autoencoder"):
             latents = self.latents(batch["images"])
         draws, qualities = Draws(self.config.seed, batch["sample"], self.run.device), self.config.qualities
@@ -81,7 +82,7 @@ class EntropyTask(OneNetwork):
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the latents that the codec rounds, about unit deviation."""
+        """Images (B, 3, H, W) in [-1, 1] -> latents for the codec to round, (B, C, h, w), of about deviation 1."""
         images = images.to(self.run.device, self.vae.dtype, memory_format=torch.channels_last)
         return self.vae.scale(self.vae.encode(images).latent_dist.mode()).float()
 
@@ -89,7 +90,7 @@ class EntropyTask(OneNetwork):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean bits a pixel of the held-out images of all ranks, at each of the qualities MEASURED."""
+        """Mean bits per pixel of the held-out images of all ranks, at each of the qualities MEASURED."""
         totals = {quality: [0.0, 0] for quality in MEASURED}
         for images in self.held_out.batches():
             latents = self.latents(images)
@@ -111,7 +112,7 @@ class EntropyTask(OneNetwork):
         return {"held_out": self.held_out_images}
 
     def export(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write the whole numbers, to be put into the autoencoder's folder, and a page that says what they are."""
+        """Write the model in whole numbers, a file for the autoencoder's folder, with a README.md about it."""
 
         def write(beside: Path) -> None:
             beside.mkdir()
@@ -122,6 +123,6 @@ class EntropyTask(OneNetwork):
 
 
 def in_steps(latents: Tensor, quality: Tensor) -> Tensor:
-    """Latents (B, C, h, w), rounded to whole steps of their qualities (B,)."""
+    """Latents (B, C, h, w) -> rounded numbers of steps, same shape; `quality` (B,) sets the step of each image."""
     steps = torch.tensor([step_of(value) for value in quality.tolist()], device=latents.device)
     return (latents / steps.view(-1, 1, 1, 1) + 0.5).floor()

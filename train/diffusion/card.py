@@ -40,7 +40,7 @@ held-out latents of deviation one: {before} before training, {after} after.
 
 
 def card(folder: Path, task: "LatentDiffusionTask", facts: dict) -> str:
-    """facts: those of `Task.export`."""
+    """The text of README.md; `folder` is named in its example, `facts` are those of `Task.export`."""
     config, classes = task.config, task.latents.classes
     channels, side, _ = task.latents.shape
     known = "It knows no classes: every label is 0."

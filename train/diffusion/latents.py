@@ -1,4 +1,4 @@
-"""A data set of latents that `encode-dataset` wrote, normalised by the statistics that it measured."""
+"""`Latents`: a data set that `encode-dataset` wrote, normalised by the statistics that it records."""
 
 from typing import Any
 
@@ -13,13 +13,20 @@ from ..data.rows import RowBatches, digest_of, split_by_name
 from ..data.training_data import HELD_OUT
 from ..parts import Draws
 
-CONTENTS = ("moments", "sample", "mode")
+CONTENTS = (
+    "moments",
+    "sample",
+    "mode",
+)  # what a data set may hold: posteriors, draws of them, or their modes
 
 
 class Latents:
-    """The rows of a data set: `read` gives what is stored, `normalised` latents of mean 0, deviation 1 a channel.
+    """A data set of latents: `read` returns them as stored, `normalised` with mean 0 and deviation 1 a channel.
 
-    key: what the configuration calls it, for errors. mean, std: of each channel, (1, C, 1, 1).
+    folder: the data set. key: the key of the configuration that names it, for errors. label_column: the column of
+    the classes, None without classes. shape: (C, h, w) of the latents. mean, std: (1, C, 1, 1). classes: the
+    classes in the order of their labels, or None. Raises ValueError, which names the key, for data that cannot be
+    used.
     """
 
     def __init__(self, folder: str, key: str, label_column: str | None):
@@ -40,7 +47,11 @@ class Latents:
         return len(self.dataset)
 
     def read(self, numbers: np.ndarray) -> dict[str, Tensor]:
-        """Of these rows "stored", (B, C or 2C, h, w) float32, and "labels", (B,), where there are classes."""
+        """Read the rows `numbers`, (B,).
+
+        Returns "stored", (B, C, h, w), or (B, 2C, h, w) for moments, float32; with classes also "labels", (B,)
+        int64.
+        """
         rows = [self.dataset.rows[int(number)] for number in numbers]
         found = {"stored": torch.stack([stored_latents(row, self.content).float() for row in rows])}
         if self.classes is not None:
@@ -49,7 +60,7 @@ class Latents:
         return found
 
     def normalised(self, stored: Tensor, draws: Draws) -> Tensor:
-        """What is stored -> latents (B, C, h, w), of moments a draw from each posterior, normalised."""
+        """What `read` returned as "stored" -> normalised latents (B, C, h, w); moments are sampled by `draws`."""
         z = stored
         if self.content == "moments":
             posterior = DiagonalGaussian(stored)
@@ -57,9 +68,11 @@ class Latents:
         return (z - self.mean.to(z.device)) / self.std.to(z.device)
 
     def split(self, held_out: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Split the rows by name (`split_by_name`): numbers of the rows to train on, and of those held out."""
         return split_by_name(self.dataset.rows["source_id"], held_out, HELD_OUT, "data.validation_images")
 
     def batches(self, rows: np.ndarray, batch_size: int, seed: int) -> RowBatches:
+        """Batches of `rows` in random order, to train on; dicts as `read` returns them."""
         names = [name.encode() for name in self.dataset.rows["source_id"]]
         made = self.manifest["model"]["weights_sha256"].encode()
         found = {"images": len(self), "sha256": digest_of([made, *names])}
@@ -86,7 +99,7 @@ class Latents:
         return (channels // 2 if self.content == "moments" else channels, height, width)
 
     def _class_names(self) -> list[Any]:
-        """The classes in order: their numbers from 0 to the largest, or their names sorted."""
+        """The classes in the order of their labels: whole numbers from 0 to the largest, or names, sorted."""
         if self.label_column not in self.dataset.kept:
             raise ValueError(
                 f"data.label_column: {self.label_column} is no column of {self.folder}; allowed: what "

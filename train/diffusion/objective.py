@@ -1,6 +1,6 @@
-"""Paths from latents to noise, and what the network predicts on them, as pure functions; their schedulers.
+"""Paths from latents to noise, what the network predicts on them, and the schedulers that sample along them.
 
-z: latents of deviation one; e: standard normal noise; u: uniform in [0, 1).
+z: latents of deviation 1; e: standard normal noise; u: uniform in [0, 1), the time before scaling.
 
 | | x_t | target | time t |
 |---|---|---|---|
@@ -16,11 +16,15 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
-TIMESTEPS = 1000  # what diffusers' schedulers call the time of pure noise
+TIMESTEPS = 1000  # diffusers' timestep of pure noise
 
 
 class Noisy(NamedTuple):
-    """latents: x_t, (B, C, h, w). timestep: (B,), as the network is told it. target: what it has to predict."""
+    """A point on a path, for a batch.
+
+    latents: x_t, (B, C, h, w). timestep: (B,), as diffusers' networks take it. target: what the network has to
+    predict, (B, C, h, w).
+    """
 
     latents: Tensor
     timestep: Tensor
@@ -28,7 +32,10 @@ class Noisy(NamedTuple):
 
 
 class Path(Protocol):
-    """scheduler: for pipelines, which takes the network's prediction along the same path."""
+    """A path from latents to noise. scheduler: samples along this path in pipelines.
+
+    `path(z, noise, u)` returns the point at time u: z, noise (B, C, h, w), u (B,) in [0, 1).
+    """
 
     scheduler: SchedulerMixin
 
@@ -36,7 +43,7 @@ class Path(Protocol):
 
 
 class Flow:
-    """The straight path. Steps are of second order (DPM-Solver++), whose x_0 is x_t - t v here."""
+    """The straight path of rectified flow; sampled in second-order steps (DPM-Solver++), with x_0 = x_t - t v."""
 
     def __init__(self) -> None:
         self.scheduler = DPMSolverMultistepScheduler(
@@ -49,7 +56,7 @@ class Flow:
 
 
 class CosineV:
-    """The cosine schedule in whole timesteps, with the target v."""
+    """The cosine schedule in whole timesteps, with the target v; sampled by DDIM."""
 
     def __init__(self) -> None:
         self.scheduler = DDIMScheduler(
@@ -71,14 +78,15 @@ PATHS: dict[str, type[Path]] = {"flow": Flow, "v": CosineV}
 
 
 def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """(B, C, h, w) twice -> (B,), the mean over an image, in float32."""
+    """Mean squared error of each image: predicted and target (B, C, h, w) -> (B,), float32."""
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
 def spread_times(count: int, each: int) -> Tensor:
-    """Times for the validation of `count` images, `each` a time: (count, each) in [0, 1), evenly spread.
+    """Times to validate `count` images at, `each` for every image: (count, each) in [0, 1), float32.
 
-    Between images they are moved by the golden ratio, so that all times are covered.
+    The times of an image are evenly spaced. From image to image they are shifted by the golden ratio of their
+    distance, so that together they cover all times.
     """
     moved = (torch.arange(count, dtype=torch.float64) * 0.6180339887498949) % 1
     return ((torch.arange(each) + moved[:, None]) / each).float()

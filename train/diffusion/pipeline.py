@@ -1,4 +1,4 @@
-"""The network, the autoencoder and the pipeline, all of diffusers' own classes."""
+"""Build the transformer, the autoencoder and the pipeline, all of diffusers' own classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from kl_autoencoder.latents.encode_dataset import weights_hash
 from ..config.latent_diffusion import MOST_CLASSES, DiTConfig
 from .latents import Latents
 
-NO_CLASS = MOST_CLASSES  # the label of no class in `DiTPipeline`
+NO_CLASS = MOST_CLASSES  # the label by which `DiTPipeline` says "no class"
 
 
 def build_transformer(config: DiTConfig, latents: Latents) -> DiTTransformer2DModel:
-    """A new DiT for latents of this shape, which starts as adaLN-Zero: no block changes anything, it predicts 0.
+    """A new DiT for latents of this shape, initialised as adaLN-Zero: no block changes anything, and it predicts 0.
 
-    With classes it has the table of 1000 that `DiTPipeline` counts on for guidance. Raises ValueError naming the
-    key for a patch that does not fit.
+    With classes it has a table of 1000 and "no class", on which `DiTPipeline` relies for guidance. Raises
+    ValueError, which names the key, if the latents are not square or their side is no multiple of `patch_size`.
     """
     channels, height, width = latents.shape
     if height != width or height % config.patch_size:
@@ -40,12 +40,12 @@ def build_transformer(config: DiTConfig, latents: Latents) -> DiTTransformer2DMo
         num_embeds_ada_norm=1 if latents.classes is None else MOST_CLASSES,
     )
     start_as_identity(transformer)
-    return transformer.eval()  # in training mode diffusers would draw which labels are dropped, unseeded
+    return transformer.eval()  # in training mode diffusers would drop labels by an unseeded generator
 
 
 @torch.no_grad()
 def start_as_identity(transformer: DiTTransformer2DModel) -> None:
-    """Zero the modulations and the last layer, and start embeddings small (Peebles & Xie 2023, section 3.2)."""
+    """Set modulations and last layer to 0, and embeddings to small numbers (Peebles & Xie 2023, section 3.2)."""
     for block in transformer.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)
@@ -56,7 +56,11 @@ def start_as_identity(transformer: DiTTransformer2DModel) -> None:
 
 
 def load_autoencoder(name: str | None, latents: Latents) -> KLAutoencoder:
-    """The autoencoder that encoded the data set. ValueError naming the key for another, or for none."""
+    """Load the autoencoder that encoded the data set, float32 on the CPU.
+
+    name: folder, file or hub id; None for the one that the data set names. Raises ValueError, which names the key,
+    if it cannot be loaded, is no AutoencoderKL, or has other weights than the one that encoded the data set.
+    """
     name = name or latents.manifest.get("made_from", {}).get("model", "")
     try:
         vae = load_model(name, "cpu", None)
@@ -76,11 +80,12 @@ def load_autoencoder(name: str | None, latents: Latents) -> KLAutoencoder:
 
 @torch.no_grad()
 def with_normalised_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
-    """diffusers' AutoencoderKL whose latents are (z - mean) / std of those of `vae`; it decodes to the same images.
+    """A copy of `vae` as diffusers' AutoencoderKL, with latents (z - mean) / std, which decode to the same images.
 
     `DiTPipeline` only divides by `scaling_factor`; so mean and std (C values each) become part of the 1x1
-    convolutions after the encoder and before the decoder: with W h + b the moments, those of the result are
-    ((W h + b)_mean - mean) / std and (W h + b)_logvar - 2 log std, and its decoder gets W (std z + mean) + b.
+    convolutions after the encoder and before the decoder. If W h + b are the moments of `vae`, those of the result
+    are ((W h + b)_mean - mean) / std and (W h + b)_logvar - 2 log std. If `vae` decodes from W z + b, the result
+    decodes from W (std z + mean) + b. scaling_factor is 1.
     """
     mean, std = mean.flatten().float(), std.flatten().float()
     own = {key: value for key, value in vae.config.items() if not key.startswith("_")}
@@ -108,16 +113,22 @@ def build_pipeline(
     scheduler: SchedulerMixin,
     classes: Sequence[Any] | None,
 ) -> DiTPipeline:
-    """`pipe(class_labels=[0, 1], guidance_scale=1.5).images`; without classes every label is 0, guidance 1."""
+    """Build the pipeline, for `pipe(class_labels=[0, 1], guidance_scale=1.5).images`.
+
+    classes: names in the order of their labels; with None, call it with the label 0 and guidance_scale 1.
+    """
     names = {str(i): str(name) for i, name in enumerate(classes)} if classes is not None else None
     pipe = DiTPipeline(transformer, vae, scheduler, id2label=names)
-    pipe.register_to_config(id2label=names)  # or it would not be saved
+    pipe.register_to_config(id2label=names)  # without this, save_pretrained would leave the names out
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def pictures(pipe: DiTPipeline, labels: Sequence[int], steps: int, guidance: float, seed: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] of the classes `labels`, on the CPU."""
+    """Sample images of the classes `labels` (length B): (B, 3, H, W) in [-1, 1], on the CPU.
+
+    steps: of the scheduler. guidance: scale of classifier-free guidance, 1 for none. seed: of the noise.
+    """
     drawn = pipe(
         class_labels=list(labels),
         guidance_scale=guidance,

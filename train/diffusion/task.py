@@ -1,4 +1,4 @@
-"""The task of a run that trains a diffusion model on the latents of an autoencoder."""
+"""The task `latent_diffusion`: train a diffusion model on the latents of an autoencoder."""
 
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from .pipeline import (
     with_normalised_latents,
 )
 
-TIMES = 4  # at which each held-out image is measured
-VALIDATION = 0  # the seed of its noise: the same in every run, so that runs can be compared
+TIMES = 4  # number of times at which each held-out image is measured
+VALIDATION = 0  # seed of the noise in validation: the same in every run, so that runs can be compared
 
 
 class LatentDiffusionTask(OneNetwork):
-    """A DiT on normalised latents. `network` is the transformer; the autoencoder is not trained.
+    """Trains a DiT on normalised latents. `network` is the transformer; the autoencoder is not trained.
 
-    Making one raises ValueError naming the key, for data sets, autoencoders and networks that do not fit together.
+    Creating it raises ValueError, which names the key, if data set, autoencoder and network do not fit together.
     """
 
     shown = ("loss",)
@@ -57,7 +57,7 @@ class LatentDiffusionTask(OneNetwork):
         super().__init__(run, build_transformer(config.model, self.latents))
 
     def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
-        """The mean squared error of what the network predicts at a time that is drawn for each sample."""
+        """Train on the mean squared error of the prediction, at a time that is drawn for each sample."""
         seed, samples, device = self.config.seed, batch["sample"], self.run.device
         z = self.latents.normalised(batch["stored"], Draws(seed, samples, device, POSTERIOR_NOISE))
         draws = Draws(seed, samples, device, DIFFUSION)
@@ -71,7 +71,7 @@ class LatentDiffusionTask(OneNetwork):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """`loss` of held-out latents of deviation one, always at the same times with the same noise."""
+        """Return `loss`, the mean squared error on held-out latents, always for the same times and noise."""
         size, found = self.config.validation.batch_size, [torch.zeros(0)]
         times = spread_times(len(self.held_out_rows), TIMES)
         for start in range(self.run.rank * size, len(self.held_out_rows), self.run.ranks * size):
@@ -88,7 +88,7 @@ class LatentDiffusionTask(OneNetwork):
 
     @torch.no_grad()
     def save_pictures(self, path: Path) -> bool:
-        """What the pipeline makes of noise, of the classes in turn."""
+        """Write pictures that the pipeline makes from noise, of the classes in turn."""
         validation = self.config.validation
         classes = 1 if self.latents.classes is None else len(self.latents.classes)
         labels = [i % classes for i in range(validation.pictures)]
@@ -112,13 +112,17 @@ class LatentDiffusionTask(OneNetwork):
         return network(noisy.latents, timestep=noisy.timestep, class_labels=labels).sample
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B,): the classes, 0 without any."""
+        """The labels of a batch, (B,) int64; 0 without classes."""
         if "labels" in batch:
             return batch["labels"]
         return torch.zeros(len(batch["stored"]), dtype=torch.int64, device=self.run.device)
 
     def _held_out(self, data: LatentsConfig, rows: np.ndarray | None) -> tuple[Latents, np.ndarray]:
-        """The held-out rows, of data.train or of data.validation."""
+        """Return the data set of the held-out latents, and their rows there.
+
+        rows: held-out rows of data.train, None to take rows of data.validation. Raises ValueError if those latents
+        are of another autoencoder.
+        """
         if rows is not None:
             return self.latents, rows
         other = Latents(data.validation, "data.validation", data.label_column)

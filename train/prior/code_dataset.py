@@ -1,4 +1,4 @@
-"""A data set of codes that `encode-dataset --content codes` wrote."""
+"""`CodeDataset`: codes that `encode-dataset --content codes` wrote; `StoredCodes`: those of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from .codes import Codes
 
 
 def is_code_dataset(folder: str) -> bool:
+    """Whether `folder` was written by `encode-dataset`."""
     return (Path(folder).expanduser() / MANIFEST).is_file()
 
 
 class CodeDataset:
-    """names: of the images. `codes(rows)` reads the codes and, where there are any, the classes of rows.
+    """A data set of codes; `codes(numbers)` reads the codes, and with classes the labels, of these rows.
 
-    key: what the configuration calls the folder, for errors. Raises ValueError for a folder of latents, of another
-    autoencoder, or of several shapes.
+    key: the key of the configuration that names the folder, for errors. classes: how many there are, None without.
+    names: of the images. Raises ValueError if the folder holds no codes, codes of another autoencoder or of several
+    shapes, or no such column of labels.
     """
 
     def __init__(self, folder: str, key: str, autoencoder: Any, config: CodesConfig, classes: int | None):
@@ -51,6 +53,7 @@ class CodeDataset:
         self.labels = labels_of_rows(Source(folder, "", config.label_column, False), data.rows, classes)
 
     def codes(self, numbers: np.ndarray) -> Codes:
+        """Read the codes of the rows `numbers`, in this order."""
         rows = [self.rows[int(number)] for number in numbers]
         grids = torch.stack([stored_latents(row, "codes")[0].long() for row in rows])
         if self.labels is None:
@@ -59,7 +62,7 @@ class CodeDataset:
 
 
 class StoredCodes:
-    """The data sets of a run: `trained`, `held_out` and `found`, as `EncodedImages` has them."""
+    """The codes of a run, read from data sets; `trained`, `held_out` and `found` are those of `EncodedImages`."""
 
     def __init__(self, config: CodePriorConfig, autoencoder: Any):
         data, classes = config.data, config.model.classes

@@ -1,4 +1,4 @@
-"""Images of a source as grids of codes of a discrete autoencoder, encoded once."""
+"""Encode the images of a source to grids of codes of a discrete autoencoder, once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,32 +17,34 @@ from ..data.rows import digest_of
 from ..data.training_data import HELD_OUT, split_rows
 from ..loop.context import RunContext
 
-AT_ONCE = 16  # images; the same ones on any number of ranks, so that none is rounded otherwise
+AT_ONCE = 16  # images a batch: the same ones on any number of ranks, so that results are rounded alike
 TRAIN, VALIDATION = Keys("data.train", "data.image_column"), Keys("data.validation", "data.image_column")
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes (N, h, w) of N images, int64, and their labels (N,) where they have any."""
+    """The codes of N images, grids (N, h, w) int64, and their labels (N,) int64, None without classes."""
 
     grids: Tensor
     labels: Tensor | None
 
     def rows(self, numbers: np.ndarray) -> dict[str, Tensor]:
+        """A batch of the images `numbers`: "codes" (B, h, w) and, with classes, "labels" (B,)."""
         chosen = torch.from_numpy(numbers)
         labels = {} if self.labels is None else {"labels": self.labels[chosen]}
         return {"codes": self.grids[chosen], **labels}
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
+        """All images in order, in batches of `size`, the last of which may be smaller."""
         return [
             self.rows(np.arange(i, min(i + size, len(self.grids)))) for i in range(0, len(self.grids), size)
         ]
 
 
 class EncodedImages:
-    """The images of a run as codes: `trained`, `held_out`, and the fingerprint `found` of the source.
+    """The images of a run, encoded to codes: `trained`, `held_out`, and `found`, a fingerprint of the source.
 
-    Raises ValueError or FileNotFoundError naming the key for a source that cannot be used.
+    Raises ValueError or FileNotFoundError, which names the key, for a source that cannot be used.
     """
 
     def __init__(self, config: CodePriorConfig, autoencoder: Any, run: RunContext):
@@ -66,9 +68,11 @@ class EncodedImages:
         self.held_out = self._encode(others, rows, data.validation, "data.validation")
 
     def _encode(self, images: Any, rows: np.ndarray, source: str, key: str) -> Codes:
-        """The codes of all images that can be read and have a class, where there are any; in the order of rows.
+        """Encode the images in `rows`, in this order.
 
-        Each batch is encoded by one of the ranks. Raises ValueError naming `key` if nothing is left.
+        Unreadable images are left out, and in a run with classes also images without a class. Each batch is encoded
+        by one of the ranks. With `horizontal_flip` each image is followed by its mirror image. Raises ValueError,
+        which names `key`, if no image is left.
         """
         side = self.config.resolution or self.autoencoder.config.sample_size
         channels, column = self.autoencoder.config.in_channels, self.config.image_column
@@ -94,11 +98,12 @@ class EncodedImages:
 
     @torch.no_grad()
     def _codes(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> codes (B, h, w) int64, on the CPU."""
         model = self.autoencoder
         return model.encode_indices(images.to(model.device, model.dtype)).cpu()
 
     def _label(self, row: dict) -> int | None:
-        """The class of an image, 0 in a run without classes; None of one that has none of the known ones."""
+        """The class of an image; 0 in a run without classes, None if the image has none of the known classes."""
         if self.labels is None:
             return 0
         try:

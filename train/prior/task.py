@@ -1,4 +1,4 @@
-"""The task of a run that trains a prior over the codes of a discrete autoencoder."""
+"""The task `code_prior`: train a prior over the codes of a discrete autoencoder."""
 
 import math
 from pathlib import Path
@@ -21,9 +21,10 @@ from .codes import EncodedImages
 
 
 class CodePriorTask(OneNetwork):
-    """A transformer that learns the codes of images, in the order of a page.
+    """Trains a transformer on the codes of images, in raster order.
 
-    Making one encodes all images, or reads their codes. Raises ValueError or FileNotFoundError naming the key.
+    Creating it encodes all images, or reads their codes. Raises ValueError or FileNotFoundError, which names the
+    key, if autoencoder or data cannot be used.
     """
 
     shown = ("loss",)
@@ -53,13 +54,13 @@ class CodePriorTask(OneNetwork):
         super().__init__(run, prior)
 
     def micro_batch(self, step: int, batch: dict) -> dict[str, Tensor]:
-        """Cross-entropy of each code given those before it, in nats a code."""
+        """Train on the cross-entropy of each code given those before it, in nats a code."""
         logits = self.player.network(batch["codes"], batch.get("labels"))
         return self.move(F.cross_entropy(logits.float().flatten(0, 2), batch["codes"].flatten()))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """`nll`: mean -log p of the held-out images' codes, in nats a code; and as `bits`."""
+        """Return `nll`, the mean -log p of held-out images' codes in nats a code, and `bits`, the same in bits."""
         prior, held_out = self.exported.eval(), self.codes.held_out
         batches = held_out.batches(self.config.validation.batch_size)[self.run.rank :: self.run.ranks]
         found = [
@@ -73,7 +74,7 @@ class CodePriorTask(OneNetwork):
 
     @torch.no_grad()
     def save_pictures(self, path: Path) -> bool:
-        """Decode draws, of the labels in turn where the prior knows any."""
+        """Write decoded draws from the prior, with the labels in turn if it has classes."""
         count, classes = self.config.validation.pictures, self.config.model.classes
         labels = None if classes is None else torch.arange(count) % classes
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -86,7 +87,10 @@ class CodePriorTask(OneNetwork):
 
 
 def load_discrete(name: str, device: str) -> Any:
-    """The discrete autoencoder `name`. Raises ValueError or FileNotFoundError naming model.autoencoder."""
+    """Load the discrete autoencoder `name`, in float32.
+
+    Raises ValueError, which names model.autoencoder, if it cannot be loaded, is not discrete, or has classes.
+    """
     try:
         model = load_model(name, device, "float32")
     except (ValueError, OSError) as error:
@@ -103,5 +107,5 @@ def load_discrete(name: str, device: str) -> Any:
 
 
 def decoded(autoencoder: Any, codes: Tensor) -> Tensor:
-    """Codes (B, h, w) -> images (B, C, H, W) in [-1, 1], on the CPU, one at a time, float32."""
+    """Decode codes (B, h, w), one image at a time -> images (B, C, H, W) in [-1, 1], float32, on the CPU."""
     return torch.cat([autoencoder.decode_indices(one).float().cpu() for one in codes.split(1)])

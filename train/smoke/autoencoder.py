@@ -1,4 +1,4 @@
-"""What shrinks in the recipe of an autoencoder: sources, crops, batch, network, delays of the discriminator."""
+"""Shrink the recipe of an autoencoder: sources, crops, batch, network, delays of the discriminator."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +10,17 @@ from kl_autoencoder.models.autoencoder_kl import COMPACT
 from ..config import AdversarialConfig, AutoencoderConfig, ModelConfig
 from ..data.config import DataConfig
 
-WIDTHS = (16, 32)  # of the first level and of all others: a shortcut convolution, as in the network itself
-GROUPS = 4  # the fewest that `model.start: enlargement` has room for in 16 channels
-STATISTICS_SAMPLES = 4  # the scaling factor that comes of it is thrown away
-SIDE = 64  # pixels: a multiple of every downsampling up to 64, and enough for LPIPS
+WIDTHS = (
+    16,
+    32,
+)  # of the first and of all other levels: they differ, so that there is a shortcut convolution
+GROUPS = 4  # of each GroupNorm; 16 channels in 4 groups are enough for `model.start: enlargement`
+STATISTICS_SAMPLES = 4  # few, since the scaling factor that they give is thrown away
+SIDE = 64  # pixels a side of a crop: a multiple of every downsampling up to 64, and enough for LPIPS
 
 
 def shrink(config: AutoencoderConfig) -> AutoencoderConfig:
-    """The same recipe with small sections of its own."""
+    """Return the same recipe with the sections of this task made small."""
     loss, validation = config.loss, config.validation
     perceptual = replace(loss.perceptual, required=False, net=_net_with_local_backbone(loss.perceptual.net))
     return replace(
@@ -36,7 +39,7 @@ def shrink(config: AutoencoderConfig) -> AutoencoderConfig:
 
 
 def replaced(before: AutoencoderConfig, after: AutoencoderConfig) -> list[str]:
-    """A line for each source that is not on this machine, and for the discriminator."""
+    """Return a line for each source, model and LPIPS network that was replaced, and a pretrained discriminator."""
     pairs = [
         ("data.train", before.data.train, after.data.train),
         ("model.pretrained", before.model.pretrained, after.model.pretrained),
@@ -50,7 +53,8 @@ def replaced(before: AutoencoderConfig, after: AutoencoderConfig) -> list[str]:
 
 
 def small_data(config: DataConfig) -> DataConfig:
-    most = 2 * SIDE if config.buckets else SIDE  # some have sides of half of it
+    """Shrink crops and batch; sources that are not on this machine become samples that need no download."""
+    most = 2 * SIDE if config.buckets else SIDE  # some buckets have sides of half the resolution
     several = tuple(min(side, most * (1 + i)) for i, side in enumerate(config.resolutions))
     small = replace(
         config,
@@ -76,7 +80,7 @@ def _small_network(config: ModelConfig) -> ModelConfig:
         return config if is_here(config.pretrained) else ModelConfig(pretrained=COMPACT.name)
     levels = len(config.block_out_channels or (1,))  # AutoencoderKL's default is one level
     widths = (WIDTHS[0], *[WIDTHS[1]] * (levels - 1))
-    # a decoder of widths of its own is the narrower one here
+    # a decoder that has its own widths is narrower here than the encoder
     decoder = config.decoder_block_out_channels and (WIDTHS[0],) * levels
     small = {"block_out_channels": widths, "decoder_block_out_channels": decoder, "norm_num_groups": GROUPS}
     return replace(config, **small)
@@ -89,15 +93,16 @@ def _early(config: AdversarialConfig) -> AdversarialConfig:
         disc_warmup_steps=min(config.disc_warmup_steps, 1),
         ramp_steps=min(config.ramp_steps, 1),
         channels=min(config.channels, 8),
-        pretrained=False,  # which is of another size
+        pretrained=False,  # a pretrained one has another size
         r1_every=min(config.r1_every, 2),
     )
 
 
 def _net_with_local_backbone(net: str) -> str:
-    """The net itself if its weights are here, else SqueezeNet, whose 5 MB are soon fetched."""
+    """`net` if its weights are on this machine, else SqueezeNet, of which 5 MB are quickly downloaded."""
     return net if backbone_file(net).is_file() else "squeeze"
 
 
 def is_here(source: str) -> bool:
+    """Whether a source or model is on this machine: "compact", or an existing path."""
     return source == COMPACT.name or Path(source).expanduser().exists()

@@ -1,4 +1,4 @@
-"""What shrinks in the recipe of a prior over codes: batch and transformer. Its autoencoder has to be there."""
+"""Shrink the recipe of a prior over codes: batch and transformer. Its autoencoder has to exist."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from ..config import CodePriorConfig
 
 
 def shrink(config: CodePriorConfig) -> CodePriorConfig:
-    """The same recipe with small sections of its own."""
+    """Return the same recipe with the sections of this task made small."""
     data, model = config.data, config.model
     return replace(
         config,
@@ -17,5 +17,5 @@ def shrink(config: CodePriorConfig) -> CodePriorConfig:
 
 
 def replaced(before: CodePriorConfig, after: CodePriorConfig) -> list[str]:
-    """Nothing is left untested."""
+    """Return no lines: nothing is left untested."""
     return []

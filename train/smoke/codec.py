@@ -1,4 +1,4 @@
-"""What shrinks in the recipe of an entropy model: sources, crops, batch, qualities an image."""
+"""Shrink the recipe of an entropy model: sources, crops, batch, network, qualities an image."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from .autoencoder import is_here, small_data
 
 
 def shrink(config: EntropyModelConfig) -> EntropyModelConfig:
-    """The same recipe with small sections of its own."""
+    """Return the same recipe with the sections of this task made small."""
     model, qualities = config.model, config.qualities
     if not is_here(model.pretrained):
         model = replace(model, pretrained=COMPACT.name, subfolder=None)
@@ -22,7 +22,7 @@ def shrink(config: EntropyModelConfig) -> EntropyModelConfig:
 
 
 def replaced(before: EntropyModelConfig, after: EntropyModelConfig) -> list[str]:
-    """A line for each source that is not on this machine."""
+    """Return a line for the source and the model that were replaced because they are not on this machine."""
     pairs = [
         ("data.train", before.data.train, after.data.train),
         ("model.pretrained", before.model.pretrained, after.model.pretrained),

@@ -1,4 +1,4 @@
-"""What shrinks in the recipe of a diffusion model: batch and transformer. Its latents have to be there."""
+"""Shrink the recipe of a diffusion model: batch and transformer. Its latents have to exist."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from ..config import LatentDiffusionConfig
 
 
 def shrink(config: LatentDiffusionConfig) -> LatentDiffusionConfig:
-    """The same recipe with small sections of its own."""
+    """Return the same recipe with the sections of this task made small."""
     data, model, validation = config.data, config.model, config.validation
     return replace(
         config,
@@ -21,5 +21,5 @@ def shrink(config: LatentDiffusionConfig) -> LatentDiffusionConfig:
 
 
 def replaced(before: LatentDiffusionConfig, after: LatentDiffusionConfig) -> list[str]:
-    """Nothing is left untested."""
+    """Return no lines: nothing is left untested."""
     return []

@@ -1,7 +1,8 @@
-"""What shrinks in the recipe of every task: steps, intervals, accumulation. Each task shrinks its own sections.
+"""Shrink what the recipes of all tasks have: steps, intervals, accumulation. Each task shrinks its own sections.
 
-What a recipe can get wrong is mostly how its parts meet: the objective, mixed precision, gradient accumulation, the
-moving average, checkpoints, the export. These stay as the recipe has them, and on a GPU compilation too.
+Mistakes in a recipe are mostly in how its parts work together: the objective, mixed precision, gradient
+accumulation, the moving average, checkpoints, the export. These stay as the recipe has them; on a GPU compilation
+does, too.
 """
 
 import tempfile
@@ -24,8 +25,9 @@ from ..config import (
 )
 from . import autoencoder, code_prior, codec, latent_diffusion
 
-STEPS = 6  # 2 without the discriminator, 1 in which it trains unfelt, 1 of the ramp, 2 of everything
-# by the class of a task's configuration, the module with its `shrink` and `replaced`
+# 2 steps without the discriminator, 1 in which it trains alone, 1 of the ramp, 2 with everything
+STEPS = 6
+# class of a task's configuration -> the module with its `shrink` and `replaced`
 OWN_SECTIONS = {
     AutoencoderConfig: autoencoder,
     CodePriorConfig: code_prior,
@@ -36,17 +38,19 @@ OWN_SECTIONS = {
 
 @contextmanager
 def smoke_run(config: Config) -> Iterator[Config]:
-    """The shrunk configuration, in a temporary folder that is the same on every rank and gone after the block."""
+    """Yield the shrunk configuration; its temporary folder is the same on every rank, and removed at the end."""
     place = distributed.join()
     with tempfile.TemporaryDirectory(prefix="smoke-") as own, download_timeout():
         [folder, *_] = distributed.gather([own])
         yield shrink(config, Path(folder) / "run")
-        if torch.distributed.is_initialized():  # not where training has ended well: the ranks parted after it
-            place.wait_for_everyone()  # before the folder goes
+        if (
+            torch.distributed.is_initialized()
+        ):  # it is not after training that ended well, which ends the group
+            place.wait_for_everyone()  # the folder is removed after this
 
 
 def shrink(config: Config, folder: Path) -> Config:
-    """The same recipe at small sizes, writing to `folder`; a source that is not on this machine is replaced."""
+    """Return the same recipe at small sizes, with output_dir `folder`; sources not on this machine are replaced."""
     config = OWN_SECTIONS[type(config)].shrink(config)
     train, optimizer = config.train, config.optimizer
     on_cpu = not torch.accelerator.is_available()
@@ -59,7 +63,7 @@ def shrink(config: Config, folder: Path) -> Config:
             steps=min(train.steps, STEPS),
             gradient_accumulation=min(train.gradient_accumulation, 2),
             mixed_precision="bf16" if on_cpu and train.mixed_precision == "fp16" else train.mixed_precision,
-            compile=train.compile and not on_cpu,  # minutes there, for a few steps
+            compile=train.compile and not on_cpu,  # on a CPU compiling takes minutes
         ),
         log=replace(config.log, every=1),
         validation=replace(config.validation, every=min(config.validation.every, STEPS // 2)),
@@ -68,7 +72,7 @@ def shrink(config: Config, folder: Path) -> Config:
 
 
 def replaced(before: Config, after: Config) -> list[str]:
-    """What of the recipe is not tested, a line each: sources that are not on this machine, and compilation."""
+    """Return a line for each thing that is not tested: sources not on this machine, compilation on a CPU."""
     lines = OWN_SECTIONS[type(before)].replaced(before, after)
     if before.train.compile and not after.train.compile:
         lines.append("train.compile: compiling would take minutes on a CPU; not tested here")

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen sections, read from YAML, overridden from the command line, all checked."""
+"""The configuration of a run: frozen, checked sections, read from YAML and overridden from the command line."""
 
 from .autoencoder import (
     AdversarialConfig,

@@ -1,4 +1,4 @@
-"""The configuration of the task `autoencoder`: what it has beside the sections of every run."""
+"""The configuration of the task `autoencoder`: the sections that it adds to those of every run."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -14,19 +14,20 @@ from ..parts.views import IdentityConfig
 from ..settings import LPIPSNet, Number, Recomputed, Text, Whole, choice, key, section
 from .run import LARGE, STEPS, Config, TrainConfig, ValidationConfig
 
-WIDEST, DEEPEST, LEVELS = 65536, 32, 10  # of networks: channels, ResNet blocks a level, levels
+WIDEST, DEEPEST, LEVELS = 65536, 32, 10  # largest numbers of channels, ResNet blocks a level, and levels
 Count = int | None
 Widths = tuple[Annotated[Whole, Field(ge=1, le=WIDEST)], ...]
 Means = tuple[Annotated[Number, Field(ge=-LARGE, le=LARGE)], ...]
 Deviations = tuple[Annotated[Number, Field(gt=0, le=LARGE)], ...]
-RELATIVE = "Autoencoder"  # the class of what diffusers has none for
+RELATIVE = "Autoencoder"  # this package's class, for models that diffusers has no class for
 RELATIVE_KEYS = (
     *("network", "hidden_sizes", "classes", "bottleneck", "in_channels", "out_channels"),
     *("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size"),
     *("scaling_factor", "mid_block_add_attention"),
 )
+# `ModelConfig.__post_init__` does not refuse these options beside model.pretrained, or checks them on its own
 BESIDE_PRETRAINED = ("decoder_block_out_channels", "network", "hidden_sizes", "classes", "bottleneck")
-# of the keys below those that are no argument of the model's class, or of an `Autoencoder` alone
+# keys of `ModelConfig` that are arguments of no model class, or only of `Autoencoder`
 OWN_KEYS = (
     *("pretrained", "subfolder", "kind", "start", "bottleneck", "network", "hidden_sizes", "classes"),
     "label_dropout",
@@ -35,79 +36,84 @@ OWN_KEYS = (
 
 @section
 class ModelConfig:
-    """A new network by the keys of diffusers' class, or a pretrained one to go on from.
+    """A new network, by the keys of diffusers' class, or a pretrained one to continue from.
 
-    What is left out is that class's default, or what the pretrained model says.
+    A key that is not given has the default of that class, or the value of the pretrained model.
     """
 
     pretrained: str | None = key(
         None, "start from this folder, single file, hub id, or compact, the model in the package"
     )
-    subfolder: str | None = key(None, "where in `pretrained` the autoencoder is, such as vae")
+    subfolder: str | None = key(None, "folder in `pretrained` that holds the autoencoder, such as vae")
     kind: Literal["AutoencoderKL", "AutoencoderKLFlux2"] = choice(
         "AutoencoderKL",
-        "diffusers' class of a new network; the second normalises patches of latents by statistics of its own",
+        "diffusers' class of a new network; the second normalises patches of latents by statistics that it keeps",
     )
     network: Literal["conv", "mlp"] = choice(
-        "conv", "the network of that class, or fully connected layers, for images of one small size"
+        "conv",
+        "the convolutional network of that class, or fully connected layers, for images of one small size",
     )
     hidden_sizes: Widths = key((400,), "widths of an mlp's hidden layers; the decoder has them in reverse")
     classes: int = key(
         0,
-        "classes of the images, whose label modulates both networks (CVAE); 0: no labels",
+        "number of classes of the images; the label modulates encoder and decoder (CVAE); 0: no labels",
         low=0,
         high=10**6,
     )
     label_dropout: float = key(0.0, "share of the training images whose label is left out", low=0, high=1)
     start: Literal["random", "enlargement"] = choice(
         "random",
-        "what a new network computes: random numbers, or the shrunk image enlarged again, which saves much of a "
-        "short training",
+        "initial weights of a new network: random, or such that it returns the image shrunk and enlarged again, "
+        "which saves much of a short training",
     )
     bottleneck: Any = Field(
         KLBottleneckConfig(), description="what lies between encoder and decoder, by its kind"
     )
-    in_channels: Count = key(None, "channels of the images that go in", low=1, high=WIDEST)
-    out_channels: Count = key(None, "channels of the images that come out", low=1, high=WIDEST)
-    down_block_types: tuple[Text, ...] | None = key(None, "one DownEncoderBlock2D a level")
-    up_block_types: tuple[Text, ...] | None = key(None, "one UpDecoderBlock2D a level")
-    block_out_channels: Widths | None = key(None, "width of each level; f = 2^(levels - 1)")
+    in_channels: Count = key(None, "channels of the encoder's input images", low=1, high=WIDEST)
+    out_channels: Count = key(None, "channels of the decoder's output images", low=1, high=WIDEST)
+    down_block_types: tuple[Text, ...] | None = key(None, "a list of one DownEncoderBlock2D for each level")
+    up_block_types: tuple[Text, ...] | None = key(None, "a list of one UpDecoderBlock2D for each level")
+    block_out_channels: Widths | None = key(
+        None, "channels of each level, the finest first; the downsampling factor f is 2^(levels - 1)"
+    )
     decoder_block_out_channels: Widths | None = key(
         None,
-        "widths of the decoder's levels, of AutoencoderKLFlux2; beside model.pretrained a new decoder for its "
-        "encoder",
+        "channels of the decoder's levels, for AutoencoderKLFlux2; with model.pretrained they make a new decoder "
+        "for its encoder",
     )
     layers_per_block: Count = key(
-        None, "ResNet blocks a level of the encoder; the decoder has one more", low=1, high=DEEPEST
+        None, "ResNet blocks in each level of the encoder; the decoder has one more", low=1, high=DEEPEST
     )
-    act_fn: str | None = key(None, "the nonlinearity; silu")
+    act_fn: str | None = key(None, "the nonlinearity, silu")
     latent_channels: Count = key(None, "channels of the latents", low=1, high=WIDEST)
     norm_num_groups: Count = key(None, "groups of each GroupNorm", low=1, high=WIDEST)
     sample_size: Count = key(None, "side in pixels of the images that the model is for", low=1, high=WIDEST)
     scaling_factor: float | None = key(
         None,
-        "what latents are multiplied by for diffusion; measured at the end of a training in any case",
+        "diffusion multiplies latents by this; training measures it anew at its end in any case",
         above=0,
         high=LARGE,
     )
     shift_factor: float | None = key(
-        None, "what is subtracted from latents before they are scaled", low=-LARGE, high=LARGE
+        None, "diffusion subtracts this from latents before it scales them", low=-LARGE, high=LARGE
     )
     latents_mean: Means | None = key(None, "mean of each latent channel")
     latents_std: Deviations | None = key(None, "standard deviation of each latent channel")
-    force_upcast: bool | None = key(None, "whether pipelines decode in float32 where they run in float16")
-    use_quant_conv: bool | None = key(None, "a 1x1 convolution after the encoder")
-    use_post_quant_conv: bool | None = key(None, "a 1x1 convolution before the decoder")
-    mid_block_add_attention: bool | None = key(None, "attention in the middle of encoder and decoder")
+    force_upcast: bool | None = key(None, "whether pipelines that run in float16 decode in float32")
+    use_quant_conv: bool | None = key(None, "whether there is a 1x1 convolution after the encoder")
+    use_post_quant_conv: bool | None = key(None, "whether there is a 1x1 convolution before the decoder")
+    mid_block_add_attention: bool | None = key(
+        None, "whether the middle blocks of encoder and decoder have attention"
+    )
 
     @property
     def class_name(self) -> str:
-        """The class of a new model: `kind`, or `Autoencoder` for what diffusers has no class for."""
+        """The class of a new model: `kind`, or `Autoencoder` for models that diffusers has no class for."""
         is_relative = self.network == "mlp" or self.classes or belongs_to_the_model(self.bottleneck)
         return RELATIVE if is_relative else self.kind
 
     def options(self) -> dict[str, Any]:
-        """The arguments of that class that were given."""
+        """The arguments for the class `class_name` that the configuration gives."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         given = {name: value for name, value in given.items() if value is not None and name not in OWN_KEYS}
         if self.class_name == RELATIVE:
@@ -172,73 +178,82 @@ class PerceptualConfig:
     net: LPIPSNet = choice("vgg", "the network whose features are compared")
     bf16: bool = key(
         False,
-        "compute its features in bfloat16, half their memory; values within 0.4 %, gradients noisy (cosine 0.8 to "
-        "0.99 with those of float32)",
+        "compute the features in bfloat16, in half the memory; values are within 0.4 % of float32, gradients noisy "
+        "(cosine 0.8 to 0.99 with those of float32)",
     )
     required: bool = key(
-        True, "false: go on without the term, with a warning, where its weights cannot be had"
+        True,
+        "true: an error if LPIPS's weights cannot be found; false: train without the term, with a warning",
     )
 
 
 @section
 class KLConfig:
-    """KL(q(z|x) || N(0, I)), summed over an image, beside the reconstruction summed over it."""
+    """KL(q(z|x) || N(0, I)); KL and reconstruction are both summed over an image, so `weight` is the usual beta."""
 
-    weight: float = key(1e-6, "beta: multiplies the KL", low=0, high=LARGE)
+    weight: float = key(1e-6, "beta, which multiplies the KL", low=0, high=LARGE)
     warmup_steps: int = key(0, "the weight rises from 0 over so many steps", low=0, high=STEPS)
-    warmup: Literal["linear", "cosine"] = choice("linear", "how it rises")
+    warmup: Literal["linear", "cosine"] = choice("linear", "how the weight rises")
     cycle_steps: int | None = key(
-        None, "it falls to 0 again each so many steps (cyclical annealing, Fu et al. 2019)", low=1, high=STEPS
+        None,
+        "the weight starts again from 0 every so many steps (cyclical annealing, Fu et al. 2019); null: once",
+        low=1,
+        high=STEPS,
     )
     capacity: float | None = key(
         None,
-        "nats an image: the weight multiplies |KL - capacity| instead (Burgess et al. 2018)",
+        "in nats an image; the weight then multiplies |KL - capacity| instead of the KL (Burgess et al. 2018)",
         low=0,
         high=1e9,
     )
     capacity_steps: int = key(0, "the capacity rises from 0 over so many steps", low=0, high=STEPS)
-    free_bits: float = key(0.0, "bits a latent value that each channel has for nothing", low=0, high=LARGE)
+    free_bits: float = key(
+        0.0, "each channel may use so many bits a latent value without penalty", low=0, high=LARGE
+    )
 
 
 @section
 class AdversarialConfig:
     """A patch discriminator against blur."""
 
-    weight: float = key(0.0, "of the adversarial term; 0 is a run without a discriminator", low=0, high=LARGE)
-    loss: Literal["hinge", "logistic"] = choice("hinge", "what the discriminator minimises")
+    weight: float = key(0.0, "of the adversarial term; 0: no discriminator", low=0, high=LARGE)
+    loss: Literal["hinge", "logistic"] = choice("hinge", "the loss that the discriminator minimises")
     disc_start: int = key(50001, "the step from which the discriminator trains", low=0, high=STEPS)
-    disc_warmup_steps: int = key(0, "so many steps later the autoencoder feels it", low=0, high=STEPS)
-    ramp_steps: int = key(0, "and over so many steps its weight rises", low=0, high=STEPS)
+    disc_warmup_steps: int = key(
+        0, "steps that the discriminator trains before the autoencoder gets its gradient", low=0, high=STEPS
+    )
+    ramp_steps: int = key(0, "steps over which the term's weight rises after that", low=0, high=STEPS)
     adaptive: bool = key(True, "multiply the weight by |grad nll| / |grad adversarial|, as VQGAN does")
     adaptive_max: float | None = key(
         None,
-        "the most that it is multiplied by; null is latent diffusion's clamp, 1e4 over the values of a crop",
+        "upper bound of that factor; null: latent diffusion's, 1e4 divided by the number of values of a crop",
         above=0,
         high=1e4,
     )
     lecam_weight: float = key(0.0, "of the LeCam regularisation of the logits", low=0, high=LARGE)
     r1_weight: float = key(0.0, "of the R1 penalty on real images", low=0, high=LARGE)
     r1_every: int = key(16, "steps between two R1 penalties", low=1, high=STEPS)
-    channels: int = key(64, "width of the discriminator's first layer", low=1, high=4096)
+    channels: int = key(64, "channels of the discriminator's first layer", low=1, high=4096)
     layers: int = key(3, "stride-2 layers of the discriminator", low=1, high=10)
     learning_rate: float | None = key(
-        None, "of the discriminator; null is the autoencoder's", above=0, high=100
+        None, "of the discriminator; null: that of the autoencoder", above=0, high=100
     )
     pretrained: bool = key(
-        False, "go on from the discriminator that the run of model.pretrained kept (export.training_state)"
+        False,
+        "continue from the discriminator beside model.pretrained, which export.training_state saved there",
     )
 
 
 @section
 class LatentAdversarialConfig:
-    """The discriminator of latents, where model.bottleneck.kind is adversarial."""
+    """The discriminator of latents; it is used if model.bottleneck.kind is adversarial."""
 
     weight: float = key(
         1.0, "of the term that the encoder minimises, per pixel dimension", above=0, high=LARGE
     )
     hidden: int = key(256, "width of the discriminator's two hidden layers", low=1, high=WIDEST)
     learning_rate: float | None = key(
-        None, "of the discriminator; null is the autoencoder's", above=0, high=100
+        None, "of the discriminator; null: that of the autoencoder", above=0, high=100
     )
 
 
@@ -255,12 +270,13 @@ class LossConfig:
     latent_adversarial: LatentAdversarialConfig = LatentAdversarialConfig()
     denoising: float = key(
         0.0,
-        "deviation of normal noise on the images for the encoder; the targets stay clean (Vincent et al. 2008)",
+        "standard deviation of normal noise on the encoder's input; the targets stay clean (Vincent et al. 2008)",
         low=0,
         high=100,
     )
     view: Any = Field(
-        IdentityConfig(), description="what happens to latents before they are decoded, by its kind"
+        IdentityConfig(),
+        description="how latents are changed in training before they are decoded, by its kind",
     )
     terms: tuple[Any, ...] = Field((), description="further terms of the objective, each by its kind")
 
@@ -270,9 +286,10 @@ class AutoencoderTrainConfig(TrainConfig):
     """How long, and how a step is computed."""
 
     gradient_checkpointing: Recomputed = choice(
-        "norms", "computed again in the backward pass: nothing, norms and SiLUs (cheap), or whole blocks"
+        "norms",
+        "recompute in the backward pass, to save memory: nothing, norms and SiLUs (cheap), or whole blocks",
     )
-    decoder_only: bool = key(False, "freeze the encoder: the latents stay those of a model that exists")
+    decoder_only: bool = key(False, "freeze the encoder, so that latents stay those of the pretrained model")
 
 
 @section
@@ -284,17 +301,19 @@ class AutoencoderValidationConfig(ValidationConfig):
 
 @section
 class ExportConfig:
-    """The finished model."""
+    """What is written and published at the end of a run."""
 
     training_state: bool = key(
-        False, "keep the discriminator and its optimizer beside it, for another run to go on with"
+        False, "save the discriminator and its optimizer beside the model, for another run to continue from"
     )
     push_to: str | None = key(
-        None, "owner/name: publish it there on the hub, with its card, when the run ends"
+        None, "owner/name: publish the model there on the hub, with its card, when the run ends"
     )
-    license: str | None = key(None, "of what is published, in the hub's words: mit, apache-2.0, openrail ...")
-    private: bool = key(False, "a repository that is made is private")
-    dry_run: bool = key(False, "write what would be published to output_dir/published instead")
+    license: str | None = key(
+        None, "of the published model, as the hub names it: mit, apache-2.0, openrail ..."
+    )
+    private: bool = key(False, "if the repository has to be created, make it private")
+    dry_run: bool = key(False, "do not publish, but write what would be published to output_dir/published")
 
     def __post_init__(self) -> None:
         if self.push_to is not None and not HUB_ID.fullmatch(self.push_to):

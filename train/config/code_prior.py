@@ -24,12 +24,12 @@ class CodesConfig(BatchesConfig):
     split: str = key("train", "the split of a hub or saved source that is trained on")
     validation_split: str = key("validation", "the split of a hub or saved source that is held out")
     resolution: int | None = key(
-        None, "side in pixels of the squares; null: what the autoencoder is made for", low=1, high=8192
+        None, "side in pixels of the squares; null: the autoencoder's sample_size", low=1, high=8192
     )
-    horizontal_flip: bool = key(False, "the codes of the mirrored images too")
+    horizontal_flip: bool = key(False, "learn the codes of the mirrored images, too")
     validation_images: int | None = key(
         None,
-        "at most so many held-out images are looked at; null: 64, and of data.train an eighth at most",
+        "at most so many held-out images are used; null: 64, and at most an eighth of data.train",
         low=1,
         high=10**6,
     )
@@ -39,7 +39,7 @@ class CodesConfig(BatchesConfig):
     )
     labels: Literal["folders"] | None = choice(
         None,
-        "the class of an image of a folder is the name of the folder that it lies in, numbered in sorted order",
+        "the class of an image is the folder that it lies in; classes are numbered by sorted folder names",
     )
 
 
@@ -49,11 +49,11 @@ class PriorConfig:
 
     autoencoder: str = key(..., "the discrete autoencoder: a run's folder, its export, or a hub id")
     classes: int | None = key(
-        None, "how many classes the images have; null: they are drawn without", low=1, high=10**6
+        None, "number of classes of the images; null: the prior is not conditional", low=1, high=10**6
     )
     hidden_size: int = key(128, "width of the transformer", low=1, high=65536)
     layers: int = key(4, "blocks of the transformer", low=1, high=256)
-    heads: int = key(4, "of each attention", low=1, high=256)
+    heads: int = key(4, "attention heads of each block", low=1, high=256)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads:
@@ -64,7 +64,7 @@ class PriorConfig:
 
 @section
 class PriorValidationConfig(ValidationConfig):
-    """Nats a code of held-out images; pictures of draws."""
+    """Measure held-out images in nats a code, and draw pictures."""
 
     temperature: float = key(1.0, "of the draws in the pictures", above=0, high=100)
 

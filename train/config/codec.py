@@ -1,4 +1,4 @@
-"""The configuration of the task `entropy_model`: what the codec's learned entropy model is trained on."""
+"""The configuration of the task `entropy_model`, which trains the codec's entropy model."""
 
 from typing import Literal
 
@@ -18,17 +18,17 @@ class EntropyNetworkConfig:
     pretrained: str = key(
         "compact", "the autoencoder: a folder, single file, hub id, or compact, the model in the package"
     )
-    subfolder: str | None = key(None, "where in `pretrained` the autoencoder is, such as vae")
-    width: int = key(32, "features of each pass's network", low=1, high=1024)
+    subfolder: str | None = key(None, "folder in `pretrained` that holds the autoencoder, such as vae")
+    width: int = key(32, "features of the network of each pass", low=1, high=1024)
 
 
 @section
 class QualitiesConfig:
-    """The qualities that latents are rounded at; one network serves all."""
+    """The qualities at which latents are rounded; a single network serves all of them."""
 
-    lowest: int = key(8, "smallest quality", low=LOWEST, high=HIGHEST)
-    highest: int = key(HIGHEST, "largest quality", low=LOWEST, high=HIGHEST)
-    an_image: int = key(3, "qualities that each image is coded at in a step", low=1, high=100)
+    lowest: int = key(8, "smallest quality that is drawn", low=LOWEST, high=HIGHEST)
+    highest: int = key(HIGHEST, "largest quality that is drawn", low=LOWEST, high=HIGHEST)
+    an_image: int = key(3, "number of qualities that are drawn for each image in a step", low=1, high=100)
 
     def __post_init__(self) -> None:
         if self.lowest > self.highest:
@@ -39,7 +39,7 @@ class QualitiesConfig:
 
 @section
 class EntropyModelConfig(Config):
-    """A run that trains the entropy model of the codec for an autoencoder that exists."""
+    """A run that trains the entropy model of the codec, for a given autoencoder."""
 
     task: Literal["entropy_model"] = choice("entropy_model", "what is trained")
     data: DataConfig = Field()

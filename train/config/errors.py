@@ -1,4 +1,4 @@
-"""One line for what pydantic finds wrong: the key, the value and what is allowed."""
+"""Turn pydantic's errors into one line: the key, the value and what is allowed."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ TYPES = {
     "dataclass_exact_type": "keys and values",
     "finite_number": "a finite number",
 }
-OPTIONS = ("constrained-int", "tuple[")
+OPTIONS = ("constrained-int", "tuple[")  # starts of the types that pydantic inserts into the path of an error
 BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"))
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 60
@@ -28,11 +28,14 @@ _shorten.maxlevel = 2
 
 
 def first_error(error: ValidationError, cls: type, prefix: str = "") -> str:
-    """The first of the errors, in a line. `cls` is the section that was to be built; `prefix` leads to it."""
+    """Describe the first of the errors in one line.
+
+    cls: the section that was to be built. prefix: the key of this section, with a dot at its end, or "".
+    """
     found = _of_the_kind_given(error.errors(include_url=False))
     kind, path, value = found["type"], _without_options(found["loc"]), found["input"]
     key = prefix + dotted(path)
-    if kind == "value_error":  # raised by a section's own check, in a line that says it all
+    if kind == "value_error":  # raised by a section's own check, whose message is complete
         return str(found["ctx"]["error"])
     if kind == "unexpected_keyword_argument":
         return f"{key}: no such key; {_near(path, section_at(cls, path[:-1]), prefix)}"
@@ -53,25 +56,25 @@ def first_error(error: ValidationError, cls: type, prefix: str = "") -> str:
 
 
 def _of_the_kind_given(errors: list) -> Any:
-    """The first error; where a key may be a value or a list and a list was given, the one inside the list."""
+    """The first error; if its key may be a value or a list, and a list was given, the error inside of the list."""
     key = _without_options(errors[0]["loc"])
     same = [error for error in errors if _without_options(error["loc"])[: len(key)] == key]
     return max(same, key=lambda error: len(error["loc"]))
 
 
 def _without_options(path: tuple) -> list:
-    """A path without the types by which pydantic tells apart what a key may be: ("side", "constrained-int")."""
+    """A path without the types that pydantic inserts for a union: ("side", "constrained-int") -> ["side"]."""
     return [part for part in path if not (isinstance(part, str) and part.startswith(OPTIONS))]
 
 
 def dotted(path: list) -> str:
-    """("model", "block_out_channels", 1) -> model.block_out_channels[1]."""
+    """Write a path as people write keys: ["model", "block_out_channels", 1] -> "model.block_out_channels[1]"."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{textwrap.shorten(part, 60)}" for part in path)
     return "".join(parts).removeprefix(".")
 
 
 def section_at(cls: type, path: list) -> type:
-    """The section that the keys of `path` lead to from `cls`."""
+    """The section class at the end of `path`, a list of keys that starts in `cls`."""
     for name in path:
         cls = next(
             kind for kind in kinds(cls.__pydantic_fields__[name].annotation) if dataclasses.is_dataclass(kind)
@@ -80,7 +83,7 @@ def section_at(cls: type, path: list) -> type:
 
 
 def kinds(annotation: Any) -> list:
-    """float | None -> [float, NoneType]; tuple[int, ...] -> [int]; int -> [int]."""
+    """The types that an annotation allows: float | None -> [float, NoneType]; tuple[int, ...] -> [int]."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return kinds(typing.get_args(annotation)[0])
@@ -90,7 +93,7 @@ def kinds(annotation: Any) -> list:
 
 
 def bounds_of(cls: type, path: list) -> list[str]:
-    """["at least 0", "at most 1"]: what the key at `path`, or the value of a list there, allows."""
+    """The bounds of the key, or the list's value, at `path` in `cls`, such as ["at least 0", "at most 1"]."""
     field = _field(cls, path)
     in_a_list = bool(path) and isinstance(path[-1], int)
     types = _items(field.annotation) if in_a_list else typing.get_args(field.annotation)
@@ -139,7 +142,7 @@ def _number(value: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as an error shows it, cut where it is longer than anybody reads."""
-    if isinstance(value, int) and abs(value) > 10**40:  # repr refuses one of more than 4300 digits
+    """A value as an error shows it, shortened if it is long."""
+    if isinstance(value, int) and abs(value) > 10**40:  # repr raises for more than 4300 digits
         return f"a whole number of {value.bit_length()} bits"
     return _shorten.repr(list(value) if isinstance(value, tuple) else value)

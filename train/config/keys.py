@@ -1,4 +1,4 @@
-"""Every key of a configuration with its type, default, range and sentence, as `--keys` prints them."""
+"""List every key of a configuration with its type, default, range and documentation, for `--keys`."""
 
 import dataclasses
 import textwrap
@@ -13,11 +13,11 @@ from .run import Config
 from .tasks import TASKS
 
 NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-WIDTH = 100
+WIDTH = 100  # columns to which the documentation is wrapped
 
 
 class Key(NamedTuple):
-    """A key as people write it, such as optimizer.learning_rate."""
+    """A key as `--keys` prints it: its dotted name, such as optimizer.learning_rate, and words about it."""
 
     name: str
     type: str
@@ -27,7 +27,7 @@ class Key(NamedTuple):
 
 
 def keys(cls: type = AutoencoderConfig, path: tuple[str, ...] = ()) -> Iterator[Key]:
-    """All keys of a section and of those in it, in the order of the code."""
+    """Yield the keys of a section and of the sections in it, in the order of the code; `path` leads to it."""
     for name, field in cls.__pydantic_fields__.items():
         inner = next((kind for kind in kinds(field.annotation) if dataclasses.is_dataclass(kind)), None)
         here = (*path, name)
@@ -44,7 +44,7 @@ def keys(cls: type = AutoencoderConfig, path: tuple[str, ...] = ()) -> Iterator[
 
 
 def _kinds_of(parts: Parts, field) -> Iterator[Key]:
-    """The key `kind` of a part, and the keys of each kind, whose sentences begin with it."""
+    """Yield the key `kind` of a part, then the keys of each kind; their documentation starts with the kind."""
     default = getattr(field.default, "kind", "none")
     yield Key(f"{parts.key}.kind", " | ".join(parts.kinds), default, "", field.description or "")
     for kind, (section, _) in parts.kinds.items():
@@ -54,7 +54,7 @@ def _kinds_of(parts: Parts, field) -> Iterator[Key]:
 
 
 def describe() -> str:
-    """The text of `--keys`: what every run has, then what each task has besides."""
+    """The text of `--keys`: first the keys of every run, then those that each task adds."""
     shared = [key._replace(type=" | ".join(TASKS)) if key.name == "task" else key for key in keys(Config)]
     lines, names = _lines(shared), {key.name for key in shared}
     for task, cls in TASKS.items():
@@ -73,7 +73,7 @@ def _lines(described: Iterable[Key]) -> list[str]:
 
 
 def type_name(annotation: Any) -> str:
-    """tuple[int, ...] | None -> "list of whole number, or null"."""
+    """A type in words: tuple[int, ...] | None -> "list of whole number or null"."""
     if typing.get_origin(annotation) is typing.Annotated:
         return type_name(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is typing.Literal:

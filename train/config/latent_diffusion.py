@@ -8,25 +8,27 @@ from ..data.config import BatchesConfig
 from ..settings import choice, key, section
 from .run import Config, ValidationConfig
 
-MOST_CLASSES = 1000  # diffusers' DiTPipeline has 1000 for the label of no class
+MOST_CLASSES = 1000  # diffusers' DiTPipeline uses the label 1000 for "no class"
 
 
 @section
 class LatentsConfig(BatchesConfig):
-    """What `kl-autoencoder encode-dataset` wrote; latents are normalised by the statistics that it measured."""
+    """A data set that `kl-autoencoder encode-dataset` wrote; latents are normalised by the statistics in it."""
 
     train: str = key(..., "a data set of latents: the folder that `encode-dataset` wrote")
     validation: str | None = key(
-        None, "another with the same autoencoder; null holds some of data.train out, by a hash of their names"
+        None,
+        "another data set by the same autoencoder; null holds some of data.train out, by a hash of the names",
     )
     validation_images: int | None = key(
         None,
-        "so many images are held out; null: 64, and of data.train an eighth at most",
+        "so many images are held out; null: 64, and at most an eighth of data.train",
         low=1,
         high=10**6,
     )
     label_column: str | None = key(
-        None, "that `encode-dataset --keep` took along: whole numbers or names, the classes; null: none"
+        None,
+        "the column of the classes, kept by `encode-dataset --keep`: whole numbers or names; null: no classes",
     )
 
 
@@ -35,12 +37,12 @@ class DiTConfig:
     """diffusers' DiTTransformer2DModel (Peebles & Xie 2023), and the autoencoder whose latents it learns."""
 
     autoencoder: str | None = key(
-        None, "that encoded data.train: folder, file, hub id; null: the one that the data set names"
+        None, "the one that encoded data.train: folder, file, hub id; null: the one that the data set names"
     )
-    patch_size: int = key(2, "side of the patches of latents that are one token", low=1, high=64)
+    patch_size: int = key(2, "side of the patches of latents, each of which is a token", low=1, high=64)
     hidden_size: int = key(192, "width of the transformer", low=1, high=65536)
     layers: int = key(6, "blocks of the transformer", low=1, high=256)
-    heads: int = key(3, "of each attention", low=1, high=256)
+    heads: int = key(3, "attention heads of each block", low=1, high=256)
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.heads):
@@ -55,20 +57,25 @@ class DiffusionLossConfig:
 
     prediction: Literal["flow", "v"] = choice(
         "flow",
-        "noise - latents on the straight path between them (rectified flow), or v of a cosine schedule "
-        "(Salimans & Ho 2022)",
+        "what the network predicts: noise - latents, on the straight path between them (rectified flow), or v of a "
+        "cosine schedule (Salimans & Ho 2022)",
     )
     label_dropout: float = key(
-        0.1, "share of samples that are trained without their class, for guidance", low=0, high=1
+        0.1,
+        "share of samples that are trained without their class, for classifier-free guidance",
+        low=0,
+        high=1,
     )
 
 
 @section
 class DiffusionValidationConfig(ValidationConfig):
-    """The loss of held-out latents, and pictures that the pipeline makes."""
+    """Measure the loss of held-out latents, and make pictures by the pipeline."""
 
-    inference_steps: int = key(30, "of the pipeline, for the pictures", low=1, high=1000)
-    guidance_scale: float = key(1.0, "of the pictures, where there are classes; 1: none", low=1, high=100)
+    inference_steps: int = key(30, "steps in which the pipeline makes a picture", low=1, high=1000)
+    guidance_scale: float = key(
+        1.0, "classifier-free guidance of the pictures, if there are classes; 1: none", low=1, high=100
+    )
 
 
 @section

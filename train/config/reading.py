@@ -1,4 +1,4 @@
-"""Read a configuration: YAML, what it is based on, and overrides from the command line; and write it back.
+"""Read a configuration: a YAML file, the files it is based on, overrides from the command line; and write it back.
 
 Every error is a ValueError of one line that names the key, the value and what is allowed.
 """
@@ -24,12 +24,11 @@ from .tasks import config_class
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A YAML file and `dotted.key=value` overrides -> the `Config` of its task.
+    """Read a YAML file and apply `dotted.key=value` overrides; returns the `Config` of its task.
 
-    Raises ValueError or FileNotFoundError.
-
-    `configs/kl_f8.yaml` and the others are found wherever the package is installed, after files here.
-    `base: other.yaml` in the file, a path relative to it, stands for that file's keys, which this one's replace.
+    If there is no such file, a recipe of this name that was installed with the package is read, such as
+    `configs/kl_f8.yaml`. `base: other.yaml` in the file, a path relative to it, includes the keys of that file;
+    the file's own keys replace them. Raises ValueError or FileNotFoundError, one line.
     """
     values = _read_file(_found(Path(path)))
     for override in overrides:
@@ -38,9 +37,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def build(cls: type[Section], values: Any) -> Section:
-    """A section from a mapping, strictly. Of a `Config` its `task` chooses the class.
+    """Build a section from a mapping of its keys; with `cls` Config, the key `task` chooses the subclass.
 
-    Modules named in `plugins` are imported first.
+    For a `Config`, the modules that `plugins` names are imported first. Raises ValueError, one line, for unknown
+    keys and wrong values.
     """
     values, kind = _tuples(values), cast(type, cls)
     if issubclass(cls, Config) and isinstance(values, dict):
@@ -58,7 +58,7 @@ def _validated(cls: type[Section], values: Any, prefix: str = "") -> Section:
 
 
 def _with_parts(values: dict) -> dict:
-    """The same values, in which each part that `kind:` chooses is a checked section already."""
+    """Return the same values with each part that `kind:` chooses replaced by its section, built and checked."""
     values = dict(values)
     for parts in SORTS.values():
         room, name = parts.key.split(".")
@@ -81,7 +81,7 @@ def _part(parts: Parts, values: Any, key: str) -> Any:
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, in the order of `values`."""
+    """Flatten nested mappings: {"a": {"b": 1}} -> {"a.b": 1}, in the order of `values`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -90,7 +90,7 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole resolved configuration; `load_config` reads it back to an equal one."""
+    """Write the whole resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False)
 
 
@@ -98,11 +98,11 @@ def to_yaml(config: Config) -> str:
 
 
 class GivenTwice(ValueError):
-    """A key that stands twice in one mapping."""
+    """A key is given twice in one mapping."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but that 1e-4 is a number and a key that stands twice is refused."""
+    """YAML 1.1 as PyYAML reads it, except that 1e-4 is a number, and a key that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -124,12 +124,13 @@ _Loader.add_implicit_resolver(
 
 
 def _found(path: Path) -> Path:
-    """The path itself or, where there is no such file, that of the recipe of this name in the package."""
+    """`path` or, if there is no such file, the recipe of this name that was installed with the package."""
     installed = Path(sysconfig.get_path("data"), "share", "kl-autoencoder", path)
     return installed if not path.exists() and installed.is_file() else path
 
 
 def _read_file(path: Path, reading: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file and the files it is based on; `reading`: the files that are based on this one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     if path.resolve() in reading:
@@ -152,7 +153,7 @@ def _read_file(path: Path, reading: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """Where it is and what is wrong there, without the lines around it that PyYAML shows."""
+    """Line, column and cause of an error of PyYAML's, without the lines of the file that it shows."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return _shortened(error)
@@ -162,7 +163,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _merged(below: dict, above: dict) -> dict:
-    """The keys of both, section by section; where both have one, that of `above`."""
+    """Merge two nested mappings; for a key that both have, the value of `above` is taken."""
     merged = dict(below)
     for name, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(name), dict)
@@ -171,6 +172,7 @@ def _merged(below: dict, above: dict) -> dict:
 
 
 def _apply(values: dict, override: str) -> None:
+    """Set a key of the nested `values`, in place; `override` is `dotted.key=YAML value`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override[:80]}: not an override; allowed: key=value, as in train.steps=200")

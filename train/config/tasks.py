@@ -1,4 +1,4 @@
-"""`TASKS`, what a run can train: the name of each task in a YAML and the class of its configuration."""
+"""`TASKS`: what a run can train, from the values of the key `task` to their classes of configuration."""
 
 import difflib
 from typing import Any
@@ -18,7 +18,7 @@ TASKS: dict[str, type[Config]] = {
 
 
 def config_class(values: dict[str, Any]) -> type[Config]:
-    """The class that the key `task` of a configuration chooses. Raises ValueError for a task that there is not."""
+    """The class that the key `task` of a configuration chooses. Raises ValueError for an unknown task."""
     task = values.get("task", "autoencoder")
     if isinstance(task, str) and task in TASKS:
         return TASKS[task]

@@ -1,4 +1,4 @@
-"""Images of a source in a model's size and channels, with their classes by the numbers of the trainer."""
+"""Read images of a source in a model's size and channels, with their classes numbered as by the trainer."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ KEYS = Keys("--data", "--image-column", "--label-column")
 
 
 class LabelledImages(NamedTuple):
-    """images: (N, C, H, W) in [-1, 1]. classes: (N,), int64, or None; names: of the classes, by number."""
+    """images: (N, C, H, W) in [-1, 1]. classes: (N,), int64, or None. names: of the classes, by number."""
 
     images: Tensor
     classes: Tensor | None
@@ -27,11 +27,11 @@ class LabelledImages(NamedTuple):
 def read_labelled(
     source: str, size: int, channels: int, limit: int, image_column: str, label_column: str | None, split: str
 ) -> LabelledImages:
-    """Read at most `limit` images of a source, spread evenly over it, their centre squares scaled to `size`.
+    """Read at most `limit` images, spread evenly over a source: centre squares, scaled to `size` pixels a side.
 
-    Classes are those of `label_column`, or the folders that files lie in, if these are of more than one. Numbers
-    are classes as they are; names are numbered in sorted order, over the whole source. Unreadable images are told
-    and left out. Raises as `open_source`; ValueError for less than two images.
+    Classes are those of `label_column`; without one, they are the folders of the files, if there are several. Class
+    numbers are kept; names are numbered in sorted order over the whole source. Unreadable images are reported and
+    left out. Raises the errors of `open_source`, and ValueError if fewer than two images can be read.
     """
     keep = () if label_column is None else (label_column,)
     samples = "train" if split == "train" else "validation"
@@ -55,7 +55,11 @@ def read_labelled(
 
 
 def binarised(images: Tensor, kind: str, seed: int) -> Tensor:
-    """Black and white (-1, 1): at a half ("fixed"), or each pixel white by the chance its gray is ("dynamic")."""
+    """Binarise images in [-1, 1] to black (-1) and white (1).
+
+    kind: "fixed" makes levels above the middle white; "dynamic" makes a pixel white with its level, as a number
+    from 0 to 1, as probability.
+    """
     chance = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
     white = (images + 1) / 2 > (chance if kind == "dynamic" else 0.5)
     return white.float() * 2 - 1
@@ -69,12 +73,13 @@ def _labels(rows: Rows, image_column: str, label_column: str | None) -> list[Any
 
 
 def _names_in(rows: Rows, label_column: str | None) -> list[str] | None:
-    """The names that a data set has for the numbers in its label column, if it has any."""
+    """The names that the data set gives to the numbers in its label column, or None."""
     features = getattr(rows, "features", None) or {}
     return getattr(features.get(label_column), "names", None)
 
 
 def _numbered(labels: Sequence[Any], names: list[str] | None) -> tuple[Tensor | None, list[str]]:
+    """Labels -> class numbers (N,) and names of the classes; (None, []) if labels are missing or all the same."""
     found = set(labels)
     if len(found) < 2 or not all(isinstance(label, (str, int)) and label != "" for label in found):
         return None, []

@@ -1,4 +1,4 @@
-"""Load the model that `--model` names, read the photographs that a command is given, write its pictures."""
+"""Load the model of `--model`, read the photographs that a command is given, and write its pictures."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,10 +25,11 @@ from .paths import MODELS, OTHERS, check_model, model_folder, model_path
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> ExactAutoencoder:
-    """Load a folder, run, single file, hub id or "compact" for inference on `device`.
+    """Load a model for inference; `name` is a folder, a run, a single file, a hub id or "compact".
 
-    Of a run whose export is missing or older, the newest checkpoint's weights are loaded, and a line on stderr says
-    so. `device` None is the best there is, `dtype` None the type that the tensors are stored in.
+    If the export of a run is missing or older than its newest checkpoint, that checkpoint is loaded and a line on
+    stderr says so. `device` None chooses the best available, `dtype` None keeps the type of the stored tensors.
+    Raises ValueError or FileNotFoundError, which name the model, if it cannot be loaded.
     """
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -40,7 +41,7 @@ def load_model(name: str, device: str | None, dtype: str | None) -> ExactAutoenc
 
 
 def other_kind(name: str) -> str | None:
-    """Which of the other autoencoders (`paths.OTHERS`) a folder or hub id holds; None: one of ours, or none."""
+    """The class, one of `paths.OTHERS`, of the autoencoder in a folder or hub id; None for any other."""
     path = model_path(name)
     if path.is_file() or newer_checkpoint(path):
         return None
@@ -55,7 +56,7 @@ def other_kind(name: str) -> str | None:
 
 
 def load_other_model(name: str, kind: str, device: str, dtype: str | None) -> Any:
-    """Load a folder or hub id of another autoencoder of diffusers, for inference on `device`."""
+    """Load another autoencoder of diffusers for inference, from a folder or hub id; `kind` is its class."""
     from ..evaluation.other_autoencoders import load_other
 
     path = model_path(name)
@@ -65,7 +66,7 @@ def load_other_model(name: str, kind: str, device: str, dtype: str | None) -> An
 
 
 def move_model(vae: ExactAutoencoder, device: str, dtype: str | None) -> ExactAutoencoder:
-    """The same model, on `device` and in the type `dtype` (None: as it is)."""
+    """Move a model to `device` and to the type `dtype` (None: unchanged)."""
     with _quiet_diffusers():
         return vae.to(device=torch.device(device), dtype=getattr(torch, dtype) if dtype else None)
 
@@ -84,7 +85,7 @@ def _load(name: str) -> ExactAutoencoder:
 
 
 def _load_from_hub(name: str) -> ExactAutoencoder:
-    """A VAE's own repository, or a pipeline's vae/; from the cache where the hub cannot be reached."""
+    """Load from a VAE's repository or a pipeline's vae/; from the local cache if the hub cannot be reached."""
     reached = hub.is_reachable(name)
     options = {} if reached else {"local_files_only": True}
     for subfolder in ("", "vae"):
@@ -103,7 +104,7 @@ def _load_from_hub(name: str) -> ExactAutoencoder:
 
 
 def _load_checkpoint(folder: Path, checkpoint: Path) -> ExactAutoencoder:
-    """The weights that a run would export now; says on stderr which they are."""
+    """Load the weights that a run would export now, and print on stderr which they are."""
     config = {key: v for key, v in read_json(checkpoint / CONFIG).items() if not key.startswith("_")}
     vae = class_of(checkpoint).from_single_file(weights_in(checkpoint), **config)
     print(described(folder, checkpoint), file=sys.stderr)
@@ -111,7 +112,10 @@ def _load_checkpoint(folder: Path, checkpoint: Path) -> ExactAutoencoder:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the tensors in a model folder; diffusers reads them into float32 unless told."""
+    """The type of the tensors in a model folder, float32 for types of one byte.
+
+    It must be passed to diffusers, which otherwise converts to float32.
+    """
     tensors = read_headers(folder)
     if not tensors:
         raise FileNotFoundError(f"{folder}: no .safetensors file in it that is called {WEIGHTS}")
@@ -121,7 +125,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Nothing of diffusers' log: it talks about precision on every `.to`, and says errors that it then raises."""
+    """Silence diffusers' log, which warns of precision at every `.to` and logs errors before it raises them."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -137,11 +141,12 @@ def read_photographs(
     what: str,
     vae: ExactAutoencoder | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, images (1, C, H, W)), RGB or in the channels of `vae`, of photographs.
+    """Yield (index, images (1, C, H, W) in [-1, 1]) of each photograph, in RGB or in the channels of `vae`.
 
-    Of several, one that cannot be read is told and skipped; one that does not fit into memory with `vae`, which is
-    tiled where that helps, counts as one of these. Their paths are appended to `unread`. `what` is the heading of
-    the progress bar.
+    photographs: (path, name) pairs. size: centre squares of this side, or None for every pixel. what: heading of
+    the progress bar. Of several photographs, those that cannot be read are reported, skipped and appended to
+    `unread`; a single one raises its error. If `vae` is given, it is tiled for large photographs, and those that do
+    not fit into memory even so count as unreadable.
     """
     for i, (path, _) in enumerate(tracked(photographs, what, "images")):
         try:
@@ -159,13 +164,13 @@ def read_photographs(
 
 
 def refuse_unread(unread: Sequence[Path], photographs: Sequence) -> None:
-    """ValueError, after all the others are done, if some photographs could not be read."""
+    """Raise ValueError if photographs could not be read; called after the others are done."""
     if unread:
         raise ValueError(f"{len(unread)} of {len(photographs)} photographs could not be read")
 
 
 def prepare_memory(vae: ExactAutoencoder, path: Path | str, size: tuple[int, int]) -> None:
-    """Tile the model for an image of `size` (H, W) if it is large. ValueError, naming `path`, if it cannot fit."""
+    """Tile the model for an image of `size` (H, W) if it is large. ValueError, which names `path`, if none fits."""
     try:
         prepare_for(vae, *size)
     except ValueError as error:
@@ -173,7 +178,7 @@ def prepare_memory(vae: ExactAutoencoder, path: Path | str, size: tuple[int, int
 
 
 def padded(images: Tensor, vae: ExactAutoencoder) -> Tensor:
-    """Images (B, 3, H, W) as `vae` takes them: sides of multiples of what it needs, its device, its type."""
+    """Pad images (B, C, H, W) to multiples of the model's factor, and move them to its device and type."""
     return pad_to_multiple(images, vae.size_multiple).to(vae.device, vae.dtype)
 
 

@@ -1,7 +1,7 @@
-"""The program `kl-autoencoder`: finds the command, checks its arguments, runs it, tells errors in one line.
+"""The program `kl-autoencoder`: find the command, check its arguments, run it, and print errors as one line.
 
-What a command takes and does is in the module of its family. Until its arguments are checked nothing heavy is
-imported, so that `--help`, and what is said of a mistake in a name, come at once.
+Arguments and work of a command are in the module of its family. Nothing heavy is imported before the arguments are
+checked, so that `--help` and messages about mistakes appear at once.
 """
 
 import argparse
@@ -72,13 +72,14 @@ COMMANDS: dict[str, Command] = {name: c for family in FAMILIES for name, c in fa
 
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d{1,3})?")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+INTERRUPTED = 130  # the exit code of shells: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, else 2 after one line on stderr (130 if interrupted).
+    """Run a command and return the exit code.
 
-    1 if all went well and a check found what it looks for. Of `train`, the training program's exit code.
+    0: success. 1: success, and a check found the problem that it looks for. 2: an error, printed as one line on
+    stderr. 130: interrupted. `train` returns the training program's exit code.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     with quiet_without_a_reader():
@@ -115,7 +116,7 @@ def _run(words: list[str], launched: bool) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser of all commands. What is behind `train` is not parsed here."""
+    """The parser of all commands; the arguments of `train` are left to the training program."""
     parser = Parser(
         prog=PROGRAM,
         description="Encode photographs to latents and decode them with a KL-regularised autoencoder.",
@@ -138,7 +139,7 @@ def build_parser() -> Parser:
 
 
 def _in_words(error: Exception) -> str:
-    """What a user can cause is a ValueError or OSError that says it all; of the rest the kind is a hint."""
+    """The message of an error; for errors other than ValueError, OSError and MissingExtra it names their kind."""
     by_safetensors = re.search(r"\(os error (\d+)\)", str(error))
     number = int(by_safetensors[1]) if by_safetensors else getattr(error, "errno", None)
     if number in DISK_FULL:
@@ -150,7 +151,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _check_device(name: str | None) -> None:
-    """Refuse a device that is none, or that torch, which is imported for this, does not have here."""
+    """Raise ValueError for an unknown device, and for one that torch does not find here; cpu needs no torch."""
     if name in (None, "cpu"):
         return
     if not DEVICE.fullmatch(name):
@@ -170,7 +171,7 @@ def _check_device(name: str | None) -> None:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Our own warnings as a line each; what libraries warn of is not for the reader of a command's output."""
+    """Print this package's warnings as one line each, and drop those of libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"kl_autoencoder\.")

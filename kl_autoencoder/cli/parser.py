@@ -1,4 +1,4 @@
-"""`Command`, the parser that tells a mistake in one line, and the arguments that several commands have."""
+"""`Command`, the parser, which reports a mistake in one line, and the arguments that several commands share."""
 
 import argparse
 import difflib
@@ -21,9 +21,9 @@ IMAGES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for what it cannot parse, with the nearest word that it knows."""
+    """Raises ValueError for what it cannot parse, and suggests the nearest known word."""
 
-    commands: dict[str, "Parser"]  # of the program's own parser: those of its commands
+    commands: dict[str, "Parser"]  # the commands' parsers; only the program's parser has them
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def print_help(self, file=None):
-        print(self.format_help(), end="", file=file)  # argparse's own would go on where nobody reads
+        print(self.format_help(), end="", file=file)  # argparse's own method ignores a broken pipe
 
     def error(self, message: str):
         if wrong := re.search(r"invalid choice: '([^']*)'", message):
@@ -44,17 +44,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: "; did you mean encode?", or nothing if no known word is like this one."""
+    """The end of an error message, such as "; did you mean encode?", or "" if no known word is similar."""
     found = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 class Command(NamedTuple):
-    """A command, with its arguments, what it refuses and what it does.
+    """A command: its help, its arguments, its check and its work.
 
-    `check` is called before torch is imported: it raises ValueError or OSError for names and files that `run` could
-    not use, and replaces a name by what it stands for, such as the photographs in a folder. `run` returns None or
-    an exit code.
+    `arguments` declares them on a parser. `check` is called before torch is imported: it raises ValueError or
+    OSError for names and files that `run` could not use, and may replace arguments by what they name, such as a
+    folder by its photographs. `run` returns None or an exit code.
     """
 
     help: str
@@ -63,11 +63,11 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int | None]
     description: str | None = None
     epilog: str | None = None
-    on_ranks: bool = False  # several processes can share its work
+    on_ranks: bool = False  # whether several processes can share its work
 
 
 class Version(argparse.Action):
-    """The package's version and those of what it computes with, read from their metadata."""
+    """Print the versions of this package and of the packages it computes with, from their metadata, and exit."""
 
     def __init__(self, option_strings, dest, **options):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
@@ -91,7 +91,7 @@ def add_photographs(parser: Parser) -> None:
 
 
 def add_model(parser: Parser, default: str | None = "compact", told: str = "compact") -> None:
-    """The option --model; `told` is what the help text says of its default."""
+    """Add the option --model; `told` is its default as the help text gives it."""
     parser.add_argument("--model", default=default, metavar="MODEL", help=f"{MODEL} (default: {told})")
 
 
@@ -118,7 +118,7 @@ def add_output(parser: Parser, metavar: str, help: str, required: bool = True) -
 
 
 def positive(text: str) -> int:
-    """An option's type: a whole number from 1 on."""
+    """Type of an option: a whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")

@@ -1,6 +1,6 @@
-"""What the command line names: models, photographs, and where pictures are to go.
+"""Find what the command line names: models, photographs, and the paths to write pictures to.
 
-All of it is found out by names and small files, so that a mistake is told before torch is imported.
+Only names and small files are looked at, so that mistakes are reported before torch is imported.
 """
 
 import os
@@ -17,17 +17,17 @@ MODELS = (
     "AutoencoderKL",
     "AutoencoderKLFlux2",
     "Autoencoder",
-)  # diffusers' names of the models that commands read
-OTHERS = (  # and of those that `evaluate` compares with them: its other autoencoders of images in [-1, 1]
+)  # class names, in config.json, of the models that commands read
+OTHERS = (  # classes of diffusers that `evaluate` compares with them: other autoencoders of images in [-1, 1]
     *("AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
     *("AutoencoderTiny", "ConsistencyDecoderVAE", "VQModel"),
 )
 
 
 def check_model(name: str, kinds: Sequence[str] = MODELS) -> None:
-    """Refuse a name that leads to no model of these `kinds`, as far as can be seen without opening a large file.
+    """Raise ValueError or FileNotFoundError for a name that is not a model of one of these `kinds`.
 
-    A hub id is not looked up. Raises ValueError or FileNotFoundError.
+    Large files are not read, and a hub id is not looked up.
     """
     path = model_path(name)
     if path.is_dir() and name:
@@ -44,13 +44,16 @@ def check_model(name: str, kinds: Sequence[str] = MODELS) -> None:
 
 
 def model_path(name: str) -> Path:
-    """A model's name as a path; "compact" is the folder in the package, unless something local is called so."""
+    """A model's name as a path; "compact" is the folder in the package, unless that name exists here."""
     path = Path(name)
     return COMPACT if name == COMPACT.name and not path.exists() else path
 
 
 def model_folder(path: Path, kinds: Sequence[str] = MODELS) -> Path:
-    """The diffusers VAE folder that `path` is, or that a pipeline (vae/) or a training run (export/) holds."""
+    """The diffusers VAE folder: `path` itself, vae/ of a pipeline, or export/ of a training run.
+
+    Raises ValueError if there is none, or if its class is not one of `kinds`.
+    """
     for folder in (path, path / "vae", path / "export"):
         if (folder / CONFIG).is_file():
             kind = read_json(folder / CONFIG).get("_class_name")
@@ -66,12 +69,16 @@ def model_folder(path: Path, kinds: Sequence[str] = MODELS) -> Path:
 
 
 def readable_folder(path: Path) -> Path:
-    """The folder that a model is read from: a run's newest checkpoint where its export is missing or older."""
+    """The folder to read a model from: a run's newest checkpoint if its export is missing or older."""
     return newer_checkpoint(path) or model_folder(path)
 
 
 def find_photographs(inputs: Sequence[str]) -> list[tuple[Path, str]]:
-    """Files and folders -> (path, name) each; a name is the path within the folder given, or the file's name."""
+    """List the images in files and folders as (path, name); the name is the path relative to the given folder.
+
+    A file given itself has its file name. Raises FileNotFoundError for missing inputs, ValueError for a folder
+    without images.
+    """
     found = []
     for given in map(Path, inputs):
         if not given.exists():
@@ -88,9 +95,10 @@ def find_photographs(inputs: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def plan_targets(output: str, names: Sequence[str], single: bool) -> list[Path]:
-    """Where to write the pictures `names`: `output` itself for a single one, else PNG files in that folder.
+    """The paths of the pictures `names`: `output` itself for a `single` one with a suffix, else PNGs inside it.
 
-    In a folder, the second of two pictures of one name is called name-2.png.
+    In a folder, a second picture of the same name is called name-2.png. Raises ValueError if `output` is one
+    picture and there are several.
     """
     path = Path(output)
     is_picture = path.suffix.lower() in WRITERS and not path.is_dir()
@@ -104,8 +112,8 @@ def plan_targets(output: str, names: Sequence[str], single: bool) -> list[Path]:
 
 
 def names_in_folder(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:
-    """A path in `folder` for each of `names`, with this suffix; the second of two of one name is called name-2."""
-    targets = {}  # as an ordered set
+    """A path in `folder` for each of `names`, with this suffix; a second one of the same name is called name-2."""
+    targets = {}  # used as an ordered set
     for name in names:
         target, n = (folder / name).with_suffix(suffix), 1
         while target in targets:
@@ -116,9 +124,9 @@ def names_in_folder(folder: Path, names: Sequence[str], suffix: str) -> list[Pat
 
 
 def refuse_existing(targets: Sequence[Path], inputs: Sequence, overwrite: bool) -> None:
-    """ValueError if a target is an input, a folder, or there already and not to be overwritten.
+    """Raise ValueError if a target is an input, is a folder, or exists and `overwrite` is false.
 
-    OSError if it could not be written, whose parents are made where they are missing.
+    Raises OSError if it could not be written; missing parent folders are not an error, as they are made later.
     """
     sources = {Path(path).resolve() for path in inputs}
     for target in targets:
@@ -141,7 +149,7 @@ def _refuse_unwritable(folder: Path) -> None:
 
 
 def inside(name: str, source: str) -> str:
-    """A photograph's name that was read from `source`, held to stay within the folder that it will be joined to."""
+    """Return `name`, a photograph's name read from `source`. Raises ValueError if it leads out of a folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
         raise ValueError(f"{source}: names a photograph {name!r}, which is outside the output folder")
     return name

@@ -1,4 +1,4 @@
-"""anomaly: scores of photographs by how unlike ordinary ones they are to a model."""
+"""anomaly: score photographs by how unlike ordinary ones they are to a model."""
 
 import argparse
 import csv
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...evaluation.anomaly import Detector
     from ...models.autoencoder_kl import KLAutoencoder
 
-FALSE_ALARMS = 0.05
+FALSE_ALARMS = 0.05  # false positive rate at which the true positive rate is printed
 
 
 def anomaly_arguments(parser: Parser) -> None:
@@ -33,7 +33,7 @@ def anomaly_arguments(parser: Parser) -> None:
 
 
 def check_anomaly(arguments: argparse.Namespace) -> None:
-    """`output` becomes a Path, `labels` a dict of name: label; adds `curves`, where theirs go."""
+    """`output` becomes a Path, `labels` a dict name -> label; adds `labels_file`, and `curves`, the ROC's path."""
     arguments.output = Path(arguments.output)
     arguments.curves = arguments.output.with_suffix(".roc.csv")
     if arguments.output.suffix != ".csv":
@@ -59,7 +59,7 @@ def _read_labels(path: str | None) -> dict[str, int] | None:
 
 
 def anomaly(arguments: argparse.Namespace) -> None:
-    """Write the scores of photographs against a reference; with labels also the curves of who is found."""
+    """Write the scores of photographs against a reference; with labels also their ROC curves."""
     from ...evaluation.anomaly import SCORES
     from ..loading import load_model
 
@@ -89,7 +89,7 @@ def anomaly(arguments: argparse.Namespace) -> None:
 
 
 def _calibrated(vae: "KLAutoencoder", reference: "datasets.Dataset", size: int) -> "Detector":
-    """Calibrate a detector: one half of the reference says what errors are like, the other what scores are."""
+    """Calibrate a detector: its errors on one half of the reference, its scores on the other."""
     from ...evaluation.anomaly import Detector
 
     halves = [
@@ -105,7 +105,7 @@ def _calibrated(vae: "KLAutoencoder", reference: "datasets.Dataset", size: int) 
 
 
 def _curves(rows: Sequence[dict], labels: dict[str, int]) -> list[dict]:
-    """The points of each score's ROC curve; prints the area below it."""
+    """The points of each score's ROC curve; prints the area under it and the rate at `FALSE_ALARMS`."""
     from ...evaluation.anomaly import SCORES, roc
 
     points = []

@@ -1,4 +1,4 @@
-"""attribute: a photograph with more or less of what tells two kinds of images apart."""
+"""attribute: strengthen or weaken in a photograph the attribute by which two sets of photographs differ."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -62,7 +62,7 @@ def check_attribute(arguments: argparse.Namespace) -> None:
 
 
 def attribute(arguments: argparse.Namespace) -> None:
-    """Add to a photograph, in one strength or several, what two kinds of photographs differ by."""
+    """Decode a photograph's latents plus the attribute's direction at each strength, as a strip of pictures."""
     import torch
 
     from ...data.image_io import load_image
@@ -79,6 +79,7 @@ def attribute(arguments: argparse.Namespace) -> None:
 
 
 def _of_sources(vae: "KLAutoencoder", size: int, arguments: argparse.Namespace) -> "Tensor":
+    """The direction (1, C, h, w) by --plus and --minus."""
     from ...latents.interpolation import mean_latent
 
     plus, minus = (
@@ -89,6 +90,7 @@ def _of_sources(vae: "KLAutoencoder", size: int, arguments: argparse.Namespace) 
 
 
 def _of_column(vae: "KLAutoencoder", size: int, arguments: argparse.Namespace) -> "Tensor":
+    """The direction (1, C, h, w) by --column of --data."""
     from ...data.sources import Keys, column_values, open_source
     from ...latents.attributes import rows_of_kinds
     from ...latents.interpolation import mean_latent

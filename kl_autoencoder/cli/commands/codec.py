@@ -1,4 +1,4 @@
-"""compress, decompress: photographs to files of a few kilobytes and back; what `info` says of such a file."""
+"""compress, decompress: photographs to files of a few kilobytes and back; `info` for such a file."""
 
 import argparse
 import json
@@ -51,14 +51,14 @@ def compress_arguments(parser: Parser) -> None:
 
 
 def quality(text: str) -> int:
-    """An option's type: a quality."""
+    """Type of an option: a quality."""
     if not LOWEST <= int(text) <= HIGHEST:
         raise argparse.ArgumentTypeError(f"must be from {LOWEST} to {HIGHEST}, not {text}")
     return int(text)
 
 
 def bits(text: str) -> float:
-    """An option's type: bits a pixel."""
+    """Type of an option: bits per pixel, above 0 and at most 24."""
     if not 0 < float(text) <= 24:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 24, not {text}")
     return float(text)
@@ -83,7 +83,7 @@ def check_compress(arguments: argparse.Namespace) -> None:
 
 
 def compress(arguments: argparse.Namespace) -> None:
-    """Write each image as a file from which the same model makes it again."""
+    """Write each image as a file that the same model decompresses."""
     from ...codec.codec import bytes_of
     from ..loading import read_photographs, refuse_unread
 
@@ -130,7 +130,11 @@ def check_decompress(arguments: argparse.Namespace) -> None:
 
 
 def find_compressed(inputs: Sequence[str]) -> list[tuple[Path, str]]:
-    """Files and folders -> (path, name) each; a name is the path within the folder given, or the file's name."""
+    """List compressed files in files and folders as (path, name).
+
+    The name is the path relative to the given folder, or the file name of a file given itself. Raises ValueError
+    for a folder without such files.
+    """
     found = []
     for given in map(Path, inputs):
         if not given.is_dir():
@@ -144,7 +148,7 @@ def find_compressed(inputs: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def decompress(arguments: argparse.Namespace) -> None:
-    """Write the image of each file; of several, one that is damaged is told and skipped."""
+    """Write the image of each file. Of several files, damaged ones are reported and skipped."""
     from ..loading import write_picture
 
     codec = load_codec(arguments)
@@ -166,7 +170,7 @@ def decompress(arguments: argparse.Namespace) -> None:
 
 
 def load_codec(arguments: argparse.Namespace) -> "Codec":
-    """The codec of `--model`, with the entropy model in its folder if there is one."""
+    """Load the codec of `--model`, with the entropy model in its folder if there is one."""
     from ...codec.codec import Codec
     from ...codec.context_model import ContextModel
     from ..loading import load_model
@@ -178,7 +182,7 @@ def load_codec(arguments: argparse.Namespace) -> "Codec":
 
 
 def decompress_file(codec: "Codec", path: Path) -> "Image.Image":
-    """The image in a file. Raises ValueError naming it."""
+    """Decompress a file. Raises ValueError, which names it."""
     data = container.read(path)
     try:
         return codec.decompress(data)
@@ -195,7 +199,7 @@ def is_compressed(name: str) -> bool:
 
 
 def print_header(name: str, as_json: bool) -> None:
-    """Print what a compressed file says of itself."""
+    """Print the header of a compressed file."""
     header, sizes = read_header(Path(name))
     total = Path(name).stat().st_size
     facts = {
@@ -221,7 +225,7 @@ def print_header(name: str, as_json: bool) -> None:
 
 
 def read_header(path: Path) -> tuple[container.Header, list[int]]:
-    """The header of a whole file, and the bytes of its chunks. Raises ValueError naming it."""
+    """Read and check a whole file: its header and the bytes of each chunk. Raises ValueError, which names it."""
     data = container.read(path)
     try:
         header, chunks = container.unpack(data)

@@ -1,4 +1,4 @@
-"""demo: a page in the browser that shows what models make of photographs."""
+"""demo: serve a page for the browser that shows how models reconstruct and edit photographs."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from ...progress import Progress
 from ..parser import MODEL, Command, Parser, add_computation
 from ..paths import check_model
 
-MOST_MODELS = 3  # on the page of demo: as many as have room beside one another
+MOST_MODELS = 3  # fit beside one another on the page
 
 
 def demo_arguments(parser: Parser) -> None:
@@ -27,7 +27,7 @@ def demo_arguments(parser: Parser) -> None:
 
 
 def check_demo(arguments: argparse.Namespace) -> None:
-    """`model` becomes a list; adds `listening`, the socket to serve on."""
+    """`model` becomes a list; adds `listening`, the bound socket to serve on."""
     require("demo")
     arguments.model = arguments.model or ["compact"]
     if len(arguments.model) > MOST_MODELS:

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from ...evaluation.other_autoencoders import OtherAutoencoder
     from ...evaluation.runner import Evaluation
 
-FURTHER_METRICS = ("dists", "vif")  # those of evaluation/further_metrics.py, which imports torch
-REPORT_FILES = ("images.csv", "report.html", "metrics.json")  # in this order: where the last is, all are
+FURTHER_METRICS = ("dists", "vif")  # as in evaluation/further_metrics.py, which would import torch
+REPORT_FILES = (
+    "images.csv",
+    "report.html",
+    "metrics.json",
+)  # written in this order: if the last exists, all do
 
 
 def evaluate_arguments(parser: Parser) -> None:
@@ -83,6 +87,7 @@ def evaluate_arguments(parser: Parser) -> None:
 
 
 def _size(text: str) -> int | None:
+    """Type of an option: pixels, or None for "native"."""
     return None if text == "native" else positive(text)
 
 
@@ -103,7 +108,7 @@ def check_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Measure models on images, on any number of ranks, and write it all at the end, from rank 0."""
+    """Measure models on images, on any number of ranks; rank 0 writes the report at the end."""
     from ...evaluation.report import html
 
     place = distributed.join(arguments.device)
@@ -111,7 +116,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     unfinished = unfinished.with_name(f".{unfinished.name}.unfinished")
     try:
         if place.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
         evaluation, metrics = _measured(arguments, unfinished / "images")
         if place.is_main_process:
             with Progress("writing the report"):
@@ -129,9 +134,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation", dict[str, Any]]:
-    """Do this rank's part of the work, and put together what all have found.
+    """Measure this rank's share and combine the results of all ranks: the evaluation and metrics.json's content.
 
-    `images`: the folder for what was measured, with --save-images.
+    images: the folder for the measured images, with --save-images.
     """
     import torch
 
@@ -140,7 +145,7 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
     from ...evaluation.runner import Evaluation, MetricSuite
 
     names, place = short_names(arguments.model), distributed.join(arguments.device)
-    # of several processes each has a device of its own
+    # with several processes, each has a device of its own
     device = place.device if place.num_processes > 1 else torch.device(arguments.device or place.device)
     with distributed.failing_together():
         photographs = Photographs.open(
@@ -162,7 +167,10 @@ def _measured(arguments: argparse.Namespace, images: Path) -> tuple["Evaluation"
 
 
 def _codecs(models: list["Model | OtherAutoencoder"], qualities: list[int] | None) -> list["Compressed"]:
-    """Of each of our models in its first type, if `qualities` are wanted. ValueError if none of them is ours."""
+    """The codec of each of our models in its first type; none if `qualities` is None, the default ones if it is [].
+
+    Raises ValueError if none of the models is ours.
+    """
     if qualities is None:
         return []
     from ...evaluation.compressed import QUALITIES, Compressed
@@ -175,7 +183,7 @@ def _codecs(models: list["Model | OtherAutoencoder"], qualities: list[int] | Non
 
 
 def _load(name: str, given: str, device: str, dtype: str | None, seed: int) -> "Model | OtherAutoencoder":
-    """The model that was `given`: ours, or another autoencoder of diffusers."""
+    """Load the model `given` on the command line, one of ours or another autoencoder of diffusers, as a method."""
     from ...evaluation.methods import Model
     from ...evaluation.other_autoencoders import OtherAutoencoder
     from ..loading import load_model, load_other_model, other_kind
@@ -190,9 +198,9 @@ def _load(name: str, given: str, device: str, dtype: str | None, seed: int) -> "
 def _metrics(
     arguments: argparse.Namespace, evaluation: "Evaluation", given: dict[str, str], latents: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of metrics.json; the same whatever the number of processes.
+    """The content of metrics.json; it does not depend on the number of processes.
 
-    `given`: the models as the user named them, by their short names. `latents`: of `Evaluation.study`.
+    given: short name -> the model as given on the command line. latents: of `Evaluation.study`.
     """
     from ...evaluation.other_autoencoders import OtherAutoencoder
     from ...evaluation.runner import FORMAT, STUDY_SIZE
@@ -239,7 +247,7 @@ def _shape(model: "Model | OtherAutoencoder") -> dict[str, int]:
 
 
 def _for_json(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON has not."""
+    """Replace NaN and infinity, which JSON lacks, by None, in nested dicts and sequences."""
     if isinstance(value, dict):
         return {key: _for_json(entry) for key, entry in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -248,6 +256,7 @@ def _for_json(value: Any) -> Any:
 
 
 def _write(output: Path, metrics: dict[str, Any], evaluation: "Evaluation") -> None:
+    """Write `REPORT_FILES` into the folder `output`."""
     from ...evaluation.report import html
 
     output.mkdir(parents=True, exist_ok=True)
@@ -261,7 +270,7 @@ def _write(output: Path, metrics: dict[str, Any], evaluation: "Evaluation") -> N
 
 
 def _move(unfinished: Path, output: Path) -> None:
-    """Rename the folder `unfinished` to `output`; where that is a folder already, move all files into it."""
+    """Rename the folder `unfinished` to `output`; if that exists, move all files into it, metrics.json last."""
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
         os.replace(unfinished, output)
@@ -273,7 +282,7 @@ def _move(unfinished: Path, output: Path) -> None:
 
 
 def _write_csv(file: TextIO, metrics: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Write a row an image, with each measure of each method that was measured anywhere."""
+    """Write one row per image, with each metric of each method that was measured on at least one image."""
     from ...evaluation.runner import IMAGE_METRICS
 
     columns = [

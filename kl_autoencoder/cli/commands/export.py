@@ -1,4 +1,4 @@
-"""export: a model written for use elsewhere, as files of diffusers or for other runtimes."""
+"""export: write a model for use elsewhere, as files of diffusers or for other runtimes."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ def export_arguments(parser: Parser) -> None:
 
 
 def check_export(arguments: argparse.Namespace) -> None:
-    """`output` becomes a Path; adds `folder`, the model's, or None for a single file or a hub id."""
+    """`output` becomes a Path; adds `folder`, the model's folder, or None for a single file or a hub id."""
     check_model(arguments.model)
     source, output = model_path(arguments.model), Path(arguments.output)
     arguments.output, arguments.folder = output, readable_folder(source) if source.is_dir() else None
@@ -58,7 +58,7 @@ def check_export(arguments: argparse.Namespace) -> None:
 
 
 def check_runtime(arguments: argparse.Namespace, option: str) -> None:
-    """Refuse what --onnx and --torch-export have no use for, and to write where something is."""
+    """Raise ValueError for options that --onnx and --torch-export cannot use, and for existing files."""
     if sum((arguments.onnx, arguments.torch_export, arguments.single_file)) > 1:
         raise ValueError("--onnx, --torch-export and --single-file: one of them")
     if arguments.dtype == "bfloat16":
@@ -73,11 +73,11 @@ def check_runtime(arguments: argparse.Namespace, option: str) -> None:
     if arguments.onnx:
         require("onnx", "onnx", "onnxscript")
     if arguments.dtype == "float16":
-        require("eval", "skimage")  # whose photographs the activations are measured on
+        require("eval", "skimage")  # activations are measured on its photographs
 
 
 def check_model_output(output: Path, model: Path | None, overwrite: bool) -> None:
-    """Refuse to write a model folder where a file or the model itself is, or other things are."""
+    """Raise ValueError if `output` is a file, the model itself, or, without `overwrite`, a folder with content."""
     if output.is_file():
         raise ValueError(f"{output}: is a file, not a folder")
     if model and output.is_dir() and output.samefile(model):
@@ -88,9 +88,9 @@ def check_model_output(output: Path, model: Path | None, overwrite: bool) -> Non
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write a training run's or any other model as a diffusers folder, or as a single file in LDM layout.
+    """Write a model as a diffusers folder, as a single file in LDM layout, or for another runtime.
 
-    An `Autoencoder` that is one of diffusers' VQModels is written as that.
+    An `Autoencoder` that is equivalent to a VQModel of diffusers is written as a VQModel.
     """
     from ...models.publishing.repository import write_model_folder
     from ..loading import load_model
@@ -110,9 +110,9 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def export_to_runtime(model: str, output: Path, dtype: str | None, onnx: bool) -> None:
-    """Write both networks beside `output`, compare them with torch where that is possible, and move them into it.
+    """Write encoder and decoder beside `output`, compare them with torch if possible, and move them into `output`.
 
-    `onnx`: as ONNX graphs; else as programs of torch.export.
+    onnx: write ONNX graphs, otherwise programs of torch.export.
     """
     from ...models.publishing import graphs, onnx_export, torch_export
     from ..loading import load_model
@@ -142,7 +142,7 @@ def export_to_runtime(model: str, output: Path, dtype: str | None, onnx: bool) -
 
 
 def _replace_folders(new: Path, output: Path) -> None:
-    """Move each folder in `new` into `output`, in place of one of that name; what else is there stays."""
+    """Move each folder in `new` into `output`, replacing one of the same name; other content of `output` stays."""
     output.mkdir(exist_ok=True)
     for folder in list(new.iterdir()):
         old = new / f"old-{folder.name}"
@@ -152,7 +152,7 @@ def _replace_folders(new: Path, output: Path) -> None:
 
 
 def companions_of(folder: Path | None) -> dict[str, Path]:
-    """The model card and the codec's entropy model in a model's folder, to write beside a copy of it."""
+    """The model card and the entropy model in a model's folder, to be copied with it: file name -> path."""
     files = [folder / name for name in ("README.md", ENTROPY_MODEL)] if folder else []
     return {file.name: file for file in files if file.is_file()}
 

@@ -1,4 +1,4 @@
-"""fp16-check: whether a model overflows in float16, and the same model that does not."""
+"""fp16-check: measure whether a model overflows in float16, and rescale it so that it does not."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...models.autoencoder_kl import KLAutoencoder
     from ...models.half_precision.float16 import Activations
 
-SAME_FUNCTION = 1e-4  # of the range of what a model gives
+SAME_FUNCTION = 1e-4  # largest difference, as a share of the output's range, of models that count as the same
 
 
 def fp16_check_arguments(parser: Parser) -> None:
@@ -35,7 +35,7 @@ def fp16_check_arguments(parser: Parser) -> None:
 
 
 def check_fp16_check(arguments: argparse.Namespace) -> None:
-    """`images` become (path, name) pairs, none for the built-in ones; adds `folder`, the model's or None."""
+    """`images` become (path, name) pairs, empty for the built-in ones; adds `folder`, the model's, or None."""
     if arguments.fix != bool(arguments.output):
         raise ValueError("--fix and -o FOLDER belong together")
     if arguments.fix and arguments.json:
@@ -52,7 +52,7 @@ def check_fp16_check(arguments: argparse.Namespace) -> None:
 
 
 def fp16_check(arguments: argparse.Namespace) -> int:
-    """Measure each layer's largest value; with --fix write the model rescaled. 1 if the model is unsafe."""
+    """Measure each layer's largest value; with --fix write the rescaled model. Returns 1 for an unsafe model."""
     from ...models.half_precision import float16, float16_check
     from ...models.publishing.repository import write_model_folder
     from ..loading import load_model
@@ -84,7 +84,7 @@ def fp16_check(arguments: argparse.Namespace) -> int:
 def _fix(
     vae: "KLAutoencoder", before: "Activations", images: Iterator["Tensor"], noise: "Tensor"
 ) -> "KLAutoencoder":
-    """The model rescaled for float16, and a report of what that changes; ValueError if it is not fit to be kept."""
+    """Rescale a model for float16 and print what changes; ValueError if it stays unsafe or its outputs change."""
     from ...models.half_precision import float16, float16_check
 
     fixed = float16.rescaled(vae, before)
@@ -113,9 +113,9 @@ def _fix(
 
 
 def _test_images(photographs: list[tuple[Path, str]], size: int) -> Iterator["Tensor"]:
-    """Images to measure on: hard ones, and `photographs` or, if there are none, those of scikit-image.
+    """Yield the images to measure on: difficult ones, then `photographs` or, if there are none, scikit-image's.
 
-    A photograph that cannot be read is told, skipped and taken from the list.
+    Photographs that cannot be read are reported, skipped and removed from the list.
     """
     from ...models.half_precision import float16_check
     from ..loading import read_photographs

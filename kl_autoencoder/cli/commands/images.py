@@ -134,7 +134,7 @@ def check_reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
-    """Encode and decode photographs; what comes out has their sizes."""
+    """Encode and decode photographs, and write the reconstructions in their sizes."""
     import torch
 
     from ...data.image_io import DIFFERENCE_GAIN, difference_image, image_grid

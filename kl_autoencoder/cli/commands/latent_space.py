@@ -1,4 +1,4 @@
-"""interpolate, sample: pictures of what lies between and around the latents of photographs."""
+"""interpolate, sample: decode latents between those of two photographs, or drawn from a distribution."""
 
 import argparse
 import os
@@ -98,7 +98,7 @@ def check_sample(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Decode draws from the prior, from one that was trained, or from a Gaussian that is fitted to photographs."""
+    """Decode draws from the model's prior, from a trained prior, or from a Gaussian fitted to photographs."""
     from ...data.image_io import image_grid
     from ..loading import load_model
 
@@ -130,7 +130,7 @@ def _draws_of_gaussian(vae: "KLAutoencoder", arguments: argparse.Namespace) -> "
 
 
 def _prior_of(vae: Any) -> Any:
-    """The prior of an adversarial autoencoder, None for a Gaussian. ValueError for one without any."""
+    """The prior of an adversarial autoencoder, None for the Gaussian one. ValueError for a discrete model."""
     bottleneck = vae.config.get("bottleneck") or {"kind": "kl"}
     if getattr(vae, "is_discrete", False):
         raise ValueError(
@@ -140,7 +140,7 @@ def _prior_of(vae: Any) -> Any:
 
 
 def _labels(arguments: argparse.Namespace, classes: int | None, source: str) -> "Tensor | None":
-    """A label for each picture: --label, or all in turn; None where `source` knows none."""
+    """A label for each picture: that of --label, else all labels in turn; None if `source` has no labels."""
     import torch
 
     one, count = arguments.label, arguments.grid**2
@@ -154,7 +154,7 @@ def _labels(arguments: argparse.Namespace, classes: int | None, source: str) -> 
 
 
 def _draws_of_prior(vae: Any, arguments: argparse.Namespace) -> "Tensor":
-    """Decode codes drawn from a `CodePrior`, of --label or of all labels in turn."""
+    """Decode codes drawn from the `CodePrior` of --prior, for --label or for all labels in turn."""
     import torch
 
     from ...models.priors import CodePrior
@@ -189,7 +189,7 @@ def add_size(parser: Parser, help: str) -> None:
 
 
 def size_of_squares(given: int | None, vae: "KLAutoencoder") -> int:
-    """Pixels a side: --size, or what the model is made for. ValueError for no multiple of the model's factor."""
+    """Pixels a side: --size, or the size that the model is made for. ValueError unless it is a multiple of f."""
     size = given or vae.config.sample_size
     if size % vae.downsampling:
         raise ValueError(f"--size: {size}; allowed: multiples of {vae.downsampling}")
@@ -210,7 +210,7 @@ def all_rows(source: str, key: str) -> tuple["Rows", range]:
 def read_squares(
     photographs: "Rows", rows: Sequence[int], size: int, what: str, channels: int, column: str = "image"
 ) -> Iterator[tuple[str, "Tensor"]]:
-    """Yield (name, images (1, channels, size, size)) of centre squares; unreadable ones are left out, and told."""
+    """Yield (name, images (1, channels, size, size) in [-1, 1]), centre squares; unreadable ones are reported."""
     from ...data.image_io import load_image, open_image
     from ...data.sources import encoded_file
 
@@ -241,7 +241,7 @@ def posteriors_of(
     what: str,
     column: str = "image",
 ) -> Iterator["DiagonalGaussian"]:
-    """The posterior of each readable image of `rows`, one by one; `what` is said of the progress."""
+    """Yield the posterior of each readable image of `rows`; `what` is the heading of the progress bar."""
     squares = read_squares(photographs, rows, size, what, vae.config.in_channels, column)
     return (posterior_of(vae, images) for _, images in squares)
 
@@ -249,7 +249,7 @@ def posteriors_of(
 def decoded(
     vae: "KLAutoencoder", latents: "Tensor", size: tuple[int, int], labels: "Tensor | None" = None
 ) -> "Tensor":
-    """Decode one at a time, so that what is beside it changes nothing of an image; crop to `size` (H, W)."""
+    """Decode latents one at a time, so that an image does not depend on the others, and crop to `size` (H, W)."""
     import torch
 
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""push, info: a model on the hub; what a model is."""
+"""push, info: publish a model on the hub; describe a model."""
 
 import argparse
 import json
@@ -97,7 +97,7 @@ def check_info(arguments: argparse.Namespace) -> None:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """Print what a model is: shapes, size, scaling, what it is made for; or the header of a compressed file."""
+    """Print a model's shapes, size, scaling and purpose, or the header of a compressed file."""
     from ..loading import load_model
 
     if codec.is_compressed(arguments.model):
@@ -141,7 +141,7 @@ def _described(name: str, vae: "KLAutoencoder") -> dict[str, str]:
 
 
 def _facts(name: str, vae: "KLAutoencoder") -> dict:
-    """What `info --json` prints: keys of the config under its names, counts as numbers."""
+    """The output of `info --json`: values of the config under their keys, and counts as numbers."""
     from ...models import scaling
     from ...models.single_file import family_of
 
@@ -185,7 +185,7 @@ def _described_relative(name: str, vae: "Autoencoder") -> dict[str, str]:
 
 
 def _facts_of_relative(name: str, vae: "Autoencoder") -> dict:
-    """What `info --json` prints of it."""
+    """The output of `info --json` for an `Autoencoder` of this package."""
     config = {key: vae.config[key] for key in vae.rules}
     return {
         "model": name,

@@ -1,4 +1,4 @@
-"""study: bounds of log p(x), information in latents, use of codes, and pictures of a model's latents."""
+"""study: measure bounds of log p(x), information in latents and use of codes, and draw a model's latents."""
 
 import argparse
 import json
@@ -16,7 +16,8 @@ from .latent_space import add_size, size_of_squares
 
 MEASURES = "measures.json"
 LIKELIHOODS = ("gaussian", "laplace", "bernoulli")
-TRAINED_AS = {"l1": "laplace", "l2": "gaussian"} | {kind: kind for kind in LIKELIHOODS}  # loss.reconstruction
+# loss.reconstruction of a run -> likelihood
+TRAINED_AS = {"l1": "laplace", "l2": "gaussian"} | {kind: kind for kind in LIKELIHOODS}
 IN_NATS = ("distortion", "rate", "elbo", "iwae_50", "mutual_information", "aggregate_kl")
 
 
@@ -96,12 +97,12 @@ def study(arguments: argparse.Namespace) -> None:
 
 
 def _run_of(path: Path) -> Path:
-    """The folder of the run that a model is of, if it is of one: itself, or the one around its export."""
+    """The folder of the run of a model: `path` itself, or its parent if `path` is the run's export."""
     return path if (path / "config.yaml").is_file() else path.parent
 
 
 def _of_run(path: Path) -> tuple[str, str | None]:
-    """The likelihood and the binarisation that a model was trained with; Gaussian and none where no run says it."""
+    """The likelihood and the binarisation that a model was trained with; gaussian and None without a run."""
     import yaml
 
     file = _run_of(path) / "config.yaml"

@@ -1,4 +1,4 @@
-"""train: the training program, with everything that `python -m train` takes."""
+"""train: start the training program, with the arguments of `python -m train`."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,7 +9,10 @@ HELP = "train a model; takes what python -m train takes, and continues where tha
 
 
 def train(arguments: list[str]) -> int:
-    """Run the training program, which the library knows by its name alone; its exit code."""
+    """Run the training program and return its exit code. It is found by name, as the library does not depend on it.
+
+    Raises ValueError if it is not installed beside this package, or another module has its name.
+    """
     spec = find_spec("train")
     origin = Path(spec.origin).resolve() if spec and spec.origin else None
     if origin is None:

@@ -1,4 +1,4 @@
-"""augment: more images like those of a folder, by class, to train a classifier on."""
+"""augment: make variants of the images in a folder, by class, to train a classifier on."""
 
 import argparse
 from functools import partial
@@ -37,7 +37,7 @@ def augment_arguments(parser: Parser) -> None:
 
 
 def check_augment(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be read or written; where each variant is to go becomes `arguments.targets`."""
+    """Adds `names`, of the images, and `targets`, (kind, name, number) of each variant -> its path."""
     folder, output = Path(arguments.folder), Path(arguments.output)
     if not folder.is_dir():
         raise ValueError(f"{folder}: is no folder; allowed: a folder of images")
@@ -82,7 +82,7 @@ def augment(arguments: argparse.Namespace) -> None:
 
 
 def _read(folder: Path, side: int | None, channels: int, name: str, size: tuple[int, int] | None) -> "Tensor":
-    """An image of the folder: of `size`, else the square of `side`, else every pixel."""
+    """Read an image of the folder: at `size` (H, W) if given, else as a square of `side`, else with every pixel."""
     from ....data.image_io import load_image
 
     return load_image(folder / name, size or side, multiple_of=1, channels=channels)

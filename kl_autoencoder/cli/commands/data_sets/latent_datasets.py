@@ -14,7 +14,7 @@ from ...parser import IMAGES, MODEL, Command, Parser, add_computation, positive
 from ...paths import check_model, model_folder, model_path, refuse_existing
 
 PIPELINES = ["sd", "sdxl", "sd3", "flux"]
-NOTABLE_MEAN = 0.1  # of scaled latents, in deviations
+NOTABLE_MEAN = 0.1  # a larger mean of scaled latents, in deviations, causes a warning
 
 
 def encode_dataset_arguments(parser: Parser) -> None:
@@ -62,7 +62,7 @@ def check_encode_dataset(arguments: argparse.Namespace) -> None:
 
 
 def encode_dataset(arguments: argparse.Namespace) -> None:
-    """Encode a source of photographs as a data set of latents, on any number of ranks; continue what is there."""
+    """Encode a source of photographs as a data set of latents, on any number of ranks, or continue one."""
     import torch
 
     from ....data.image_dataset import DATA
@@ -148,7 +148,7 @@ def check_set_scaling(arguments: argparse.Namespace) -> None:
 
 
 def set_scaling(arguments: argparse.Namespace) -> None:
-    """Write the statistics of a data set of latents as scaling into the config of the model that made it."""
+    """Write the statistics of a data set of latents, as scaling, into the config of the model that encoded it."""
     from ....latents.encode_dataset import weights_hash
     from ....latents.shards import read_manifest
     from ....models import scaling
@@ -175,7 +175,7 @@ def set_scaling(arguments: argparse.Namespace) -> None:
 
 
 def _warn_of_scaling(pipeline: str | None, set_to: dict, found: dict, channels: int) -> None:
-    """Warn where pipelines of diffusers would decode such latents wrongly."""
+    """Warn of pipelines of diffusers that would decode latents with this scaling wrongly."""
     from ....models import scaling
 
     reads = scaling.pipelines_of(set_to)

@@ -1,13 +1,13 @@
-"""Where the page is served: a socket that is bound before anything heavy is imported. Imports nothing heavy."""
+"""Bind the socket that the page is served on, before anything heavy is imported. Imports nothing heavy."""
 
 import ipaddress
 import socket
 
-PORTS = range(65536)  # 0: a free one
+PORTS = range(65536)  # 0 stands for any free port
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens on host and port. ValueError if that is no address of this machine, or taken."""
+    """Return a socket that listens on host and port. Raises ValueError if they are not available here, or taken."""
     if port not in PORTS:
         raise ValueError(f"--port: {port}; allowed: 0 (a free one) to {PORTS[-1]}")
     try:
@@ -32,5 +32,5 @@ def url(listening: socket.socket) -> str:
 
 
 def is_local(listening: socket.socket) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether only this machine can reach the socket (a loopback address)."""
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback

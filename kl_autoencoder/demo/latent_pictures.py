@@ -1,9 +1,9 @@
-"""Latents as pictures: each channel as levels of gray, and the first three principal components as colours."""
+"""Show latents as pictures: each channel in gray, and the first three principal components as colours."""
 
 import torch
 from torch import Tensor
 
-DEVIATIONS = 2.5  # from the mean, where black and white are: of normal values 1 in 80 lies outside
+DEVIATIONS = 2.5  # from the mean to black and to white; 1 in 80 values of a normal distribution lies outside
 
 
 def channel_pictures(z: Tensor) -> Tensor:
@@ -12,11 +12,11 @@ def channel_pictures(z: Tensor) -> Tensor:
 
 
 def principal_components(z: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
-    """The directions of largest variance among a photograph's latent vectors, one at each place.
+    """Principal components of a photograph's latents z (1, C, h, w), as h * w vectors of C channels.
 
-    z: (1, C, h, w). Returns what the vectors have in these directions, (count, h, w), and the share of the variance
-    of each, (count,), falling; fewer where there are fewer channels. An eigenvector's sign is free: its largest
-    entry is made positive.
+    Returns the components (count, h, w) and the share of the variance of each (count,), in falling order; fewer
+    than `count` if there are fewer channels. The sign of an eigenvector is arbitrary; here its entry of largest
+    magnitude is positive.
     """
     vectors = z[0].double().flatten(1)  # (C, h * w)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
@@ -29,9 +29,9 @@ def principal_components(z: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def component_picture(components: Tensor) -> Tensor:
-    """Components (n, h, w) -> one picture (1, 3, h, w) in [-1, 1]: the first red, the second green, the third blue.
+    """Components (n, h, w) -> picture (1, 3, h, w) in [-1, 1]: the first as red, the second green, the third blue.
 
-    What is missing of three is gray.
+    If there are fewer than three, the others are 0 (middle gray).
     """
     levels = torch.zeros(3, *components.shape[1:])
     levels[: len(components)] = _levels(components[:3])
@@ -39,7 +39,7 @@ def component_picture(components: Tensor) -> Tensor:
 
 
 def _levels(channels: Tensor) -> Tensor:
-    """(n, h, w) -> the same in [-1, 1]: each with mean 0, and -1 and 1 at 2.5 deviations."""
+    """Standardise each of (n, h, w) so that its mean is 0 and 2.5 deviations are 1, and clamp to [-1, 1]."""
     mean = channels.mean(dim=(1, 2), keepdim=True)
     deviation = channels.std(dim=(1, 2), keepdim=True, correction=0).clamp(min=1e-12)
     return ((channels - mean) / (DEVIATIONS * deviation)).clamp(-1, 1)

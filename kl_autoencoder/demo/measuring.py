@@ -1,4 +1,4 @@
-"""What a computation costs: seconds, and the most memory that it held at once."""
+"""Measure what a computation costs: its seconds and its peak memory."""
 
 import ctypes
 import threading
@@ -8,14 +8,14 @@ from types import TracebackType
 import psutil
 import torch
 
-INTERVAL = 0.002  # seconds between two looks at the memory that the process holds
+INTERVAL = 0.002  # seconds between two readings of the memory that the process holds
 
 
 class Meter:
-    """`with Meter(device) as meter:` ...; then `meter.seconds` and `meter.peak_bytes`.
+    """Context manager that measures its block: afterwards read `seconds` and `peak_bytes`.
 
-    `peak_bytes` is what was held at most beyond what was held before: of torch's allocator on a CUDA device; of the
-    process (looked at every two milliseconds) on the CPU; None on other devices.
+    `peak_bytes` is the peak memory minus the memory at the start: of torch's allocator on a CUDA device, of the
+    process, read every two milliseconds, on the CPU. It is None on other devices.
     """
 
     def __init__(self, device: torch.device):
@@ -31,7 +31,7 @@ class Meter:
         elif self.device.type == "cpu":
             self._done = threading.Event()
             self._before = self._most = _held_memory()
-            self._watch = threading.Thread(target=self._look, name="memory", daemon=True)
+            self._watch = threading.Thread(target=self._watch_memory, name="memory", daemon=True)
             self._watch.start()
         self._start = time.perf_counter()
         return self
@@ -49,7 +49,7 @@ class Meter:
             self._watch.join()
             self.peak_bytes = self._most - self._before
 
-    def _look(self) -> None:
+    def _watch_memory(self) -> None:
         while True:
             self._most = max(self._most, _held_memory())
             if self._done.wait(INTERVAL):
@@ -57,7 +57,7 @@ class Meter:
 
 
 class _MallocInfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc; the names of its fields are those of its manual."""
+    """`struct mallinfo2` of glibc, with its field names."""
 
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks")),
@@ -66,9 +66,9 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _held_memory() -> int:
-    """Bytes that the process holds: what glibc has given out, or resident memory where there is no glibc.
+    """Bytes that the process holds: those that glibc has allocated, or resident memory on systems without glibc.
 
-    Resident memory is the coarser figure: freed memory that stays resident is used again unseen.
+    Resident memory is less precise: freed memory may stay resident, and using it again does not show.
     """
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)  # glibc 2.33 and later
     if mallinfo2 is None:

@@ -1,4 +1,4 @@
-"""The page in Gradio: what a visitor sees and touches, and which method of the studio each thing calls."""
+"""The page in Gradio: its tabs and controls, and the methods of the studio that they call."""
 
 import html
 import traceback
@@ -20,14 +20,22 @@ INTRO = (
     "numbers, and decoded again. Drag the divider to see what is lost. Everything stays on this machine."
 )
 SIZES = {"512": 512, "1024": 1024, "2048": 2048, "every pixel": None}  # the longest side, in pixels
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # none is fetched
+FONTS = [
+    "system-ui",
+    "-apple-system",
+    "Segoe UI",
+    "Roboto",
+    "sans-serif",
+]  # of the system, none is downloaded
 START = "klAutoencoder.compare(element); watch('value', () => klAutoencoder.compare(element));"
 
 
 def photograph_input(value: Path, label: str, name: str, height: int) -> gr.Image:
-    """An image that is dropped, pasted or chosen; its file is passed on as it is, and read as everywhere here.
+    """An input for an image that is dropped, pasted or chosen; methods get the path of its unchanged file.
 
-    Gradio would decode it with less care: without colour profiles, 16 bits, or a sentence for what is no image.
+    Gradio's own decoding is replaced, because it ignores colour profiles, does not handle 16 bits and has no clear
+    message for files that are not images. value: the image shown at first. name: id of the HTML element. height: in
+    pixels.
     """
     image = gr.Image(
         str(value), label=label, elem_id=name, height=height, sources=["upload", "clipboard"], type="filepath",
@@ -47,7 +55,7 @@ def head() -> str:
 
 
 def told(function: Callable) -> Callable:
-    """The same, with what a visitor can get wrong as a sentence on the page instead of a traceback."""
+    """Wrap a function so that its errors appear on the page as one sentence instead of a traceback."""
 
     @wraps(function)
     def run(*arguments: Any) -> Any:
@@ -64,12 +72,15 @@ def told(function: Callable) -> Callable:
 
 
 def remembered(function: Callable) -> Callable:
-    """The same, with its last answer kept: Gradio tells twice of an upload."""
+    """Cache the last answer of a function, because Gradio reports an upload twice."""
     return lru_cache(maxsize=1)(function)
 
 
 def build(studio: Studio, examples: Sequence[Path]) -> gr.Blocks:
-    """The page of a studio. All that computes shares one place in the queue: one thing at a time."""
+    """Build the page of a studio. Computations run one at a time: all share one place in Gradio's queue.
+
+    examples: paths of photographs, at least two.
+    """
     with gr.Blocks(title="kl-autoencoder", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(f"<h1>{TITLE}</h1><p>{INTRO}</p>", elem_classes=["ours", "intro"], apply_default_css=False)
         with gr.Row():
@@ -79,7 +90,7 @@ def build(studio: Studio, examples: Sequence[Path]) -> gr.Blocks:
                 _reconstruction_tab(page, studio, photograph, longest)
                 _latents_tab(page, studio, photograph, model)
                 _noise_tab(page, studio, photograph, model)
-                if find_spec("constriction"):  # of the extra [codec]
+                if find_spec("constriction"):  # installed by the extra [codec]
                     _codec_tab(studio, photograph, model)
                 _between_tab(studio, photograph, model, examples)
                 _attribute_tab(studio, photograph, model)
@@ -117,7 +128,7 @@ def _output(name: str, **options: Any) -> gr.HTML:
 
 
 def _on(events: Sequence[Callable], function: Callable, inputs: Sequence, outputs: Sequence) -> None:
-    """Call a method of the studio on any of the events; of several that wait the last."""
+    """Call a function on any of the events; while it runs, only the last of several new events is kept."""
     gr.on(
         list(events), told(function), list(inputs), list(outputs), concurrency_id="models",
         trigger_mode="always_last", show_progress="minimal", api_visibility="private",

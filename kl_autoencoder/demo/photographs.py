@@ -1,4 +1,4 @@
-"""The photographs that the page is given, read as everywhere in the package and scaled down; and examples."""
+"""Read the photographs that visitors bring, as everywhere in the package, and write the examples."""
 
 import io
 from pathlib import Path
@@ -10,12 +10,14 @@ from torch import Tensor
 from ..data.image_io import image_to_tensor, load_image, open_image, save_image
 from ..extras import needs
 
-LEAST_SIDE = 16  # pixels: SSIM's window is 11, and less is no photograph
-EXAMPLES = ("astronaut", "coffee", "chelsea", "rocket", "page")  # of scikit-image, inside its package
+LEAST_SIDE = 16  # pixels; SSIM's window needs 11
+EXAMPLES = ("astronaut", "coffee", "chelsea", "rocket", "page")  # names in skimage.data, without download
 
 
 class Photograph(NamedTuple):
-    """A photograph as it is compared: (1, 3, H, W) in [-1, 1] of 8 bits, and (height, width) as it came."""
+    """A photograph as read. images: (1, 3, H, W), 8-bit values in [-1, 1]. original_size: (height, width) of the
+    file.
+    """
 
     name: str
     images: Tensor
@@ -23,13 +25,15 @@ class Photograph(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
+        """(H, W) of `images`, after scaling."""
         return tuple(self.images.shape[2:])
 
 
 def read_photograph(path: str | Path, longest: int | None = None) -> Photograph:
-    """Read a file, upright and in sRGB; scale it down so that no side is above `longest` pixels (None: keep all).
+    """Read a file, upright and in sRGB, and scale it down until no side is above `longest` pixels (None: never).
 
-    Raises ValueError, in a sentence that names the file without its folder, for what is no photograph or too small.
+    Raises ValueError, with one sentence that names the file without its folder, if the file is not an image or has
+    a side below `LEAST_SIDE`.
     """
     path = Path(path)
     picture = _opened(path)
@@ -40,17 +44,17 @@ def read_photograph(path: str | Path, longest: int | None = None) -> Photograph:
 
 
 def read_square(path: str | Path, size: int) -> Tensor:
-    """Read the centre square of a file: (1, 3, size, size) in [-1, 1]. Raises as `read_photograph`."""
+    """Read the centre square of a file: (1, 3, size, size) in [-1, 1]. Raises ValueError if it is not an image."""
     return load_image(_opened(Path(path)), size, multiple_of=1)
 
 
 def read_cropped(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """Read a file scaled and cropped to `size` (H, W): (1, 3, H, W) in [-1, 1]. Raises as `read_photograph`."""
+    """Read a file, scaled and cropped to `size` (H, W): (1, 3, H, W) in [-1, 1]. Errors as in `read_square`."""
     return load_image(_opened(Path(path)), size, multiple_of=1)
 
 
 def write_examples(folder: Path) -> list[Path]:
-    """Write the photographs of scikit-image that need no download into `folder`; their paths."""
+    """Write the photographs of scikit-image named in `EXAMPLES` into `folder`, and return their paths."""
     with needs("demo"):
         from skimage import data
 
@@ -62,7 +66,7 @@ def write_examples(folder: Path) -> list[Path]:
 
 def _opened(path: Path) -> Image.Image:
     file = io.BytesIO(path.read_bytes())
-    file.name = path.name  # what an error says; the folder is none of a visitor's business
+    file.name = path.name  # error messages show this name; visitors need not see the folder
     return open_image(file)
 
 

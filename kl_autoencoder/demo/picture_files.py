@@ -1,4 +1,4 @@
-"""Pictures that the page shows: PNG files under names that cannot be guessed, the oldest removed for new ones."""
+"""The pictures that the page shows: PNG files under names that cannot be guessed; new ones replace the oldest."""
 
 import secrets
 import threading
@@ -9,11 +9,14 @@ from torch import Tensor
 
 from ..data.image_io import tensor_to_images
 
-MOST_BYTES = 1 << 30  # on disk, of all visitors
+MOST_BYTES = 1 << 30  # on disk, for the pictures of all visitors together
 
 
 class PictureFiles:
-    """Files in `folder`, written by `add` and read by the name it returns; safe among threads."""
+    """Picture files in `folder`: `add` writes one and returns its name, `path` finds it by name. Thread-safe.
+
+    If the files exceed `most_bytes`, the oldest are deleted, but never the last.
+    """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self.most_bytes = folder, most_bytes
@@ -21,18 +24,18 @@ class PictureFiles:
         self._lock = threading.Lock()
 
     def add(self, image: Tensor | Image.Image) -> str:
-        """Write an image (1, 3, H, W) in [-1, 1], or a PIL image, without loss; its name."""
+        """Write an image (1, 3, H, W) in [-1, 1], or a PIL image, as PNG, and return the file's name."""
         picture = image if isinstance(image, Image.Image) else tensor_to_images(image)[0]
         name = f"{secrets.token_urlsafe(18)}.png"
         path = self.folder / name
-        picture.save(path, compress_level=1)  # three times as fast as the default, for a tenth more bytes
+        picture.save(path, compress_level=1)  # three times as fast as the default, with a tenth more bytes
         with self._lock:
             self._sizes[name] = path.stat().st_size
             self._remove_oldest()
         return name
 
     def path(self, name: str) -> Path | None:
-        """Where a picture of this name lies, if there is one (still)."""
+        """The path of the picture with this name; None if there is none, or none any more."""
         with self._lock:
             return self.folder / name if name in self._sizes else None
 

@@ -1,4 +1,4 @@
-"""A photograph through every model, and through JPEG and WebP at equal bytes: images, figures, and what it cost."""
+"""Reconstruct a photograph by every model, and by JPEG and WebP at equal size: images, metrics and costs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from ..models.autoencoder_kl import ExactAutoencoder
 from ..models.large_images import prepare_for
 from .measuring import Meter
 
-CODECS = {"JPEG": "JPEG", "WEBP": "WebP"}  # as Pillow names them, as people do
-DEFAULT_LPIPS = "alex"  # what the paper measures with, as `evaluate` does
+CODECS = {"JPEG": "JPEG", "WEBP": "WebP"}  # Pillow's name -> usual name
+DEFAULT_LPIPS = "alex"  # the net of the paper's metric and of `evaluate`
 
 
 class Costs(NamedTuple):
-    """Of encoding and decoding; `peak_bytes` as `Meter` has it, the larger of the two."""
+    """Costs of encoding and decoding; `peak_bytes` is the larger of the two, as measured by `Meter`."""
 
     encode_ms: float
     decode_ms: float
@@ -29,10 +29,11 @@ class Costs(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method made of a photograph.
+    """A photograph as reproduced by a method.
 
-    images: (1, 3, H, W) in [-1, 1], of 8 bits. bytes: of the latents at 8 bits a value, or of the file. values:
-    psnr (dB), ssim and, where LPIPS could be loaded, lpips. latents: (1, C, h, w), of a model.
+    images: (1, 3, H, W), 8-bit values in [-1, 1]. bytes: of the latents at 8 bits per value, or of the file.
+    values: psnr (dB), ssim and, if LPIPS could be loaded, lpips. costs: of a model. latents: (1, C, h, w), of a
+    model.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Outcome:
 
 
 def load_lpips(device: torch.device) -> LPIPS | None:
-    """LPIPS if its backbone is on this machine or can be fetched; None, and no word, if not."""
+    """Load LPIPS; None, without a message, if its backbone is neither on this machine nor can be downloaded."""
     try:
         return LPIPS(DEFAULT_LPIPS).to(device)
     except OSError:
@@ -53,9 +54,10 @@ def load_lpips(device: torch.device) -> LPIPS | None:
 
 
 def compare(models: Mapping[str, ExactAutoencoder], images: Tensor, lpips: LPIPS | None) -> Iterator[Outcome]:
-    """Reconstruct `images` (1, 3, H, W) by every model; then as JPEG and WebP, in the bytes of each one's latents.
+    """Reconstruct `images` (1, 3, H, W) in [-1, 1] by every model, then by JPEG and WebP at the models' sizes.
 
-    Raises ValueError for a photograph that does not fit into memory.
+    These sizes are the bytes of each model's latents at 8 bits per value; equal ones count once. Raises ValueError
+    for a photograph that does not fit into memory.
     """
     sizes: dict[int, str] = {}
     for name, vae in models.items():
@@ -70,7 +72,10 @@ def compare(models: Mapping[str, ExactAutoencoder], images: Tensor, lpips: LPIPS
 
 @torch.inference_mode()
 def reconstruct(name: str, vae: ExactAutoencoder, images: Tensor, lpips: LPIPS | None) -> Outcome:
-    """Encode to the posterior's mode and decode: large photographs in exact strips, as `reconstruct` does."""
+    """Encode to the posterior's mode and decode; large photographs in exact strips, like the command `reconstruct`.
+
+    Raises ValueError if the photograph does not fit into memory.
+    """
     height, width = images.shape[2:]
     try:
         prepare_for(vae, height, width)
@@ -97,7 +102,7 @@ def reconstruct(name: str, vae: ExactAutoencoder, images: Tensor, lpips: LPIPS |
 
 
 def compress(name: str, codec: Codec, images: Tensor, quality: int, lpips: LPIPS | None) -> Iterator[Outcome]:
-    """Compress `images` (1, 3, H, W) to a file by a model, at a quality of 1 to 100; then by JPEG and WebP."""
+    """Compress `images` (1, 3, H, W) by a model at `quality`, 1 to 100, then by JPEG and WebP to as many bytes."""
     with Meter(codec.vae.device) as encoding:
         file = codec.compress(images, quality)
     with Meter(codec.vae.device) as decoding:
@@ -112,6 +117,7 @@ def compress(name: str, codec: Codec, images: Tensor, quality: int, lpips: LPIPS
 
 
 def _coded(kind: str, like: str, images: Tensor, size: int, lpips: LPIPS | None) -> Outcome:
+    """The outcome of JPEG or WebP with at most `size` bytes; `like` is appended to its name."""
     decoded, (found,) = baselines.codec(images, kind, size)
     detail = "at most as many bytes" if found <= size else "its smallest file"
     return Outcome(f"{CODECS[kind]}{like}", detail, decoded, found, _values(decoded, images, lpips))

@@ -1,4 +1,4 @@
-"""Outcomes and pictures as HTML, with the divider and the table of `evaluate`'s report."""
+"""Render outcomes and pictures as HTML, with the divider and the table of the report of `evaluate`."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -11,7 +11,7 @@ from ..evaluation.report.columns import COLUMNS, Column
 from .photographs import Photograph
 from .reconstruction import Outcome
 
-COLOURS = 3  # of models, in demo.css
+COLOURS = 3  # colours of models in demo.css
 REPORT = "kl_autoencoder.evaluation.report"
 COMPARED = (
     *(column for column in COLUMNS if column.key in ("psnr", "ssim", "lpips")),
@@ -22,11 +22,14 @@ COMPARED = (
 )
 OF_LATENTS = "Of a model, kB is its latents at 8 bits a value; JPEG and WebP get as many bytes."
 OF_FILES = "kB is the whole file; JPEG and WebP get as many bytes."
-Address = Callable[[Tensor], str]  # writes an image (1, 3, H, W) and tells where the page finds it
+Address = Callable[[Tensor], str]  # writes an image (1, 3, H, W) and returns its URL on the page
 
 
 class Choice(NamedTuple):
-    """The right side of a divider: what it is, the image (1, 3, H, W), figures in words; `shown` at first."""
+    """An image for the right side of a divider.
+
+    images: (1, 3, H, W) in [-1, 1]. values: metrics as text. shown: whether it is visible at first.
+    """
 
     title: str
     detail: str
@@ -36,7 +39,7 @@ class Choice(NamedTuple):
 
 
 def comparison(left: str, images: Tensor, choices: Sequence[Choice], address: Address) -> str:
-    """Dividers between one image, which is called `left`, and others of its size; with their controls."""
+    """Render dividers between an image (1, 3, H, W), labelled `left`, and others of its size, with controls."""
     original, (height, width) = address(images), images.shape[2:]
     figures = [
         {
@@ -61,7 +64,7 @@ def comparison(left: str, images: Tensor, choices: Sequence[Choice], address: Ad
 
 
 def reconstructions(photograph: Photograph, outcomes: Sequence[Outcome], address: Address) -> str:
-    """The photograph beside what each method made of it; at first beside the models alone."""
+    """Render the photograph compared with each method's reproduction; at first only the models' are visible."""
     choices = [
         Choice(o.name, o.detail, o.images, [f"PSNR {o.values['psnr']:.2f} dB"], o.costs is not None)
         for o in outcomes
@@ -70,7 +73,7 @@ def reconstructions(photograph: Photograph, outcomes: Sequence[Outcome], address
 
 
 def table(photograph: Photograph, outcomes: Sequence[Outcome], about: str) -> str:
-    """The figures of every method, a line each; `about`: what their bytes are."""
+    """Render a table with one row per method; `about` explains the bytes in it."""
     rows = [_row(outcome, number) for number, outcome in enumerate(outcomes)]
     columns = [c for c in COMPARED if any(row["values"].get(c.key) is not None for row in rows)]
     best = {c.key: _best(c, [row["values"].get(c.key) for row in rows]) for c in columns if c.better}
@@ -82,18 +85,19 @@ def table(photograph: Photograph, outcomes: Sequence[Outcome], about: str) -> st
 def pictures(
     shown: Sequence[tuple[str, Tensor]], address: Address, text: str = "", pixels: bool = False
 ) -> str:
-    """Captions and images (1, 3, h, w) in a row that wraps; `pixels`: enlarged without smoothing."""
+    """Render (caption, image (1, 3, h, w)) in rows, after `text`. pixels: enlarge without smoothing."""
     entries = [{"caption": caption, "source": address(images)} for caption, images in shown]
     return _template("pictures.html").render(pictures=entries, text=text, pixels=pixels)
 
 
 def script() -> str:
-    """The page's script: `klAutoencoder.compare(element)` sets up the comparison in an element."""
+    """The page's JavaScript: `klAutoencoder.compare(element)` sets up the comparison in an element."""
     parts = [_source("viewer.js"), _source("demo.js")]
     return "window.klAutoencoder = (() => {\n" + "\n".join(parts) + "\nreturn { compare };\n})();"
 
 
 def style() -> str:
+    """The page's CSS."""
     return "\n".join(map(_source, ("viewer.css", "results.css", "demo.css")))
 
 

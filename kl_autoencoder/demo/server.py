@@ -1,4 +1,4 @@
-"""The page served on this machine: what it may load, who may ask, how large an upload may be, and how it ends."""
+"""Serve the page on this machine: security headers, allowed hosts, limit of uploads, shutdown."""
 
 import os
 import secrets
@@ -21,7 +21,7 @@ from .picture_files import PictureFiles
 from .reconstruction import load_lpips
 from .studio import Studio
 
-# Before gradio is imported: nothing is reported, no version is looked up.
+# Set before gradio is imported: no analytics, no version check.
 os.environ |= {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -38,8 +38,8 @@ with needs("demo"):
     from . import page, rendering
 
 MOST_UPLOADED = 64 << 20  # bytes of one file
-HOUR = 3600  # seconds, after which an upload is deleted
-# A browser loads from this server alone, whatever the page asks for. Gradio needs the inline parts.
+HOUR = 3600  # seconds after which an upload is deleted
+# The browser may load from this server alone. Gradio needs the parts with 'unsafe-inline' and 'unsafe-eval'.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
@@ -52,7 +52,7 @@ HEADERS = {
 
 
 class WithHeaders:
-    """An ASGI application whose answers carry `HEADERS`."""
+    """ASGI middleware that adds `HEADERS` to every HTTP response."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -69,7 +69,11 @@ class WithHeaders:
 def application(
     models: Mapping[str, ExactAutoencoder], folder: Path, local: bool, most_uploaded: int = MOST_UPLOADED
 ) -> FastAPI:
-    """The web application. Uploads, examples and pictures lie in `folder`; `local`: only localhost may ask."""
+    """Build the web application.
+
+    models: name -> model, at least one. folder: an existing empty folder for uploads, examples and pictures. local:
+    accept requests for localhost only. most_uploaded: bytes of an upload, at most.
+    """
     for name in ("uploads", "examples", "pictures"):
         (folder / name).mkdir()
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
@@ -87,7 +91,7 @@ def application(
         return FileResponse(path, headers={"cache-control": "no-store"})
 
     app.add_middleware(WithHeaders)
-    if local:  # a page of the web cannot ask under a name of its own that leads here
+    if local:  # against DNS rebinding: a web page whose host name leads to this machine is refused
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
     return gr.mount_gradio_app(
         app, blocks, "/", footer_links=[], run_history=False, max_file_size=most_uploaded, ssr_mode=False,
@@ -96,7 +100,10 @@ def application(
 
 
 class Server(uvicorn.Server):
-    """Serves until a signal comes, and then ends at once, in the middle of a computation too."""
+    """Serves until a signal arrives, and then ends the process at once, even during a computation.
+
+    ready: the line printed when the server has started.
+    """
 
     def __init__(self, app: FastAPI, folder: Path, ready: str):
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False))
@@ -111,9 +118,9 @@ class Server(uvicorn.Server):
 
 
 def serve(models: Mapping[str, ExactAutoencoder], listening: socket.socket) -> None:
-    """Serve the page on a bound socket until Ctrl-C or SIGTERM; what visitors brought is deleted then.
+    """Serve the page on a bound socket until Ctrl-C or SIGTERM; then delete all uploads and pictures.
 
-    ValueError for a model that is not one of RGB images, or not a KL autoencoder.
+    Raises ValueError for a model that is not a KL autoencoder of RGB images.
     """
     for name, vae in models.items():
         if not isinstance(vae, ExactAutoencoder) or (vae.config.in_channels, vae.config.out_channels) != (
@@ -125,7 +132,7 @@ def serve(models: Mapping[str, ExactAutoencoder], listening: socket.socket) -> N
     for number in (signal.SIGINT, signal.SIGTERM):  # until the server has handlers of its own
         signal.signal(number, lambda sig, _: _leave(folder, sig))
     try:
-        folder.mkdir(mode=0o700)  # now that a signal removes it again
+        folder.mkdir(mode=0o700)  # only now, as a signal from here on removes it
         app = application(models, folder, is_local(listening))
         _warm_up(models)
         Server(app, folder, f"{url(listening)} (Ctrl-C ends it)").run([listening])
@@ -134,7 +141,7 @@ def serve(models: Mapping[str, ExactAutoencoder], listening: socket.socket) -> N
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder in which a thread may still be writing pictures."""
+    """Delete a folder; tried again while a thread is still writing pictures into it."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -142,14 +149,14 @@ def _remove(folder: Path) -> None:
 
 
 def _leave(folder: Path, sig: int) -> None:
-    """End the process at once, for a signal, without the folder of what visitors brought."""
+    """Handle a signal: delete the folder of uploads and pictures and end the process at once."""
     _remove(folder)
-    os._exit(128 + sig)  # Python would wait for the thread that computes
+    os._exit(128 + sig)  # a normal exit would wait for the computing thread
 
 
 @torch.inference_mode()
 def _warm_up(models: Mapping[str, ExactAutoencoder]) -> None:
-    """The first call of a network chooses its kernels, which the first visitor's milliseconds should not count."""
+    """Run every model once, so that the one-time costs of a first call are not counted in a visitor's times."""
     for vae in models.values():
         side = 8 * vae.size_multiple
         vae(torch.zeros(1, 3, side, side, device=vae.device, dtype=vae.dtype))

@@ -1,6 +1,6 @@
-"""What the page does with photographs and models, each as a method that takes a visitor's choices and returns HTML.
+"""`Studio`: one method for each tab of the page, which takes a visitor's choices and returns HTML.
 
-It knows nothing of Gradio. A mistake of the visitor is a ValueError or OSError in one sentence.
+It is independent of Gradio. Mistakes of the visitor raise ValueError or OSError with one sentence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,19 @@ from .picture_files import PictureFiles
 from .reconstruction import Outcome
 from .rendering import Choice
 
-EDITED_SIDE = 512  # pixels: photographs whose latents are changed are scaled down to this
-SQUARE = 256  # pixels a side where photographs have to be of one size, and of samples
+EDITED_SIDE = 512  # longest side in pixels, where photographs keep their aspect ratio
+SQUARE = 256  # pixels a side of photographs that must be of one size, and of samples
 SAMPLES = 4
-KEPT = 32  # posteriors, of the photographs that were worked on last
+KEPT = 32  # posteriors in the cache, those used last
 NO_PHOTOGRAPH = "choose a photograph first"
 
 
 class Studio:
-    """Models by their names, LPIPS or None, and the files in which the page finds its pictures.
+    """The work behind the page.
 
-    Two methods must not be called at a time: a model is prepared for the size of each photograph.
+    models: name -> model. lpips: None leaves LPIPS out. files: where pictures for the page are written. In all
+    methods `path`, `a` and `b` are files of photographs or None, and without them most methods return empty HTML.
+    Methods must not be called at the same time, because a model is prepared for the size of each photograph.
     """
 
     def __init__(self, models: Mapping[str, ExactAutoencoder], lpips: LPIPS | None, files: PictureFiles):
@@ -38,15 +40,18 @@ class Studio:
         self._posterior = lru_cache(maxsize=KEPT)(self._encoded)
 
     def reconstruct(self, path: str | None, longest: int | None) -> tuple[str, str]:
-        """The photograph through every model and codec: the comparison, and the table of figures."""
+        """Reconstruct the photograph by every model, JPEG and WebP: the comparison and the table of metrics.
+
+        longest: longest side in pixels, None for every pixel.
+        """
         if not path:
             return "", ""
         photograph = photographs.read_photograph(path, longest)
         outcomes = list(reconstruction.compare(self.models, photograph.images, self.lpips))
-        return self._shown(photograph, outcomes, rendering.OF_LATENTS)
+        return self._rendered(photograph, outcomes, rendering.OF_LATENTS)
 
     def latents(self, path: str | None, model: str) -> str:
-        """Every channel of the latents, and the principal components as one picture in colours."""
+        """Show the principal components of the latents as one colour picture, and each channel in gray."""
         if not path:
             return ""
         z = self._posterior(path, model, EDITED_SIDE).mode()
@@ -64,17 +69,17 @@ class Studio:
         return rendering.pictures(shown, self._address, text, pixels=True)
 
     def compress(self, path: str | None, model: str, quality: int) -> tuple[str, str]:
-        """The photograph in a file of the codec, JPEG and WebP, of equal bytes: the comparison, and the figures."""
+        """Compress the photograph by the codec, and by JPEG and WebP to equal size: comparison and table."""
         if not path:
             return "", ""
         photograph = photographs.read_photograph(path, EDITED_SIDE)
         outcomes = list(
             reconstruction.compress(model, self._codec(model), photograph.images, int(quality), self.lpips)
         )
-        return self._shown(photograph, outcomes, rendering.OF_FILES)
+        return self._rendered(photograph, outcomes, rendering.OF_FILES)
 
     def noise(self, path: str | None, model: str, level: float, seed: int) -> str:
-        """What the decoder makes of latents with noise of `level` deviations, beside those without."""
+        """Compare images decoded from latents with and without noise of `level` deviations of each channel."""
         if not path:
             return ""
         vae, size = self.models[model], photographs.read_photograph(path, EDITED_SIDE).size
@@ -86,7 +91,7 @@ class Studio:
         return rendering.comparison("no noise", clean, [choice], self._address)
 
     def between(self, a: str | None, b: str | None, model: str, place: float, spherical: bool) -> str:
-        """Two photographs as the model draws them, and what lies at `place` of the way between their latents."""
+        """Show the reconstructions of two photographs, and the image decoded at `place`, 0 to 1, between them."""
         if not a or not b:
             return ""
         vae, size = self.models[model], photographs.read_photograph(a, EDITED_SIDE).size
@@ -100,7 +105,7 @@ class Studio:
     def attribute(
         self, path: str | None, plus: Sequence[str], minus: Sequence[str], model: str, strength: float
     ) -> str:
-        """The photograph with more, or less, of what those in `plus` have and those in `minus` have not."""
+        """Change the photograph along the attribute that photographs in `plus` have and those in `minus` lack."""
         if not path:
             raise ValueError(NO_PHOTOGRAPH)
         if not plus or not minus:
@@ -115,7 +120,7 @@ class Studio:
         return rendering.comparison("strength 0", before, [choice], self._address)
 
     def samples(self, path: str | None, model: str, fitted: bool, seed: int) -> str:
-        """Decoded draws from the prior N(0, I), or from a Gaussian of the photograph's own channels."""
+        """Decode draws from N(0, I) or, if `fitted`, from a Gaussian fitted to the photograph's channels."""
         vae = self.models[model]
         side = SQUARE // vae.downsampling
         gaussian = interpolation.standard_normal(vae.config.latent_channels, side, side)
@@ -134,14 +139,14 @@ class Studio:
         shown = [(f"sample {seed + i}", image) for i, image in enumerate(images)]
         return rendering.pictures(shown, self._address, text)
 
-    def _shown(self, photograph: Photograph, outcomes: Sequence[Outcome], about: str) -> tuple[str, str]:
+    def _rendered(self, photograph: Photograph, outcomes: Sequence[Outcome], about: str) -> tuple[str, str]:
         return (
             rendering.reconstructions(photograph, outcomes, self._address),
             rendering.table(photograph, outcomes, about),
         )
 
     def _encoded(self, path: str, model: str, side: int) -> DiagonalGaussian:
-        """The posterior of a photograph with no side above `side` pixels; -side: of its centre square."""
+        """The posterior of a photograph scaled down to longest side `side`; for -side, of its centre square."""
         if side < 0:
             images = photographs.read_square(path, -side)
         else:

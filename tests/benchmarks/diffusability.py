@@ -46,7 +46,8 @@ OBJECTIVES = {  # the loss of the fine-tuning, beside FINE_TUNING's
     "plain": {"kl": {"weight": 1e-6}},
     "kl": {"kl": {"weight": 2e-2}},
     "noise": {"kl": {"weight": 1e-6}, "view": {"kind": "noise", "high": 3.0}},
-    "kl_noise": {"kl": {"weight": 2e-2}, "view": {"kind": "noise", "high": 1.5}},
+    "kl_noise": {"kl": {"weight": 2e-2}, "view": {"kind": "noise", "high": 1.0}},
+    "kl_noise_2": {"kl": {"weight": 2e-2}, "view": {"kind": "noise", "high": 2.0}},
     "equivariance": {"kl": {"weight": 1e-6}, "view": {"kind": "equivariance"}},
 }
 FINE_TUNING = f"""

@@ -18,14 +18,14 @@ from PIL import Image
 
 from kl_autoencoder.cli.main import main as command
 from kl_autoencoder.data.samples.installed import digits
-from kl_autoencoder.data.samples.tables import DIGITS
+from kl_autoencoder.data.samples.tables import TRAIN_DIGITS
 
 CLASSIFIERS = ("logistic regression", "nearest neighbour")
 
 
 def chosen(per_class: int, seed: int) -> np.ndarray:
     """Numbers of training digits, so many of each class."""
-    rng, labels = np.random.default_rng(seed), digits()[1][:DIGITS]
+    rng, labels = np.random.default_rng(seed), digits()[1][:TRAIN_DIGITS]
     return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in range(10)])
 
 
@@ -51,9 +51,9 @@ def accuracies(pixels: np.ndarray, classes: np.ndarray) -> list[float]:
     from sklearn.neighbors import KNeighborsClassifier
 
     images, labels = digits()
-    held_out = images[DIGITS:].reshape(-1, 64) / 255
+    held_out = images[TRAIN_DIGITS:].reshape(-1, 64) / 255
     models = (LogisticRegression(max_iter=2000), KNeighborsClassifier(1))
-    return [float(model.fit(pixels, classes).score(held_out, labels[DIGITS:])) for model in models]
+    return [float(model.fit(pixels, classes).score(held_out, labels[TRAIN_DIGITS:])) for model in models]
 
 
 def compare(model: str, per_class: int, seed: int, each: int, kinds: list[str]) -> dict[str, list[float]]:

@@ -18,6 +18,11 @@ if "TORCH_HOME" not in os.environ and (SHARED / "torch_home").is_dir():
     os.environ["TORCH_HOME"] = str(SHARED / "torch_home")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One worker more than there are cores: many tests wait for processes that they have started."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else (os.cpu_count() or 1) + 1
+
+
 def backbone_missing(net):
     from kl_autoencoder.evaluation.metrics import backbone_file
 

@@ -550,8 +550,8 @@ from kl_autoencoder import KLAutoencoder
 
 torch.manual_seed(0)
 vae = KLAutoencoder(block_out_channels=(32, 32), norm_num_groups=4, mid_block_add_attention=False).eval()
-z = torch.randn(10, 4, 96, 96)
-x = torch.randn(10, 3, 192, 192)
+z = torch.randn(6, 4, 96, 96)
+x = torch.randn(6, 3, 192, 192)
 
 def virtual():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -96,10 +96,9 @@ def rms(x):
     return x.float().square().mean().sqrt()
 
 
-@pytest.mark.parametrize("name", ["sd", "no-attention"])
-def test_gradient_checkpointing_and_compile_change_nothing(name):
+def test_gradient_checkpointing_and_compile_change_nothing():
     """With fullgraph a graph break would raise."""
-    config = reduced(PUBLISHED[name])
+    config = reduced(PUBLISHED["sd"])
     ours, _ = networks(config)
     for our, x in zip(ours, inputs(config), strict=True):
         plain = gradients(our, our, x)

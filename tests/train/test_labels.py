@@ -283,7 +283,7 @@ def test_a_trained_conditional_autoencoder_draws_by_class_for_augment(tmp_path, 
         lambda name, size: load_image(tmp_path / "few" / name, size, 1, channels=1),
         [f"{digit}/a.png" for digit in range(10)],
     )
-    generator = torch.Generator().manual_seed(augmenter._number(Variant("drawn", "7/a.png", 0)))
+    generator = torch.Generator().manual_seed(augmenter._seed_of(Variant("drawn", "7/a.png", 0)))
     z = torch.randn(1, augmenter.vae.config.latent_channels, 1, 1, generator=generator)
     with torch.no_grad():
         wanted = augmenter.vae.decode(z, labels=torch.tensor([7])).sample

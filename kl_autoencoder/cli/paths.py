@@ -13,11 +13,8 @@ from ..models.compact import COMPACT
 from ..models.folder import CONFIG, HUB_ID, read_json
 from ..models.run_folder import newer_checkpoint
 
-MODELS = (
-    "AutoencoderKL",
-    "AutoencoderKLFlux2",
-    "Autoencoder",
-)  # class names, in config.json, of the models that commands read
+# class names, in config.json, of the models that commands read
+MODELS = ("AutoencoderKL", "AutoencoderKLFlux2", "Autoencoder")
 OTHERS = (  # classes of diffusers that `evaluate` compares with them: other autoencoders of images in [-1, 1]
     *("AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
     *("AutoencoderTiny", "ConsistencyDecoderVAE", "VQModel"),

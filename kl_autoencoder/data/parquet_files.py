@@ -100,9 +100,8 @@ class ParquetRows:
             self.groups += [
                 (number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)
             ]
-        self.starts = np.cumsum(
-            [0, *(rows for _, _, rows in self.groups)]
-        )  # first row of each group, then the end
+        # first row of each group, then the end
+        self.starts = np.cumsum([0, *(rows for _, _, rows in self.groups)])
         self._last: tuple[int, pa.Table] | None = None
 
     def __len__(self) -> int:

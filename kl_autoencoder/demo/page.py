@@ -20,13 +20,8 @@ INTRO = (
     "numbers, and decoded again. Drag the divider to see what is lost. Everything stays on this machine."
 )
 SIZES = {"512": 512, "1024": 1024, "2048": 2048, "every pixel": None}  # the longest side, in pixels
-FONTS = [
-    "system-ui",
-    "-apple-system",
-    "Segoe UI",
-    "Roboto",
-    "sans-serif",
-]  # of the system, none is downloaded
+# of the system, none is downloaded
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 START = "klAutoencoder.compare(element); watch('value', () => klAutoencoder.compare(element));"
 
 

@@ -11,11 +11,8 @@ from ..data.image_io import image_to_tensor, pad_to_multiple, tensor_to_images
 
 # PIL's ranges of quality; Pillow advises against JPEG above 95, which grows without looking better.
 QUALITIES = {"JPEG": (1, 95), "WEBP": (0, 100), "AVIF": (0, 100)}
-WRITER = {
-    "JPEG": {"optimize": True},
-    "WEBP": {"method": 4},
-    "AVIF": {},
-}  # PIL's options of each format; chroma is subsampled, as by default in all three
+# PIL's options of each format; chroma is subsampled, as by default in all three
+WRITER = {"JPEG": {"optimize": True}, "WEBP": {"method": 4}, "AVIF": {}}
 
 
 def bicubic(images: Tensor, factor: int) -> Tensor:

@@ -20,16 +20,11 @@ from .metrics import LPIPS, MAX_PSNR, psnr
 SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # of noise, in standard deviations of the latents over all channels
 SCALES = (0.25, 0.375, 0.5, 0.75)  # factors by which both latents and images are scaled
 STEPS = 8  # on the path from one image to another
-SCALE_MEASURES = (
-    "psnr",
-    "lpips",
-    "psnr_encoded",
-    "lpips_encoded",
-)  # what `Study.scales` returns, in this order
+# what `Study.scales` returns, in this order
+SCALE_MEASURES = ("psnr", "lpips", "psnr_encoded", "lpips_encoded")
 LPIPS_SIDE = 32  # pixels; LPIPS is not measured on smaller images (AlexNet needs 31)
-HISTOGRAM_EDGES = np.linspace(
-    -5.0, 5.0, 51
-)  # for latents standardised to mean 0 and deviation 1 in each channel
+# for latents standardised to mean 0 and deviation 1 in each channel
+HISTOGRAM_EDGES = np.linspace(-5.0, 5.0, 51)
 
 
 def _resized(x: Tensor, height: int, width: int) -> Tensor:

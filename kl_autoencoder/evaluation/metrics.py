@@ -20,11 +20,8 @@ BACKBONES = {  # net -> the file of weights that torchvision downloads
     "alex": "alexnet-owt-7be5be79.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
-LPIPS_SMALLEST = {
-    "vgg": 16,
-    "alex": 31,
-    "squeeze": 17,
-}  # side in pixels; in smaller images a layer has none left
+# side in pixels; in smaller images a layer has none left
+LPIPS_SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}
 SSIM_WINDOW = 11  # pixels a side
 MAX_PSNR = 100.0  # dB, the cap in means over images; a single 8-bit step in a 256x256 RGB image gives 101
 MS_SSIM_TOO_SMALL = 160  # side in pixels; at the fifth scale, 1/16, the window needs 11

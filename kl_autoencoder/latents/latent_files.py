@@ -111,9 +111,8 @@ def _check_entries(
     patch = config.get("patch_size")
     if patch is not None and not is_patch(patch):
         raise ValueError(f"patch_size: {shown(patch)}; allowed: null or two whole numbers")
-    values = (
-        math.prod(patch) if patch and not scaled else 1
-    )  # entries of latents_mean for each channel stored here
+    # entries of latents_mean for each channel stored here
+    values = math.prod(patch) if patch and not scaled else 1
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None and {len(config[key])} != {z.shape[0] * values for z in latents}:
             raise ValueError(

@@ -6,9 +6,8 @@ from ..inference.dispatch import largest_activation
 from ..inference.memory import available_host_memory
 from .autoencoder_kl import KLAutoencoder
 
-TILED_FROM = (
-    2048 * 2048
-)  # pixels. On a CPU one image takes as much and as long either way; on a GPU it takes less
+# pixels. On a CPU one image takes as much and as long either way; on a GPU it takes less
+TILED_FROM = 2048 * 2048
 # Memory of execution in pieces, in units of the largest activation; measured with `compact`, from 1.67 at 1024 to
 # 1.4 at 3072 pixels a side.
 ACTIVATIONS_HELD = 1.5

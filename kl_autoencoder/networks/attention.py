@@ -29,9 +29,8 @@ class AttentionBlock(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList(
-            [nn.Linear(channels, channels), nn.Identity()]
-        )  # diffusers has dropout there
+        # diffusers has dropout there
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])
         self.scale = channels**-0.5
         self.processor: Processor | None = None
 

@@ -123,10 +123,8 @@ class Soak:
         failed_at, now, last = None, 0.0, time.monotonic()
         while any(rank.is_alive() for rank in ranks):
             moment = time.monotonic()
-            now, last = (
-                now + min(moment - last, 0.1),
-                moment,
-            )  # without the time that all of this is suspended
+            # without the time that all of this is suspended
+            now, last = now + min(moment - last, 0.1), moment
             if failed_at is None and (not told or any(rank.exitcode for rank in ranks)):
                 failed_at = now
             if failed_at is not None and not told and now > failed_at + LAUNCHER:

@@ -143,9 +143,8 @@ def test_studies_of_a_model_that_commutes_with_flips_and_turns():
         }
     assert found["equivariance"]["downscale_2"]["image_psnr"] < 40
     for sigma, decibels in zip(found["noise"]["sigma"][1:3], found["noise"]["psnr"][1:3], strict=True):
-        expected = 10 * np.log10(
-            2**2 / (0.25 * sigma) ** 2
-        )  # of noise of that deviation on pixels from -1 to 1
+        # of noise of that deviation on pixels from -1 to 1
+        expected = 10 * np.log10(2**2 / (0.25 * sigma) ** 2)
         assert decibels == pytest.approx(expected, abs=0.3)
     assert found["noise"]["psnr"][0] == 100 and found["images"] == 4
     # the distance of this study is the mean absolute difference; E|noise| is sqrt(2 / pi) deviations

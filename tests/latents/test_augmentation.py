@@ -60,9 +60,8 @@ def test_between_lies_up_to_half_of_the_way_to_another_of_the_class():
     made = torch.cat([augmenter().make(Variant("between", "cats/a.png", n)) for n in range(60)])
     assert made.amax((1, 2, 3)).equal(made.amin((1, 2, 3)))
     values = made[:, 0, 0, 0]
-    assert (
-        0 <= values.min() < 0.01 and 0.09 < values.max() <= 0.1 + 1e-6
-    )  # half of the way to cats/c.png, 0.2
+    # half of the way to cats/c.png, 0.2
+    assert 0 <= values.min() < 0.01 and 0.09 < values.max() <= 0.1 + 1e-6
 
 
 def test_a_variant_depends_on_the_seed_and_its_name_alone():

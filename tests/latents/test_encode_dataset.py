@@ -203,11 +203,8 @@ def test_claims_are_of_one_process_and_end_with_it(tmp_path):
         claims = ours.claims(1, 2)
         assert next(claims) == 1
         assert finish(start(tmp_path / "log", claim_all, folder, tmp_path / "claimed")) == [0]
-        assert json.loads((tmp_path / "claimed").read_text()) == [
-            0,
-            2,
-            3,
-        ]  # its own, then what is left, but not 1
+        # its own, then what is left, but not 1
+        assert json.loads((tmp_path / "claimed").read_text()) == [0, 2, 3]
         assert list(claims) == [3, 0, 2]
         assert [len(ours.rows(k)) for k in range(ours.count)] == [3, 3, 3, 1]
 

@@ -101,7 +101,6 @@ def test_commands_take_it(run, tmp_path, capsys):
     assert main(["evaluate", "--model", str(run), "--data", str(tmp_path / "cat.png"), *report]) == 0
     assert capsys.readouterr().err.count("step 6 (moving average)") == 3
     (tmp_path / "latents").mkdir()
-    assert (
-        main(["set-scaling", str(run), "--from", str(tmp_path / "latents")]) != 0
-    )  # it would change a checkpoint
+    # it would change a checkpoint
+    assert main(["set-scaling", str(run), "--from", str(tmp_path / "latents")]) != 0
     assert (run / "checkpoints" / "step-000006" / "config.json").read_text().count("0.18215") == 1

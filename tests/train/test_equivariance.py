@@ -64,9 +64,8 @@ def test_a_toy_that_commutes_has_no_error_under_scales():
         assert error[..., targets.shape[-1] // 2 + seam :].max() < 1e-6 < error.max()
         z, targets = scales(encode(x), x, draws(step, images=1))
         error = (encode(targets) - z)[..., 3:-3].abs().max()
-        assert error < 0.1 * (
-            z[0, 0, 0, 4] - z[0, 0, 0, 3]
-        )  # half a latent where the two grids were not aligned
+        # half a latent where the two grids were not aligned
+        assert error < 0.1 * (z[0, 0, 0, 4] - z[0, 0, 0, 3])
 
 
 def test_draws_are_those_that_are_published():

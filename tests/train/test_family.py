@@ -220,9 +220,8 @@ def test_commands_read_such_a_run(photographs, whole, tmp_path, capsys):
     assert main(["reconstruct", str(picture), "--model", str(folder), "-o", str(target)]) == 0
     assert load_image(target).shape == load_image(picture).shape
     capsys.readouterr()
-    other = OtherAutoencoder(
-        "fsq", load_model(str(summary["export"]), "cpu", None), seed=0
-    )  # as evaluate has it
+    # as evaluate has it
+    other = OtherAutoencoder("fsq", load_model(str(summary["export"]), "cpu", None), seed=0)
     images = load_image(picture)
     (reproduction,) = other.reproduce(images, [0])
     with torch.no_grad():

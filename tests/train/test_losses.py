@@ -22,9 +22,8 @@ def pair(seed=0):
 
 
 def test_likelihoods_equal_torch_distributions():
-    y, x = (
-        0.99 * images for images in pair()
-    )  # inside the range where the Bernoulli probability is not clamped
+    # inside the range where the Bernoulli probability is not clamped
+    y, x = (0.99 * images for images in pair())
     log_scale = torch.tensor(-0.7)
     scale = log_scale.exp()
     expected = {
@@ -103,9 +102,8 @@ def test_the_elbo_never_exceeds_the_log_likelihood():
     """
     torch.manual_seed(0)
     dims, latent, s, draws = 12, 2, 0.3, 20_000
-    w = torch.linalg.qr(torch.randn(dims, latent))[0] * torch.tensor(
-        [1.5, 0.6]
-    )  # orthogonal: a diagonal posterior
+    # orthogonal: a diagonal posterior
+    w = torch.linalg.qr(torch.randn(dims, latent))[0] * torch.tensor([1.5, 0.6])
     x = torch.randn(dims)
     exact = MultivariateNormal(torch.zeros(dims), w @ w.T + s**2 * torch.eye(dims)).log_prob(x)
     precision = (w**2).sum(0) / s**2 + 1

@@ -204,9 +204,8 @@ def test_a_signal_finishes_the_step_and_saves(photographs, undisturbed, tmp_path
     arguments, log = command(config, tmp_path / "config.yaml"), tmp_path / "log.txt"
     assert finish(start(log, signalled, number, 1, 3, 0, arguments)) == [STOPPED]
     [events] = (tmp_path / "run" / "logs").rglob("events.out.tfevents*")
-    assert (
-        events.read_bytes().count(b"train/loss") == 4
-    )  # flushed, though TensorBoard writes every two minutes
+    # flushed, though TensorBoard writes every two minutes
+    assert events.read_bytes().count(b"train/loss") == 4
     said = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
     assert f"{said} at step 4; the same command continues from there" in log.read_text()
     assert list_checkpoints(tmp_path / "run") == ["step-000004"]

@@ -110,9 +110,8 @@ def test_bad_steps_are_counted_logged_and_survive_a_restart(small, tmp_path, cap
     assert "step 6 skipped: its gradient is not finite (samples 20 to 23)" in capsys.readouterr().out
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    means = records(
-        tmp_path, "train/loss"
-    )  # of the steps that were taken: a bad one does not hide the others
+    # of the steps that were taken: a bad one does not hide the others
+    means = records(tmp_path, "train/loss")
     assert set(means) == {5, 8} and all(0 < value < 10 for value in means.values())
 
 

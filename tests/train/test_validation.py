@@ -127,14 +127,12 @@ def test_each_rank_reads_its_share_and_all_give_the_means_of_one(photographs, fo
         counts, arguments = tmp_path / f"counts-{ranks}.jsonl", command(config, tmp_path / "config.yaml")
         assert finish(*start_ranks(ranks, log, counted, arguments, counts)) == [0] * ranks, log.read_text()
         read = dict(map(json.loads, counts.read_text().splitlines()))
-        assert (
-            sum(read.values()) == 6 and max(read.values()) == {1: 6, 2: 3, 3: 3}[ranks]
-        )  # in batches of two
+        # in batches of two
+        assert sum(read.values()) == 6 and max(read.values()) == {1: 6, 2: 3, 3: 3}[ranks]
         names = ("psnr", "ssim", "lpips")
         metrics[ranks] = [records(tmp_path / str(ranks), f"validation/{name}")[0] for name in names]
-        assert (
-            log.read_text().count("skipped held-out image") == ranks
-        )  # once a run: three runs so far at most
+        # once a run: three runs so far at most
+        assert log.read_text().count("skipped held-out image") == ranks
         assert Image.open(tmp_path / str(ranks) / "samples" / "step-000000.png").height > 64
     assert metrics[1] == metrics[2] == metrics[3]
 

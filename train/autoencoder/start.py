@@ -17,9 +17,8 @@ LOG_VARIANCE = -6.0  # of the posterior: a deviation of 0.05 beside latents of d
 STEADY_DEVIATION = (
     8.0  # deviation that the constant channel gives its group; what the image adds is small beside it
 )
-BRANCH_DEVIATION = (
-    1 / 3
-)  # of values between the two convolutions of a ResNet block with torch's initial weights
+# of values between the two convolutions of a ResNet block with torch's initial weights
+BRANCH_DEVIATION = 1 / 3
 
 
 @torch.no_grad()
@@ -85,9 +84,8 @@ def _carry_colours(network: nn.Module, last: ResnetBlock, groups: int) -> None:
     last: its last ResNet block, before `conv_norm_out`, which is made steady.
     """
     average = torch.tensor([[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]])  # of rows and columns 2i and 2i+1
-    tent = torch.tensor(
-        [0.25, 0.5, 0.25]
-    )  # with the nearest-neighbour upsampling before it 1/4, 3/4: bilinear
+    # with the nearest-neighbour upsampling before it 1/4, 3/4: bilinear
+    tent = torch.tensor([0.25, 0.5, 0.25])
     kernels = {"downsamplers": average, "upsamplers": tent.outer(tent), "conv_shortcut": _identity_kernel(1)}
     for name, module in network.named_modules():
         for kind, kernel in kernels.items():

@@ -13,11 +13,8 @@ from ..data.rows import RowBatches, digest_of, split_by_name
 from ..data.training_data import HELD_OUT
 from ..parts import Draws
 
-CONTENTS = (
-    "moments",
-    "sample",
-    "mode",
-)  # what a data set may hold: posteriors, draws of them, or their modes
+# what a data set may hold: posteriors, draws of them, or their modes
+CONTENTS = ("moments", "sample", "mode")
 
 
 class Latents:

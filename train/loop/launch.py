@@ -18,10 +18,8 @@ PLUGINS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config (tensor or context parallelism)",
 }
-ASK_EVERY, MOST_STEPS = (
-    1.0,
-    1000,
-)  # seconds between two exchanges of requests to stop, and at most so many steps
+# seconds between two exchanges of requests to stop, and at most so many steps
+ASK_EVERY, MOST_STEPS = 1.0, 1000
 PATIENCE = 60  # seconds to wait until another run, which may be about to end, releases the folder
 
 

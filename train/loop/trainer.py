@@ -222,9 +222,8 @@ class Trainer:
         """Continue from the newest checkpoint, if there is one, and say what has changed in the configuration."""
         found = self.saver.load()
         if found is None:
-            self.journal.forget_after(
-                -1
-            )  # drop all lines, of a run that was killed before its first checkpoint
+            # drop all lines, of a run that was killed before its first checkpoint
+            self.journal.forget_after(-1)
             return
         self.step, self.samples = found.state["step"], found.state["samples"]
         self.bad_steps.load(found.state)

@@ -10,10 +10,8 @@ from kl_autoencoder.models.autoencoder_kl import COMPACT
 from ..config import AdversarialConfig, AutoencoderConfig, ModelConfig
 from ..data.config import DataConfig
 
-WIDTHS = (
-    16,
-    32,
-)  # of the first and of all other levels: they differ, so that there is a shortcut convolution
+# of the first and of all other levels: they differ, so that there is a shortcut convolution
+WIDTHS = (16, 32)
 GROUPS = 4  # of each GroupNorm; 16 channels in 4 groups are enough for `model.start: enlargement`
 STATISTICS_SAMPLES = 4  # few, since the scaling factor that they give is thrown away
 SIDE = 64  # pixels a side of a crop: a multiple of every downsampling up to 64, and enough for LPIPS

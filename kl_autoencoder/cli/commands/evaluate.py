@@ -26,11 +26,8 @@ if TYPE_CHECKING:
     from ...evaluation.runner import Evaluation
 
 FURTHER_METRICS = ("dists", "vif")  # as in evaluation/further_metrics.py, which would import torch
-REPORT_FILES = (
-    "images.csv",
-    "report.html",
-    "metrics.json",
-)  # written in this order: if the last exists, all do
+# written in this order: if the last exists, all do
+REPORT_FILES = ("images.csv", "report.html", "metrics.json")
 
 
 def evaluate_arguments(parser: Parser) -> None:

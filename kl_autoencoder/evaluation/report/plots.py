@@ -158,9 +158,8 @@ def _curves(axes: Axes, curves, quiet: Sequence[Line], marker: str | None) -> No
     for line in quiet:
         axes.plot(*line, color=QUIET, linewidth=1.4, linestyle=(0, (3, 3)))
     for drawn, (x, y) in curves:
-        axes.plot(
-            x, np.asarray(y, dtype=float), color=drawn, marker=marker, markersize=4
-        )  # None leaves a gap
+        # None leaves a gap
+        axes.plot(x, np.asarray(y, dtype=float), color=drawn, marker=marker, markersize=4)
 
 
 def _labels(axes: Axes, x: str, y: str) -> None:

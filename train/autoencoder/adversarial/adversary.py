@@ -34,9 +34,8 @@ class Adversary:
             )
         network = network.to(run.device, memory_format=torch.channels_last)
         self.player = Player(network, run, self.learning_rate, "discriminator")
-        self.lecam_anchors = torch.zeros(
-            2, device=run.device
-        )  # averages of the logits of real, of fake images
+        # averages of the logits of real, of fake images
+        self.lecam_anchors = torch.zeros(2, device=run.device)
         self.logit_means: list[Tensor] = []  # of each micro-batch of this step, (2,): real, fake
         if self.config.pretrained:
             self._load_pretrained(run.config.model.pretrained)

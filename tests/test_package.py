@@ -10,7 +10,7 @@ from PIL import Image
 from skimage import data
 
 from kl_autoencoder.extras import EXTRAS
-from kl_autoencoder.models.compact import COMPACT
+from kl_autoencoder.models.packaged import PACKAGED
 from tests.conftest import ROOT
 
 
@@ -109,7 +109,7 @@ def test_the_wheel_holds_every_file_of_both_packages(wheel):
 
 
 def _is_page_of_a_folder(path):
-    return path.name == "README.md" and path.parent != COMPACT
+    return path.name == "README.md" and path.parent not in PACKAGED.values()
 
 
 def test_the_wheel_works_elsewhere(wheel, tmp_path):

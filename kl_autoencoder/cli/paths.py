@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..data.formats import READABLE, WRITERS, check_writable
 from ..files import PICKLED, check_tensor_file, clipped
-from ..models.compact import COMPACT
 from ..models.folder import CONFIG, HUB_ID, read_json
+from ..models.packaged import PACKAGED, packaged
 from ..models.run_folder import newer_checkpoint
 
 # class names, in config.json, of the models that commands read
@@ -36,14 +36,14 @@ def check_model(name: str, kinds: Sequence[str] = MODELS) -> None:
         raise FileNotFoundError(f"{name}: no such file")
     elif not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"{name!r}: no such model, neither a folder nor a file nor a hub id (owner/name) nor 'compact'"
+            f"{name!r}: no such model, neither a folder nor a file nor a hub id (owner/name) "
+            f"nor {' nor '.join(map(repr, PACKAGED))}"
         )
 
 
 def model_path(name: str) -> Path:
-    """A model's name as a path; "compact" is the folder in the package, unless that name exists here."""
-    path = Path(name)
-    return COMPACT if name == COMPACT.name and not path.exists() else path
+    """A model's name as a path; for one that comes with the package, its folder there."""
+    return Path(packaged(name))
 
 
 def model_folder(path: Path, kinds: Sequence[str] = MODELS) -> Path:

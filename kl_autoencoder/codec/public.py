@@ -7,8 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.image_io import image_size
-from ..models.autoencoder_kl import COMPACT, ExactAutoencoder
+from ..models.autoencoder_kl import ExactAutoencoder
 from ..models.classes import class_of
+from ..models.packaged import COMPACT, packaged
 from . import container
 from .codec import Codec, Photograph, bytes_of
 from .context_model import ContextModel
@@ -68,7 +69,7 @@ def codec_of(model: str | os.PathLike | ExactAutoencoder) -> Codec:
 
 @lru_cache(maxsize=1)
 def _loaded(name: str) -> Codec:
-    source = COMPACT if name == COMPACT.name and not Path(name).is_dir() else name
+    source = packaged(name)
     vae = class_of(source).from_pretrained(source).float()
     return Codec(vae, Path(name).name, ContextModel.beside(source))
 

@@ -27,10 +27,10 @@ from ..networks.attention import AttentionBlock
 from ..networks.convolutional import Decoder, Encoder
 from ..networks.distributions import DiagonalGaussian
 from . import scaling, single_file
-from .compact import COMPACT
 from .compatibility import SAME_ATTENTION, EqualsDiffusersClass, OwnAttention
 from .config import RULES, Rule, check_config, decoder_block_out_channels
 from .folder import CONFIG, read_headers, read_json
+from .packaged import packaged
 
 HUB_ARGUMENTS = {"token", "cache_dir", "revision", "proxies", "force_download", "local_files_only"}
 Method = TypeVar("Method")
@@ -296,18 +296,16 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """A folder in diffusers' layout, "compact" or a hub id -> the model, in evaluation mode.
+        """A folder in diffusers' layout, the name of a packaged model or a hub id -> the model, in evaluation mode.
 
-        "compact" is the small model that comes with the package, unless there is a local folder of that name.
-        Takes `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError if
-        tensors are missing or left over (diffusers warns and continues with random weights). Weights are
-        safetensors; only `use_safetensors=False` opens diffusers' way back to pickles. The config of a local folder
-        is compared with the headers of its .safetensors files before anything is built.
+        "compact" comes with the package; a local folder of that name goes first. Takes
+        `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError if tensors are
+        missing or left over (diffusers warns and continues with random weights). Weights are safetensors; only
+        `use_safetensors=False` opens diffusers' way back to pickles. The config of a local folder is compared with
+        the headers of its .safetensors files before anything is built.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        source = pretrained_model_name_or_path
-        if source == COMPACT.name and not os.path.isdir(source):
-            source = COMPACT
+        source = packaged(pretrained_model_name_or_path)
         folder = Path(source, kwargs.get("subfolder") or "")
         if not folder.is_dir() or any(folder.glob("*.bin")):  # without a folder diffusers' own error is right
             kwargs.setdefault("use_safetensors", True)

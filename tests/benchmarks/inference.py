@@ -40,8 +40,9 @@ import torch.nn.functional as F  # noqa: E402
 from diffusers import AutoencoderKL, AutoencoderKLFlux2  # noqa: E402
 
 from kl_autoencoder import optimize  # noqa: E402
-from kl_autoencoder.models.autoencoder_kl import COMPACT, ExactAutoencoder  # noqa: E402
+from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder  # noqa: E402
 from kl_autoencoder.models.classes import CLASSES  # noqa: E402
+from kl_autoencoder.models.packaged import COMPACT  # noqa: E402
 from tests.published import PUBLISHED, PUBLISHED_FLUX2  # noqa: E402
 
 CONTENDERS = ("diffusers", "channels_last", "torch.compile", "ours", "tiled", "compiled", "floor")

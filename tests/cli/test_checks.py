@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from kl_autoencoder.cli.main import main
-from kl_autoencoder.models.compact import COMPACT
+from kl_autoencoder.models.packaged import COMPACT
 from tests.conftest import ROOT
 from tests.processes import finish, start
 

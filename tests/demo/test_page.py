@@ -21,7 +21,7 @@ from skimage import data
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
-from kl_autoencoder.models.compact import COMPACT
+from kl_autoencoder.models.packaged import COMPACT
 from tests.chromium import decode_png, drag, look
 from tests.processes import finish, start, wait_until
 

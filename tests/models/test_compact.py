@@ -16,7 +16,7 @@ from kl_autoencoder.cli.main import main
 from kl_autoencoder.data.image_io import load_image, pad_to_multiple, tensor_to_images
 from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.latents.latent_files import load_latents
-from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.packaged import COMPACT
 from tests.conftest import backbone_missing
 from train.autoencoder.model import build_autoencoder
 from train.config import ModelConfig

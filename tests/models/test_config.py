@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from kl_autoencoder import KLAutoencoder
-from kl_autoencoder.models.autoencoder_kl import COMPACT
 from kl_autoencoder.models.config import count_parameters
+from kl_autoencoder.models.packaged import COMPACT
 from tests.published import PUBLISHED, reduced
 
 

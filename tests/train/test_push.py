@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 
-from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.packaged import COMPACT
 from tests.hub_stand_in import StandIn
 from tests.train.test_trainer import make, weights
 from train.config import ExportConfig

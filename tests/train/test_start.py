@@ -1,4 +1,4 @@
-"""The first weights of a new network with `start: enlargement`: it averages and enlarges images."""
+"""The first weights: `start: enlargement` averages and enlarges images; more latent channels change no image."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 from skimage import data
 
+from kl_autoencoder import KLAutoencoder, KLAutoencoderFlux2
 from kl_autoencoder.data.image_io import image_to_tensor
 from kl_autoencoder.evaluation.metrics import psnr
 from train.autoencoder.model import build_autoencoder
@@ -81,3 +82,40 @@ def test_networks_too_narrow_for_enlargement_are_refused():
 def test_a_pretrained_model_brings_its_own_weights():
     with pytest.raises(ValueError, match="start"):
         ModelConfig(pretrained="folder", start="enlargement")
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_more_latent_channels_change_no_image_but_learn(convolutions, astronaut, tmp_path):
+    torch.manual_seed(0)
+    vae = KLAutoencoder(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3, latents_mean=(0.0,) * 3,
+        latents_std=(2.0,) * 3, scaling_factor=0.5, use_quant_conv=convolutions, use_post_quant_conv=convolutions,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path)
+    wider = build_autoencoder(ModelConfig(pretrained=str(tmp_path), latent_channels=5)).eval()
+    assert (wider.config.latent_channels, wider.config.scaling_factor, wider.config.latents_std) == (
+        5,
+        0.5,
+        None,
+    )
+    images = astronaut[..., :64, :64]
+    old, new = (model.encode(images).latent_dist for model in (vae, wider))
+    for name in ("mean", "logvar"):
+        torch.testing.assert_close(getattr(new, name)[:, :3], getattr(old, name))
+    torch.testing.assert_close(wider(images).sample, vae(images).sample)
+    deviations = new.mean.std(dim=(0, 2, 3))
+    assert deviations[3:].min() > 0.5 * deviations[:3].min() > 0
+    wider(images).sample.square().mean().backward()
+    assert wider.decoder.conv_in.weight.grad[:, 3:].abs().max() > 0
+
+
+def test_fewer_latent_channels_and_those_of_another_class_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="model.latent_channels: 3 beside AutoencoderKL with 4; allowed: 4 or more"
+    ):
+        build_autoencoder(ModelConfig(pretrained="compact", latent_channels=3))
+    KLAutoencoderFlux2(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="model.latent_channels: 4 beside AutoencoderKLFlux2"):
+        build_autoencoder(ModelConfig(pretrained=str(tmp_path), latent_channels=4))

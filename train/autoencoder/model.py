@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.inference.winograd_autograd import WinogradOps
 from kl_autoencoder.models.autoencoder import Autoencoder
-from kl_autoencoder.models.autoencoder_kl import COMPACT, ExactAutoencoder
+from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder
 from kl_autoencoder.models.classes import CLASSES, class_of, class_of_file
 from kl_autoencoder.models.folder import HUB_ID
+from kl_autoencoder.models.packaged import packaged
 from kl_autoencoder.networks.bottlenecks import Bottleneck, Code, KLBottleneck
 from kl_autoencoder.networks.convolutional import ResnetBlock, Upsample, recomputed_norm_silu_conv
 
@@ -20,7 +21,7 @@ from ..config import ModelConfig
 from ..parts import Draws
 from ..parts.draws import INPUT_NOISE, LABELS
 from ..parts.views import View
-from .start import damp_residual_branches, start_as_enlargement
+from .start import add_latents, damp_residual_branches, start_as_enlargement
 
 
 def _is_gaussian(vae: ExactAutoencoder | Autoencoder) -> bool:
@@ -34,24 +35,25 @@ def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencode
     The latter is a folder or hub id in diffusers' layout, a single file of latent diffusion's, or "compact". Raises
     ValueError, which names the key, if it cannot be built or loaded, or is not for images of `channels` channels.
     """
-    source = config.pretrained
+    source = config.pretrained and packaged(config.pretrained)
     try:
         if source is None:
             vae = damp_residual_branches(CLASSES[config.class_name](**config.options()))
         elif Path(source).is_file():
             vae = class_of_file(source).from_single_file(source, torch_dtype=torch.float32)
-        elif source == COMPACT.name and not Path(source).is_dir():
-            vae = KLAutoencoder.from_pretrained(source, torch_dtype=torch.float32)
-        elif Path(source).is_dir() or HUB_ID.fullmatch(source):
+        elif Path(source).is_dir() or HUB_ID.fullmatch(str(source)):
             cls = class_of(source, config.subfolder or "")
             vae = cls.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
         else:
             raise ValueError("no such folder or file, and no hub id (owner/name)")
-        if source is not None and config.decoder_block_out_channels is not None:
-            vae = with_new_decoder(vae, config.decoder_block_out_channels)
     except (ValueError, OSError) as error:
-        what = f"model.pretrained: {source!r} cannot be loaded: " if source else "model."
+        what = f"model.pretrained: {config.pretrained!r} cannot be loaded: " if source else "model."
         raise ValueError(f"{what}{error}") from error
+    if source is not None:
+        if config.decoder_block_out_channels is not None:
+            vae = with_new_decoder(vae, config.decoder_block_out_channels)
+        if config.latent_channels not in (None, vae.config.latent_channels):
+            vae = with_more_latents(vae, config.latent_channels)
     for key in ("in_channels", "out_channels"):
         if vae.config[key] != channels:
             raise ValueError(f"model.{key}: {vae.config[key]}; allowed: data.channels, {channels}")
@@ -75,6 +77,22 @@ def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoe
     kept = {name: tensor for name, tensor in vae.state_dict().items() if not name.startswith(decodes)}
     new.load_state_dict(kept, strict=False)
     return new
+
+
+def with_more_latents(vae: ExactAutoencoder, channels: int) -> KLAutoencoder:
+    """Return a copy of a model with `channels` latent channels that computes the same images, see `add_latents`.
+
+    Raises ValueError for fewer channels than it has, and unless it is an AutoencoderKL.
+    """
+    had = vae.config.latent_channels
+    if type(vae) is not KLAutoencoder or channels < had:
+        raise ValueError(
+            f"model.latent_channels: {channels} beside {type(vae).__name__} with {had}; allowed: {had} or more, "
+            "beside an AutoencoderKL"
+        )
+    config = {key: value for key, value in vae.config.items() if key in vae.rules}
+    of_fewer = {"latents_mean": None, "latents_std": None}  # training measures them anew
+    return add_latents(vae, KLAutoencoder(**{**config, **of_fewer, "latent_channels": channels}))
 
 
 def choose_backward(vae: ExactAutoencoder | Autoencoder, recompute: str) -> None:

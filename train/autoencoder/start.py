@@ -1,4 +1,4 @@
-"""Initial weights of a new network: nearly linear, or already reconstructing blurred images."""
+"""Initial weights of a network: nearly linear, or making blurred images, or those of one with fewer latents."""
 
 import math
 from collections.abc import Sequence
@@ -76,6 +76,45 @@ def start_as_enlargement(vae: KLAutoencoder) -> KLAutoencoder:
         channels = range(conv.out_channels)
         _set_channels(conv, channels, channels, torch.eye(len(channels)), _identity_kernel(1))
     return vae
+
+
+@torch.no_grad()
+def add_latents(vae: KLAutoencoder, wider: KLAutoencoder) -> KLAutoencoder:
+    """Give `wider`, the same network with more latent channels, the weights of `vae`, so that it makes its images.
+
+    The first channels are those of `vae`. The encoder makes the others by random weights (of seed 0), twice as
+    large as those of the channels before; the decoder does not read them yet. Returns `wider`.
+    """
+    old, new = vae.config.latent_channels, wider.config.latent_channels
+    shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
+    same = {name: tensor for name, tensor in vae.state_dict().items() if tensor.shape == shapes[name]}
+    wider.load_state_dict(same, strict=False)
+    means, moments = torch.arange(old), torch.cat([torch.arange(old), new + torch.arange(old)])
+    features = torch.arange(vae.encoder.conv_out.in_channels)
+    widest = torch.arange(vae.decoder.conv_in.out_channels)
+    weight = vae.encoder.conv_out.weight
+    if vae.quant_conv is not None:
+        nn.init.dirac_(wider.quant_conv.weight)
+        _copy_channels(vae.quant_conv, wider.quant_conv, moments, moments)
+        weight = torch.einsum("om,mihw->oihw", vae.quant_conv.weight[:, :, 0, 0], weight)
+    if vae.post_quant_conv is not None:
+        nn.init.dirac_(wider.post_quant_conv.weight)
+        _copy_channels(vae.post_quant_conv, wider.post_quant_conv, means, means)
+    wider.decoder.conv_in.weight.zero_()
+    _copy_channels(vae.decoder.conv_in, wider.decoder.conv_in, widest, means)
+    last = wider.encoder.conv_out
+    last.weight.zero_()
+    _copy_channels(vae.encoder.conv_out, last, moments, features)
+    added = torch.randn(new - old, *last.weight.shape[1:], generator=torch.Generator().manual_seed(0))
+    last.weight[old:new] = 2 * weight[:old].std() * added.to(weight)
+    last.bias[new + old :] = LOG_VARIANCE
+    return wider
+
+
+def _copy_channels(old: nn.Conv2d, new: nn.Conv2d, rows: Tensor, columns: Tensor) -> None:
+    """Put the weights of `old` at these output and input channels of `new`; all other biases become 0."""
+    new.bias.zero_()
+    new.weight[rows[:, None], columns], new.bias[rows] = old.weight, old.bias
 
 
 def _carry_colours(network: nn.Module, last: ResnetBlock, groups: int) -> None:

@@ -26,7 +26,9 @@ RELATIVE_KEYS = (
     *("scaling_factor", "mid_block_add_attention"),
 )
 # `ModelConfig.__post_init__` does not refuse these options beside model.pretrained, or checks them on its own
-BESIDE_PRETRAINED = ("decoder_block_out_channels", "network", "hidden_sizes", "classes", "bottleneck")
+BESIDE_PRETRAINED = (
+    *("decoder_block_out_channels", "latent_channels", "network", "hidden_sizes", "classes", "bottleneck"),
+)
 # keys of `ModelConfig` that are arguments of no model class, or only of `Autoencoder`
 OWN_KEYS = (
     *("pretrained", "subfolder", "kind", "start", "bottleneck", "network", "hidden_sizes", "classes"),
@@ -85,7 +87,12 @@ class ModelConfig:
         None, "ResNet blocks in each level of the encoder; the decoder has one more", low=1, high=DEEPEST
     )
     act_fn: str | None = key(None, "the nonlinearity, silu")
-    latent_channels: Count = key(None, "channels of the latents", low=1, high=WIDEST)
+    latent_channels: Count = key(
+        None,
+        "channels of the latents; with model.pretrained, as many as it has or more, whose use is then learned",
+        low=1,
+        high=WIDEST,
+    )
     norm_num_groups: Count = key(None, "groups of each GroupNorm", low=1, high=WIDEST)
     sample_size: Count = key(None, "side in pixels of the images that the model is for", low=1, high=WIDEST)
     scaling_factor: float | None = key(

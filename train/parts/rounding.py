@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kl_autoencoder.codec.context_model import ContextModel
 from kl_autoencoder.codec.context_network import ContextNetwork, rounded
 from kl_autoencoder.codec.steps import A_HALVING, HIGHEST, LOWEST, UNIT_STEP, step_of
-from kl_autoencoder.models.compact import COMPACT
+from kl_autoencoder.models.packaged import packaged
 
 from ..settings import Whole, choice, key, section
 from .draws import Draws
@@ -127,7 +127,7 @@ def _network(config: RateConfig, channels: int) -> ContextNetwork:
     if config.start is None:
         return ContextNetwork(channels, config.width)
     try:
-        found = ContextModel.beside(COMPACT if config.start == COMPACT.name else config.start)
+        found = ContextModel.beside(packaged(config.start))
     except (ValueError, OSError) as error:
         raise ValueError(f"loss.terms: rate.start: {error}") from error
     if found is None or found.channels != channels:

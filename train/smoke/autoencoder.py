@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kl_autoencoder.data.locating import SAMPLE_PHOTOGRAPHS, SAMPLES
 from kl_autoencoder.evaluation.metrics import backbone_file
-from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.packaged import COMPACT, PACKAGED
 
 from ..config import AdversarialConfig, AutoencoderConfig, ModelConfig
 from ..data.config import DataConfig
@@ -102,5 +102,5 @@ def _net_with_local_backbone(net: str) -> str:
 
 
 def is_here(source: str) -> bool:
-    """Whether a source or model is on this machine: "compact", or an existing path."""
-    return source == COMPACT.name or Path(source).expanduser().exists()
+    """Whether a source or model is on this machine: one that comes with the package, or an existing path."""
+    return source in PACKAGED or Path(source).expanduser().exists()

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kl_autoencoder.models.autoencoder_kl import COMPACT
+from kl_autoencoder.models.packaged import COMPACT
 
 from ..config import EntropyModelConfig
 from .autoencoder import is_here, small_data

@@ -1,5 +1,6 @@
 """The codec's parts of training: the view that rounds, the term that counts bits, the task of the entropy model."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +11,16 @@ from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.codec import container
 from kl_autoencoder.codec.codec import Codec, rounded
 from kl_autoencoder.codec.context_model import ContextModel
+from kl_autoencoder.codec.context_network import ContextNetwork
 from kl_autoencoder.codec.prediction import encode_symbols
 from kl_autoencoder.codec.steps import step_of
 from kl_autoencoder.data.image_io import load_image
 from kl_autoencoder.models.folder import ENTROPY_MODEL
+from kl_autoencoder.models.packaged import COMPACT
 from tests.conftest import ROOT
 from train.codec.task import in_steps
 from train.config import load_config
+from train.config.codec import EntropyNetworkConfig
 from train.loop.trainer import Trainer
 from train.parts import TERMS, VIEWS, Draws
 from train.smoke import shrink
@@ -109,8 +113,39 @@ def test_impossible_views_and_terms_are_refused(override, told):
 
 def test_a_start_without_an_entropy_model(recipe, tmp_path):
     config = replace(recipe.loss.terms[0], start=str(tmp_path))
-    with pytest.raises(ValueError, match="rate.start: .* holds no entropy model; allowed: one of 4, or null"):
+    with pytest.raises(
+        ValueError, match="rate.start: .* holds no entropy model; allowed: one of up to 4, or null"
+    ):
         TERMS.build(config, recipe).learned(4)
+
+
+def test_an_entropy_model_of_fewer_channels_keeps_their_networks(recipe):
+    grown = TERMS.build(replace(recipe.loss.terms[0], start="compact"), recipe).learned(6).network
+    had, quality = ContextModel.beside(COMPACT).network, torch.tensor([40.0, 52.0])
+    symbols = (torch.randn(2, 6, 16, 16, generator=torch.Generator().manual_seed(0)) * 2).round()
+    with torch.no_grad():
+        torch.testing.assert_close(grown(symbols, quality)[:, :8], had(symbols[:, :4], quality))
+    assert grown.channels == 6 and all(parameter.requires_grad for parameter in grown.parameters())
+
+
+def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs):
+    """Its entropy model and its scaling are those of the rate; the entropy model can be trained on."""
+    more = [f"data.train={photographs}", "model.pretrained=compact", "train.mixed_precision=no"]
+    config = shrink(load_config(ROOT / "configs" / "codec.yaml", more), tmp_path)
+    config = replace(
+        config, train=replace(config.train, steps=2), validation=replace(config.validation, every=0)
+    )
+    trainer = Trainer(config, task_maker(config))
+    trainer.fit()
+    export = tmp_path / "export"
+    vae, learned = KLAutoencoder.from_pretrained(export), ContextModel.beside(export)
+    assert vae.config.scaling_factor == 1 / config.loss.terms[0].deviation
+    trained = trainer.task.model.learned["rate"].network
+    assert learned.hash == ContextModel(copy.deepcopy(trained)).hash != ContextModel(ContextNetwork(4)).hash
+    model = EntropyNetworkConfig(pretrained=str(export), start=str(export))
+    config = replace(shrink(load_config(RECIPE), tmp_path / "entropy"), model=model)
+    network = Trainer(config, task_maker(config)).task.network
+    assert ContextModel(copy.deepcopy(network)).hash == learned.hash
 
 
 def test_training_lowers_the_bits_and_what_it_exports_codes_images(tmp_path, photographs):

@@ -1,6 +1,7 @@
 """Write the finished model as a folder for diffusion pipelines, with a model card, and publish it on the hub."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,12 +63,14 @@ def export(
     config: AutoencoderConfig,
     facts: dict,
     training_state=None,
+    save_more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write `folder` (diffusers layout and README.md), complete or not at all; an earlier one is replaced.
 
     facts: step, samples, held_out (number of images), statistics (LatentStatistics), and the metrics `before` and
     `after` training. training_state: the discriminator's tensors (`Adversary.tensors`), to keep them beside the
-    model; None: do not. Raises OSError, which names the folder, if it cannot be written.
+    model; None: do not. save_more: writes further files into the folder that it gets. Raises OSError, which names
+    the folder, if it cannot be written.
     """
 
     def write(beside: Path) -> None:
@@ -75,6 +78,7 @@ def export(
         (beside / "README.md").write_text(model_card(folder, vae, config, facts), encoding="utf-8")
         if training_state is not None:
             save_training_state(beside, training_state)
+        save_more(beside)
 
     write_folder(folder, write, facts["step"], facts["samples"])
 
@@ -158,7 +162,8 @@ def _latents_text(vae: ExactAutoencoder | Autoencoder, statistics: LatentStatist
         )
     return (
         f"Latents of the training data: mean {mean}, standard deviation {std} a channel; `scaling_factor` "
-        f"{vae.config.scaling_factor:.6g}\nmakes their common deviation one."
+        f"{vae.config.scaling_factor:.6g}\n"
+        f"makes their common deviation {vae.config.scaling_factor / statistics.scaling_factor:.3g}."
     )
 
 

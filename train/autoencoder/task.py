@@ -54,6 +54,7 @@ class AutoencoderTask:
         terms = self._build_terms()
         torch.manual_seed(self.config.seed)
         model = self._build_model(perceptual, terms)
+        self.terms = terms
         self.autoencoder = Player(model, run, run.learning_rate)
         check_push(self.config.export, self.vae)
         self.adversary = None
@@ -185,6 +186,8 @@ class AutoencoderTask:
         statistics = self.measure_latents(grouped)
         if not self.config.train.decoder_only:  # a frozen encoder keeps its latents, and so their scaling
             self.exported.set_scaling(statistics)
+        for fixed in filter(None, (term.scaling_factor for term in self.terms)):
+            self.exported.register_to_config(scaling_factor=fixed)
         return {"held_out": self.held_out_images, "statistics": statistics}
 
     @torch.no_grad()
@@ -238,9 +241,15 @@ class AutoencoderTask:
 
     def export(self, folder: Path, facts: dict[str, Any]) -> None:
         kept = self.adversary.tensors() if self.config.export.training_state else None
-        export(folder, self.exported, self.config, facts, kept)
+        export(folder, self.exported, self.config, facts, kept, self._save_learned)
         if self.config.export.push_to:
             self.run.say(f"published {push(self.exported, folder.parent, self.config.export)}")
+
+    def _save_learned(self, folder: Path) -> None:
+        """Write what the terms' layers have learned, of those that save it, into `folder`."""
+        for term in self.terms:
+            if term.save:
+                term.save(self.model.learned[term.name], folder)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from kl_autoencoder.codec.context_model import ContextModel
-from kl_autoencoder.codec.context_network import ContextNetwork
 from kl_autoencoder.codec.steps import step_of
 from kl_autoencoder.models.folder import ENTROPY_MODEL
 
@@ -23,6 +22,7 @@ from ..loop.task import Grouped
 from ..one_network.exporting import write_folder
 from ..one_network.task import OneNetwork
 from ..parts import Draws
+from ..parts.rounding import entropy_network
 from .card import card
 
 MEASURED = (24, 40, 56, 72)  # qualities at which held-out images are measured
@@ -49,8 +49,8 @@ class EntropyTask(OneNetwork):
                 raise ValueError(f"data.resolution: {side}; allowed: a multiple of {vae.size_multiple}")
         torch.manual_seed(config.seed)
         channels = vae.config.latent_channels * (vae.size_multiple // vae.downsampling) ** 2
-        network = ContextNetwork(channels, config.model.width).to(memory_format=torch.channels_last)
-        super().__init__(run, network)
+        network = entropy_network(config.model.start, config.model.width, channels, "model")
+        super().__init__(run, network.to(memory_format=torch.channels_last))
         self.data = TrainingData(
             config.data, config.seed, multiple=vae.size_multiple, samples_per_step=run.samples_per_step
         )

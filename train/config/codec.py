@@ -19,6 +19,10 @@ class EntropyNetworkConfig:
         "compact", "the autoencoder: a folder, single file, hub id, or compact, the model in the package"
     )
     subfolder: str | None = key(None, "folder in `pretrained` that holds the autoencoder, such as vae")
+    start: str | None = key(
+        None,
+        "continue from the entropy model in this folder, such as `pretrained`'s; null: a new entropy model",
+    )
     width: int = key(32, "features of the network of each pass", low=1, high=1024)
 
 

@@ -4,6 +4,8 @@ The rate takes the place of the KL to a normal distribution: it is the number of
 entropy model, needs for the rounded latents (Ballé et al. 2017, "End-to-end Optimized Image Compression").
 """
 
+import copy
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from kl_autoencoder.codec.context_model import ContextModel
 from kl_autoencoder.codec.context_network import ContextNetwork, rounded
 from kl_autoencoder.codec.steps import A_HALVING, HIGHEST, LOWEST, UNIT_STEP, step_of
+from kl_autoencoder.models.folder import ENTROPY_MODEL
 from kl_autoencoder.models.packaged import packaged
 
 from ..settings import Whole, choice, key, section
@@ -99,7 +102,13 @@ def rate(config: RateConfig, run) -> Term:
         "latents",
         lambda step: config.weight,
         bits_a_pixel,
-        learned=lambda channels: RateNetwork(_network(config, channels), config.qualities, config.deviation),
+        learned=lambda channels: RateNetwork(
+            entropy_network(config.start, config.width, channels, "loss.terms: rate"),
+            config.qualities,
+            config.deviation,
+        ),
+        save=save_entropy_model,
+        scaling_factor=1 / config.deviation,
     )
 
 
@@ -119,20 +128,28 @@ class RateNetwork(nn.Module):
         return total / len(self.qualities)
 
 
-def _network(config: RateConfig, channels: int) -> ContextNetwork:
-    """A new entropy model for latents of `channels` channels, or the one at `start`.
+def save_entropy_model(layer: RateNetwork, folder: Path) -> None:
+    """Write the entropy model that was trained with an autoencoder into its exported folder."""
+    ContextModel(copy.deepcopy(layer.network)).save(folder / ENTROPY_MODEL)
 
-    Raises ValueError if that cannot be read or is for other channels.
+
+def entropy_network(start: str | None, width: int, channels: int, section: str) -> ContextNetwork:
+    """A new entropy model for latents of `channels` channels, or the one in the folder `start`.
+
+    One of fewer channels keeps their networks and gets new ones for the others. Raises ValueError, which names the
+    key `start` of `section`, if it cannot be read or is for more channels.
     """
-    if config.start is None:
-        return ContextNetwork(channels, config.width)
+    if start is None:
+        return ContextNetwork(channels, width)
     try:
-        found = ContextModel.beside(packaged(config.start))
+        found = ContextModel.beside(packaged(start))
     except (ValueError, OSError) as error:
-        raise ValueError(f"loss.terms: rate.start: {error}") from error
-    if found is None or found.channels != channels:
+        raise ValueError(f"{section}.start: {error}") from error
+    if found is None or found.channels > channels:
         held = "no entropy model" if found is None else f"one of {found.channels} channels"
         raise ValueError(
-            f"loss.terms: rate.start: {config.start!r} holds {held}; allowed: one of {channels}, or null"
+            f"{section}.start: {start!r} holds {held}; allowed: one of up to {channels}, or null"
         )
-    return found.network.requires_grad_(True).train()
+    network = ContextNetwork(channels, found.network.width)
+    network.passes[: 2 * found.channels].load_state_dict(found.network.passes.state_dict())
+    return network

@@ -7,6 +7,7 @@ scalar function of the latents.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ class Term:
 
     learned: for a term at the latents, a function that makes a layer for latents of the given number of channels.
     The layer is trained with the autoencoder and saved in its checkpoints under the term's name. `compute` then
-    gets its output in place of z, and the weight must never be 0.
+    gets its output in place of z, and the weight must never be 0. save: (layer, folder), writes what the layer has
+    learned into the folder of the exported model. scaling_factor: that of the exported model, if what is saved
+    depends on it; None: as it is measured.
     """
 
     name: str
@@ -31,3 +34,5 @@ class Term:
     weight: Callable[[int], float]
     compute: Callable[[Tensor, Tensor], Tensor]
     learned: Callable[[int], nn.Module] | None = None
+    save: Callable[[nn.Module, Path], None] | None = None
+    scaling_factor: float | None = None

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kl_autoencoder.data.locating import SAMPLE_PHOTOGRAPHS, SAMPLES
 from kl_autoencoder.evaluation.metrics import backbone_file
@@ -30,6 +31,7 @@ def shrink(config: AutoencoderConfig) -> AutoencoderConfig:
             perceptual=perceptual,
             kl=replace(loss.kl, warmup_steps=min(loss.kl.warmup_steps, 2)),
             adversarial=_early(loss.adversarial),
+            terms=tuple(map(_from_here, loss.terms)),
         ),
         export=replace(config.export, push_to=None, license=None, private=False, dry_run=False),
         validation=replace(validation, lpips_net=_net_with_local_backbone(validation.lpips_net)),
@@ -94,6 +96,12 @@ def _early(config: AdversarialConfig) -> AdversarialConfig:
         pretrained=False,  # a pretrained one has another size
         r1_every=min(config.r1_every, 2),
     )
+
+
+def _from_here(term: Any) -> Any:
+    """A term of the objective; one that would continue from a model that is not on this machine starts anew."""
+    start = getattr(term, "start", None)
+    return term if start is None or is_here(start) else replace(term, start=None)
 
 
 def _net_with_local_backbone(net: str) -> str:

@@ -12,7 +12,7 @@ def shrink(config: EntropyModelConfig) -> EntropyModelConfig:
     """Return the same recipe with the sections of this task made small."""
     model, qualities = config.model, config.qualities
     if not is_here(model.pretrained):
-        model = replace(model, pretrained=COMPACT.name, subfolder=None)
+        model = replace(model, pretrained=COMPACT.name, subfolder=None, start=None)
     return replace(
         config,
         data=small_data(config.data),

@@ -51,6 +51,7 @@ class Saver:
             "shard_lengths": self.task.data.lengths,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "source": self.source,
+            "samples_per_step": self.run.samples_per_step,
         }
         described = self.task.exported.to_json_string()
         files.save_checkpoint(self.root, step, self.task.tensors(), state, described)
@@ -77,6 +78,9 @@ class Saver:
         [source] = broadcast_object_list([self.source])
         sources = (state.get("source"), source)
         changed = changes.refuse_another_run(before, self.run.config, path, sources) if before else []
+        batch, batch_before = self.run.samples_per_step, state.get("samples_per_step")  # older files lack it
+        if batch_before not in (None, batch):  # also where the number of ranks has changed, which no key says
+            changed.append(f"samples a step: {batch_before} -> {batch}")
         try:
             self.task.load(tensors)
         except (RuntimeError, KeyError) as error:

@@ -28,8 +28,8 @@ import torch
 
 from tests.photograph_tiles import write_photographs
 from tests.processes import start_ranks
+from tests.train.runs import small_config
 from tests.train.test_restart import EVERYTHING, assert_same, command, final, records, train
-from tests.train.test_trainer import small_config
 from train.__main__ import STOPPED
 
 RANKS, STEPS, EVERY = 2, 40, 2

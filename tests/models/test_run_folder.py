@@ -14,8 +14,8 @@ from kl_autoencoder.cli.loading import load_model
 from kl_autoencoder.cli.main import main
 from kl_autoencoder.models.run_folder import newer_checkpoint
 from tests.processes import finish, start
+from tests.train.runs import small_config
 from tests.train.test_restart import command, everything, train
-from tests.train.test_trainer import small_config
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture
 def small(photographs):
     """`small(folder, **sections)`: the configuration of a run of a second or two, see `small_config`."""
-    from tests.train.test_trainer import small_config
+    from tests.train.runs import small_config
 
     return partial(small_config, photographs)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.train.test_trainer import small_config
+from tests.train.runs import small_config
 from train.autoencoder.task import AutoencoderTask
 from train.loop.trainer import Trainer
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.conftest import backbone_missing
 from tests.processes import finish, start_ranks
-from tests.train.test_trainer import make, records, small_config, weights
+from tests.train.runs import make, records, small_config, weights
 from train.autoencoder.adversarial import losses
 from train.autoencoder.adversarial.discriminator import PatchDiscriminator
 

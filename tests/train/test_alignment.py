@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.processes import finish, run_python, start, start_ranks
-from tests.train.test_trainer import make, small_config
+from tests.train.runs import make, small_config
 from train.config import load_config, to_yaml
 from train.parts.alignment import AlignmentConfig, FrozenFeatures, alignment, misalignment
 

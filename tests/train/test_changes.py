@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.train.test_trainer import equal, make, small_config, weights
+from tests.train.runs import equal, make, small_config, weights
 from train.config import to_yaml
 from train.loop.checkpoints.changes import compare
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.processes import finish, start
-from tests.train.test_trainer import make, small_config
+from tests.train.runs import make, small_config
 from train.loop.checkpoints.files import (
     checkpoints,
     damage,

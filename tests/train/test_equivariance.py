@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from kl_autoencoder.networks.bottlenecks import KLBottleneck
+from tests.train.runs import make, small_config
 from tests.train.test_adversarial import assert_ranks_are_one_process, loss_section
-from tests.train.test_trainer import make, small_config
 from train.autoencoder.model import TrainedModel, build_autoencoder
 from train.config import ModelConfig
 from train.parts import Draws

@@ -15,7 +15,7 @@ from kl_autoencoder import Autoencoder, KLAutoencoder, load_image
 from kl_autoencoder.cli.loading import load_model
 from kl_autoencoder.evaluation.other_autoencoders import OtherAutoencoder
 from tests.processes import finish, free_ports, start_ranks
-from tests.train.test_trainer import small_config
+from tests.train.runs import small_config
 from train.autoencoder.task import AutoencoderTask
 from train.loop.trainer import Trainer
 

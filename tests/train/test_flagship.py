@@ -15,8 +15,8 @@ import torch
 from tests.conftest import ROOT
 from tests.file_server import FileServer, write_tar
 from tests.processes import finish, start_ranks, wait_until
+from tests.train.runs import records
 from tests.train.test_family import last
-from tests.train.test_trainer import records
 from train.autoencoder.task import AutoencoderTask
 from train.config import load_config
 from train.loop import trainer

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests.processes import finish, start, start_ranks, wait_until
+from tests.train.runs import records
 from tests.train.test_restart import assert_same, command, everything, final, list_checkpoints, train
-from tests.train.test_trainer import records
 from train.autoencoder.task import AutoencoderTask
 
 STEPS = 12

@@ -6,7 +6,7 @@ from safetensors.torch import load
 
 from kl_autoencoder.models.packaged import COMPACT
 from tests.hub_stand_in import StandIn
-from tests.train.test_trainer import make, weights
+from tests.train.runs import make, weights
 from train.config import ExportConfig
 
 

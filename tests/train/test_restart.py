@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.processes import PATIENCE, finish, start, start_ranks, wait_until
-from tests.train.test_trainer import make, records, small_config, write_odd_images
+from tests.train.runs import make, records, small_config, write_odd_images
 from train.__main__ import INTERRUPTED, STOPPED, main
 from train.autoencoder import task
 from train.autoencoder.task import AutoencoderTask

@@ -10,9 +10,9 @@ from kl_autoencoder import DiagonalGaussian
 from kl_autoencoder.networks.bottlenecks import kl as bottlenecks
 from kl_autoencoder.networks.bottlenecks import posterior_summary
 from tests.processes import finish, start_ranks
+from tests.train.runs import make, records, small_config, weights
 from tests.train.test_adversarial import all_parameters
 from tests.train.test_restart import command, everything, train
-from tests.train.test_trainer import make, records, small_config, weights
 from train.__main__ import main
 from train.loop import trainer
 from train.loop.trainer import TooManyBadSteps

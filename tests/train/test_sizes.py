@@ -12,9 +12,9 @@ from PIL import Image
 
 from kl_autoencoder.data.crops import Crop, buckets, nearest_bucket, read_crop
 from tests.processes import finish, start_ranks
+from tests.train.runs import small_config
 from tests.train.test_data import config, flat, folder_of, which
 from tests.train.test_family import assert_ranks_equal_one_process, last, run
-from tests.train.test_trainer import small_config
 from train.config import build
 from train.config.autoencoder import AutoencoderConfig
 from train.data.sizes import Sizes, Steps, sort_into_buckets

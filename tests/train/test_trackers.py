@@ -7,7 +7,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
-from tests.train.test_trainer import make, records
+from tests.train.runs import make, records
 from train.config import Config, LogConfig, build
 
 PLUGIN = """

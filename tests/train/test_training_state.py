@@ -4,8 +4,8 @@ import pytest
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from tests.train.runs import equal, make, weights
 from tests.train.test_adversarial import loss_section
-from tests.train.test_trainer import equal, make, weights
 from train.config import Config, ModelConfig, build
 from train.loop.launch import PLUGINS
 

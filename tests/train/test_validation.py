@@ -15,8 +15,8 @@ from kl_autoencoder.data.image_dataset import Photographs
 from kl_autoencoder.data.image_io import image_grid, image_to_tensor
 from kl_autoencoder.evaluation.metrics import LPIPS, MAX_PSNR, from_8_bits, similarity, to_8_bits
 from tests.processes import finish, start_ranks
+from tests.train.runs import make, records, small_config
 from tests.train.test_restart import command, train
-from tests.train.test_trainer import make, records, small_config
 from train.autoencoder import validation
 from train.autoencoder.validation import HeldOut, measure
 

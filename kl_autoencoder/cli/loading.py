@@ -25,7 +25,7 @@ from .paths import MODELS, OTHERS, check_model, model_folder, model_path
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> ExactAutoencoder:
-    """Load a model for inference; `name` is a folder, a run, a single file, a hub id or "compact".
+    """Load a model for inference; `name` is a folder, a run, a single file, a hub id or a packaged model.
 
     If the export of a run is missing or older than its newest checkpoint, that checkpoint is loaded and a line on
     stderr says so. `device` None chooses the best available, `dtype` None keeps the type of the stored tensors.

@@ -1,6 +1,7 @@
 """The codec's parts of training: the view that rounds, the term that counts bits, the task of the entropy model."""
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from kl_autoencoder.data.image_io import load_image
 from kl_autoencoder.models.folder import ENTROPY_MODEL
 from kl_autoencoder.models.packaged import COMPACT
 from tests.conftest import ROOT
+from tests.train.runs import make, small_config
 from train.codec.task import in_steps
 from train.config import load_config
 from train.config.codec import EntropyNetworkConfig
@@ -111,7 +113,23 @@ def test_impossible_views_and_terms_are_refused(override, told):
         load_config(ROOT / "configs" / "codec.yaml", [override])
 
 
+def test_a_rate_of_other_steps_than_the_view_rounds_to_is_refused(recipe):
+    with pytest.raises(ValueError, match="rate.deviation: 1.0; allowed: that of the view, 5.82"):
+        TERMS.build(replace(recipe.loss.terms[0], deviation=1.0), recipe)
+
+
+def test_models_without_a_scaling_factor_are_refused_with_the_rate(photographs, tmp_path):
+    rate = {"view": {"kind": "rounding", "deviation": 2.0}, "terms": [{"kind": "rate", "deviation": 2.0}]}
+    config = small_config(photographs, tmp_path, model={"kind": "AutoencoderKLFlux2"}, loss=rate)
+    with pytest.raises(ValueError, match="loss.terms: rate with an AutoencoderKLFlux2; allowed"):
+        make(config)
+
+
 def test_a_start_without_an_entropy_model(recipe, tmp_path):
+    with pytest.raises(
+        ValueError, match="rate.start: 'compact' holds one of 4 channels; allowed: one of up to 3"
+    ):
+        TERMS.build(replace(recipe.loss.terms[0], start="compact"), recipe).learned(3)
     config = replace(recipe.loss.terms[0], start=str(tmp_path))
     with pytest.raises(
         ValueError, match="rate.start: .* holds no entropy model; allowed: one of up to 4, or null"
@@ -128,8 +146,9 @@ def test_an_entropy_model_of_fewer_channels_keeps_their_networks(recipe):
     assert grown.channels == 6 and all(parameter.requires_grad for parameter in grown.parameters())
 
 
-def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs):
+def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs, monkeypatch):
     """Its entropy model and its scaling are those of the rate; the entropy model can be trained on."""
+    monkeypatch.chdir(tmp_path)  # where the recipe's own folders are not
     more = [f"data.train={photographs}", "model.pretrained=compact", "train.mixed_precision=no"]
     config = shrink(load_config(ROOT / "configs" / "codec.yaml", more), tmp_path)
     config = replace(
@@ -140,6 +159,8 @@ def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs):
     export = tmp_path / "export"
     vae, learned = KLAutoencoder.from_pretrained(export), ContextModel.beside(export)
     assert vae.config.scaling_factor == 1 / config.loss.terms[0].deviation
+    checkpoint = json.loads((tmp_path / "checkpoints" / "step-000002" / "config.json").read_text())
+    assert checkpoint["scaling_factor"] == vae.config.scaling_factor
     trained = trainer.task.model.learned["rate"].network
     assert learned.hash == ContextModel(copy.deepcopy(trained)).hash != ContextModel(ContextNetwork(4)).hash
     model = EntropyNetworkConfig(pretrained=str(export), start=str(export))

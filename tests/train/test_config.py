@@ -115,8 +115,8 @@ def test_yaml_that_python_refuses_is_named(tmp_path, text):
 
 
 def test_a_pretrained_model_takes_no_network_keys(small):
-    with pytest.raises(ValueError, match=r"model.latent_channels: given beside model.pretrained"):
-        load_config(small, ["model.pretrained=a/b", "model.latent_channels=8"])
+    with pytest.raises(ValueError, match=r"model.norm_num_groups: given beside model.pretrained"):
+        load_config(small, ["model.pretrained=a/b", "model.norm_num_groups=8"])
 
 
 def test_missing_keys_and_files_are_named(small, tmp_path):

@@ -381,6 +381,7 @@ def test_any_number_of_ranks_consumes_the_same_samples_in_the_same_order(photogr
         for n, image in zip(batch["sample"].tolist(), batch["images"], strict=True):
             assert consumed.pop(n) == hashlib.sha256(image.numpy().tobytes()).hexdigest()
     assert not consumed
+    assert "  ranks: 1 -> 4, 16 samples a step" in log.read_text()
 
 
 def test_images_skipped_on_other_ranks_and_before_a_restart_are_in_the_summary(tmp_path):

@@ -10,7 +10,7 @@ from kl_autoencoder import KLAutoencoder, KLAutoencoderFlux2
 from kl_autoencoder.data.image_io import image_to_tensor
 from kl_autoencoder.evaluation.metrics import psnr
 from train.autoencoder.model import build_autoencoder
-from train.config import ModelConfig
+from train.config import AutoencoderConfig, ModelConfig, build
 
 
 def enlargement(widths=(16, 32, 48, 64), groups=2, **more):
@@ -111,9 +111,14 @@ def test_more_latent_channels_change_no_image_but_learn(convolutions, astronaut,
 
 def test_fewer_latent_channels_and_those_of_another_class_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match="model.latent_channels: 3 beside AutoencoderKL with 4; allowed: 4 or more"
+        ValueError, match="model.latent_channels: 3 beside AutoencoderKL with 4; allowed: 4 to 32"
     ):
         build_autoencoder(ModelConfig(pretrained="compact", latent_channels=3))
+    with pytest.raises(
+        ValueError, match="model.latent_channels: 8 beside model.pretrained with train.decoder_only"
+    ):
+        values = {"model": {"pretrained": "compact", "latent_channels": 8}, "train": {"decoder_only": True}}
+        build(AutoencoderConfig, {"output_dir": "x", "data": {"train": "x"}} | values)
     KLAutoencoderFlux2(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2).save_pretrained(
         tmp_path
     )

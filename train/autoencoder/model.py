@@ -32,8 +32,9 @@ def _is_gaussian(vae: ExactAutoencoder | Autoencoder) -> bool:
 def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencoder | Autoencoder:
     """Build a new network, or load `model.pretrained`.
 
-    The latter is a folder or hub id in diffusers' layout, a single file of latent diffusion's, or "compact". Raises
-    ValueError, which names the key, if it cannot be built or loaded, or is not for images of `channels` channels.
+    The latter is a folder or hub id in diffusers' layout, a single file of latent diffusion's, or a packaged model.
+    Raises ValueError, which names the key, if it cannot be built or loaded, or is not for images of `channels`
+    channels.
     """
     source = config.pretrained and packaged(config.pretrained)
     try:
@@ -46,14 +47,13 @@ def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencode
             vae = cls.from_pretrained(source, subfolder=config.subfolder, torch_dtype=torch.float32)
         else:
             raise ValueError("no such folder or file, and no hub id (owner/name)")
+        if source is not None and config.decoder_block_out_channels is not None:
+            vae = with_new_decoder(vae, config.decoder_block_out_channels)
+        if source is not None and config.latent_channels not in (None, vae.config.latent_channels):
+            vae = with_more_latents(vae, config.latent_channels)
     except (ValueError, OSError) as error:
         what = f"model.pretrained: {config.pretrained!r} cannot be loaded: " if source else "model."
         raise ValueError(f"{what}{error}") from error
-    if source is not None:
-        if config.decoder_block_out_channels is not None:
-            vae = with_new_decoder(vae, config.decoder_block_out_channels)
-        if config.latent_channels not in (None, vae.config.latent_channels):
-            vae = with_more_latents(vae, config.latent_channels)
     for key in ("in_channels", "out_channels"):
         if vae.config[key] != channels:
             raise ValueError(f"model.{key}: {vae.config[key]}; allowed: data.channels, {channels}")
@@ -82,17 +82,18 @@ def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoe
 def with_more_latents(vae: ExactAutoencoder, channels: int) -> KLAutoencoder:
     """Return a copy of a model with `channels` latent channels that computes the same images, see `add_latents`.
 
-    Raises ValueError for fewer channels than it has, and unless it is an AutoencoderKL.
+    Raises ValueError for fewer channels than it has, for more than eight times as many, and unless it is an
+    AutoencoderKL.
     """
     had = vae.config.latent_channels
-    if type(vae) is not KLAutoencoder or channels < had:
+    if type(vae) is not KLAutoencoder or not had <= channels <= 8 * had:
         raise ValueError(
-            f"model.latent_channels: {channels} beside {type(vae).__name__} with {had}; allowed: {had} or more, "
-            "beside an AutoencoderKL"
+            f"model.latent_channels: {channels} beside {type(vae).__name__} with {had}; allowed: {had} to "
+            f"{8 * had}, beside an AutoencoderKL"
         )
     config = {key: value for key, value in vae.config.items() if key in vae.rules}
-    of_fewer = {"latents_mean": None, "latents_std": None}  # training measures them anew
-    return add_latents(vae, KLAutoencoder(**{**config, **of_fewer, "latent_channels": channels}))
+    unset = {"latents_mean": None, "latents_std": None}  # they are of the channels before
+    return add_latents(vae, KLAutoencoder(**{**config, **unset, "latent_channels": channels}))
 
 
 def choose_backward(vae: ExactAutoencoder | Autoencoder, recompute: str) -> None:

@@ -54,7 +54,7 @@ class AutoencoderTask:
         terms = self._build_terms()
         torch.manual_seed(self.config.seed)
         model = self._build_model(perceptual, terms)
-        self.terms = terms
+        self.configured_terms = terms
         self.autoencoder = Player(model, run, run.learning_rate)
         check_push(self.config.export, self.vae)
         self.adversary = None
@@ -182,12 +182,11 @@ class AutoencoderTask:
         return len(self.held_out) > 0
 
     def measure(self, grouped: Grouped) -> dict[str, Any]:
-        """Measure the statistics of the latents; set the model's scaling by them, unless its encoder is frozen."""
+        """Measure the statistics of the latents; set the model's scaling by them, unless it is fixed."""
         statistics = self.measure_latents(grouped)
         if not self.config.train.decoder_only:  # a frozen encoder keeps its latents, and so their scaling
             self.exported.set_scaling(statistics)
-        for fixed in filter(None, (term.scaling_factor for term in self.terms)):
-            self.exported.register_to_config(scaling_factor=fixed)
+        self._fix_scaling(self.exported)
         return {"held_out": self.held_out_images, "statistics": statistics}
 
     @torch.no_grad()
@@ -246,10 +245,13 @@ class AutoencoderTask:
             self.run.say(f"published {push(self.exported, folder.parent, self.config.export)}")
 
     def _save_learned(self, folder: Path) -> None:
-        """Write what the terms' layers have learned, of those that save it, into `folder`."""
-        for term in self.terms:
-            if term.save:
-                term.save(self.model.learned[term.name], folder)
+        """Write what the layers of terms have learned into `folder`, or say why it cannot be written."""
+        for term in self.configured_terms:
+            try:
+                if term.save:
+                    term.save(self.model.learned[term.name], folder)
+            except ValueError as error:
+                self.run.say(f"WARNING: the term {term.name} exports nothing: {error}")
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -299,6 +301,8 @@ class AutoencoderTask:
         """Build the autoencoder with bottleneck and view, on the device; compile it and LPIPS if configured."""
         config = self.config
         self.vae = build_autoencoder(config.model, config.data.channels).to(memory_format=torch.channels_last)
+        self.fixed_scaling = next((t.scaling_factor for t in terms if t.scaling_factor), None)
+        self._fix_scaling(self.vae)
         learn_scale = config.loss.reconstruction in LEARNED_SCALE
         bottleneck = BOTTLENECKS.build(config.model.bottleneck, config)
         view = VIEWS.build(config.loss.view, config)
@@ -315,6 +319,21 @@ class AutoencoderTask:
             if perceptual is not None:
                 perceptual.lpips.net.compile()
         return model
+
+    def _fix_scaling(self, vae: nn.Module) -> None:
+        """Set the scaling_factor that a term of the objective fixes, if one does.
+
+        Raises ValueError for a model that is not scaled by one factor.
+        """
+        if self.fixed_scaling is None:
+            return
+        if "patch_size" in vae.scaling:
+            raise ValueError(
+                "loss.terms: rate with an AutoencoderKLFlux2; allowed: with models that scaling_factor alone scales"
+            )
+        vae.register_to_config(
+            scaling_factor=self.fixed_scaling, shift_factor=None, latents_mean=None, latents_std=None
+        )
 
     def _load_perceptual(self) -> tuple[LPIPS | None, LPIPS | None]:
         """Load LPIPS for the perceptual term and for validation; None for the first if its weight is 0.

@@ -44,7 +44,7 @@ class ModelConfig:
     """
 
     pretrained: str | None = key(
-        None, "start from this folder, single file, hub id, or compact, the model in the package"
+        None, "start from this folder, single file, hub id, or a model in the package, such as compact"
     )
     subfolder: str | None = key(None, "folder in `pretrained` that holds the autoencoder, such as vae")
     kind: Literal["AutoencoderKL", "AutoencoderKLFlux2"] = choice(
@@ -97,7 +97,7 @@ class ModelConfig:
     sample_size: Count = key(None, "side in pixels of the images that the model is for", low=1, high=WIDEST)
     scaling_factor: float | None = key(
         None,
-        "diffusion multiplies latents by this; training measures it anew at its end in any case",
+        "diffusion multiplies latents by this; training measures it anew at its end, unless a term fixes it",
         above=0,
         high=LARGE,
     )
@@ -355,6 +355,11 @@ class AutoencoderConfig(Config):
             raise ValueError(
                 f"loss.adversarial.weight: {adversarial.weight} with model.network=mlp; allowed there: 0 (patches "
                 "are judged, and the adaptive weight is that of a convolution)"
+            )
+        if self.train.decoder_only and self.model.pretrained and self.model.latent_channels is not None:
+            raise ValueError(
+                f"model.latent_channels: {self.model.latent_channels} beside model.pretrained with "
+                "train.decoder_only; allowed: where the encoder is trained, too"
             )
         if self.export.training_state and not adversarial.weight:
             raise ValueError(

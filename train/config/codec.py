@@ -16,14 +16,15 @@ class EntropyNetworkConfig:
     """The autoencoder whose latents are coded, and the size of the network that predicts them."""
 
     pretrained: str = key(
-        "compact", "the autoencoder: a folder, single file, hub id, or compact, the model in the package"
+        "compact",
+        "the autoencoder: a folder, single file, hub id, or a model in the package, such as compact",
     )
     subfolder: str | None = key(None, "folder in `pretrained` that holds the autoencoder, such as vae")
     start: str | None = key(
         None,
         "continue from the entropy model in this folder, such as `pretrained`'s; null: a new entropy model",
     )
-    width: int = key(32, "features of the network of each pass", low=1, high=1024)
+    width: int = key(32, "features of the network of each pass, of a new entropy model", low=1, high=1024)
 
 
 @section

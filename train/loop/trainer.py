@@ -231,7 +231,9 @@ class Trainer:
         self.journal.forget_after(self.step)
         self.say(f"continuing from {found.path} ({self.samples:,} samples)")
         if found.changed:
-            jump = changes.rate_jump(found.config, self.config, self.run.ranks, self.step)
+            jump = changes.rate_jump(
+                found.config, self.config, found.state["ranks"], self.run.ranks, self.step
+            )
             lines = ["changed since it was started last:", *found.changed, *([jump] if jump else [])]
             self.say("\n  ".join(lines))
 

@@ -75,9 +75,16 @@ class RateConfig:
     qualities: tuple[Annotated[Whole, Field(ge=LOWEST, le=HIGHEST)], ...] = key(
         (30, 50, 70), "qualities at which latents are rounded; the term is the mean over these"
     )
-    deviation: float = key(1.0, "the codec divides raw latents by this, as in the view", above=0, high=LARGE)
+    deviation: float = key(
+        1.0,
+        "the codec divides raw latents by this, as in the view; the exported scaling_factor is 1 / deviation",
+        above=0,
+        high=LARGE,
+    )
     start: str | None = key(
-        None, "continue from the entropy model in this folder, or compact; null: a new entropy model"
+        None,
+        "continue from the entropy model in this folder, or of a packaged model; it may be for fewer channels; "
+        "null: a new entropy model",
     )
     width: int = key(32, "features of the networks of a new entropy model", low=1, high=1024)
 
@@ -88,10 +95,19 @@ class RateConfig:
 
 @TERMS.register(RateConfig)
 def rate(config: RateConfig, run) -> Term:
-    """Build the term. Raises ValueError if the encoder is not trained, since its latents do not change then."""
+    """Build the term; what is exported is its entropy model of the last step, not an average.
+
+    Raises ValueError if the encoder is not trained, since its latents do not change then, and if the view rounds to
+    other steps.
+    """
     if run.train.decoder_only:
         raise ValueError(
             "loss.terms: rate with train.decoder_only; allowed: where the encoder is trained, too"
+        )
+
+    if isinstance(run.loss.view, RoundingConfig) and run.loss.view.deviation != config.deviation:
+        raise ValueError(
+            f"loss.terms: rate.deviation: {config.deviation}; allowed: that of the view, {run.loss.view.deviation}"
         )
 
     def bits_a_pixel(bits: Tensor, images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..data.config import DataConfig
 # of the first and of all other levels: they differ, so that there is a shortcut convolution
 WIDTHS = (16, 32)
 GROUPS = 4  # of each GroupNorm; 16 channels in 4 groups are enough for `model.start: enlargement`
+LATENTS = 4  # channels of compact
 STATISTICS_SAMPLES = 4  # few, since the scaling factor that they give is thrown away
 SIDE = 64  # pixels a side of a crop: a multiple of every downsampling up to 64, and enough for LPIPS
 
@@ -31,7 +32,7 @@ def shrink(config: AutoencoderConfig) -> AutoencoderConfig:
             perceptual=perceptual,
             kl=replace(loss.kl, warmup_steps=min(loss.kl.warmup_steps, 2)),
             adversarial=_early(loss.adversarial),
-            terms=tuple(map(_from_here, loss.terms)),
+            terms=tuple(map(without_missing_start, loss.terms)),
         ),
         export=replace(config.export, push_to=None, license=None, private=False, dry_run=False),
         validation=replace(validation, lpips_net=_net_with_local_backbone(validation.lpips_net)),
@@ -77,7 +78,9 @@ def small_data(config: DataConfig) -> DataConfig:
 
 def _small_network(config: ModelConfig) -> ModelConfig:
     if config.pretrained is not None:
-        return config if is_here(config.pretrained) else ModelConfig(pretrained=COMPACT.name)
+        if is_here(config.pretrained):
+            return config
+        return ModelConfig(pretrained=COMPACT.name, latent_channels=config.latent_channels and 2 * LATENTS)
     levels = len(config.block_out_channels or (1,))  # AutoencoderKL's default is one level
     widths = (WIDTHS[0], *[WIDTHS[1]] * (levels - 1))
     # a decoder that has its own widths is narrower here than the encoder
@@ -98,10 +101,10 @@ def _early(config: AdversarialConfig) -> AdversarialConfig:
     )
 
 
-def _from_here(term: Any) -> Any:
-    """A term of the objective; one that would continue from a model that is not on this machine starts anew."""
-    start = getattr(term, "start", None)
-    return term if start is None or is_here(start) else replace(term, start=None)
+def without_missing_start(part: Any) -> Any:
+    """A section of a recipe; if it would continue from a model that is not on this machine, it starts anew."""
+    start = getattr(part, "start", None)
+    return part if start is None or is_here(start) else replace(part, start=None)
 
 
 def _net_with_local_backbone(net: str) -> str:

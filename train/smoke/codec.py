@@ -5,7 +5,7 @@ from dataclasses import replace
 from kl_autoencoder.models.packaged import COMPACT
 
 from ..config import EntropyModelConfig
-from .autoencoder import is_here, small_data
+from .autoencoder import is_here, small_data, without_missing_start
 
 
 def shrink(config: EntropyModelConfig) -> EntropyModelConfig:
@@ -13,6 +13,7 @@ def shrink(config: EntropyModelConfig) -> EntropyModelConfig:
     model, qualities = config.model, config.qualities
     if not is_here(model.pretrained):
         model = replace(model, pretrained=COMPACT.name, subfolder=None, start=None)
+    model = without_missing_start(model)
     return replace(
         config,
         data=small_data(config.data),
@@ -26,5 +27,6 @@ def replaced(before: EntropyModelConfig, after: EntropyModelConfig) -> list[str]
     pairs = [
         ("data.train", before.data.train, after.data.train),
         ("model.pretrained", before.model.pretrained, after.model.pretrained),
+        ("model.start", before.model.start, after.model.start),
     ]
     return [f"{key}: {old} is not on this machine; {new} instead" for key, old, new in pairs if old != new]

@@ -79,8 +79,8 @@ def refuse_another_run(
     return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in pairs.items()]
 
 
-def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> str | None:
-    """Return a line if the change of configuration moves the learning rate of `step` by more than `NOTABLE`.
+def rate_jump(before: dict[str, Any], config: Config, ranks_before: int, ranks: int, step: int) -> str | None:
+    """Return a line if the change of configuration or ranks moves the rate of `step` by more than `NOTABLE`.
 
     Otherwise, and for a configuration that this version cannot read, returns None.
     """
@@ -88,7 +88,7 @@ def rate_jump(before: dict[str, Any], config: Config, ranks: int, step: int) -> 
         old = build(Config, before)
     except ValueError:  # written by another version of this program
         return None
-    rates = [LearningRate(c, ranks)(step) for c in (old, config)]
+    rates = [LearningRate(old, ranks_before)(step), LearningRate(config, ranks)(step)]
     if abs(rates[1] - rates[0]) <= NOTABLE * max(rates):
         return None
     if step >= old.train.steps:

@@ -17,7 +17,7 @@ class LoadedCheckpoint:
     """A checkpoint that was loaded.
 
     state: the contents of state.json. config: the configuration of the run so far, None if unknown. changed: a line
-    for each key whose value differs now.
+    for each key whose value differs now, and for another number of ranks.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Saver:
             "shard_lengths": self.task.data.lengths,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "source": self.source,
-            "samples_per_step": self.run.samples_per_step,
+            "ranks": self.run.ranks,
         }
         described = self.task.exported.to_json_string()
         files.save_checkpoint(self.root, step, self.task.tensors(), state, described)
@@ -78,9 +78,9 @@ class Saver:
         [source] = broadcast_object_list([self.source])
         sources = (state.get("source"), source)
         changed = changes.refuse_another_run(before, self.run.config, path, sources) if before else []
-        batch, batch_before = self.run.samples_per_step, state.get("samples_per_step")  # older files lack it
-        if batch_before not in (None, batch):  # also where the number of ranks has changed, which no key says
-            changed.append(f"samples a step: {batch_before} -> {batch}")
+        ranks = state.setdefault("ranks", self.run.ranks)  # older checkpoints lack it
+        if ranks != self.run.ranks:
+            changed.append(f"ranks: {ranks} -> {self.run.ranks}, {self.run.samples_per_step} samples a step")
         try:
             self.task.load(tensors)
         except (RuntimeError, KeyError) as error:

@@ -10,7 +10,7 @@ from ..console import PROGRAM
 
 MODEL = (
     "a diffusers VAE folder, a pipeline, a training run, a single .safetensors or .ckpt file, a hub id, or "
-    "compact, the small model that comes with this program"
+    "compact or compact-codec, the small models that come with this program"
 )
 DTYPES = ["float32", "bfloat16", "float16"]
 IMAGES = (
@@ -90,9 +90,11 @@ def add_photographs(parser: Parser) -> None:
     )
 
 
-def add_model(parser: Parser, default: str | None = "compact", told: str = "compact") -> None:
-    """Add the option --model; `told` is its default as the help text gives it."""
-    parser.add_argument("--model", default=default, metavar="MODEL", help=f"{MODEL} (default: {told})")
+def add_model(parser: Parser, default: str | None = "compact", told: str | None = None) -> None:
+    """Add the option --model; `told` is its default in the help text, if not `default`."""
+    parser.add_argument(
+        "--model", default=default, metavar="MODEL", help=f"{MODEL} (default: {told or default})"
+    )
 
 
 def add_computation(parser: Parser) -> None:

@@ -3,7 +3,7 @@
     magic and version   b"KLC", 1
     quality             1 byte
     model               the first 6 bytes of the SHA-256 of its weights; then its name, for people, as a length and
-                        UTF-8; the length is 0 for compact, the model in the package
+                        UTF-8; "" stands for compact and "+" for compact-codec, the models in the package
     entropy model       a length, and the first 4 bytes of its SHA-256; the length is 0 for static tables
     height, width       of the image in pixels
     side information    of the entropy model: a length and the bytes
@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import clipped
+from ..models.packaged import COMPACT, COMPACT_CODEC, PACKAGED
 
 SUFFIX = ".klc"  # of compressed files
 MAGIC, VERSION = b"KLC", 1
 MODEL_BYTES, ENTROPY_BYTES = 6, 4  # stored bytes of the hashes of both models
 LONGEST_NAME = 64  # bytes of a model's name, at most
-UNNAMED = "compact"  # the model whose name is not stored
+STORED_NAMES = {COMPACT.name: "", COMPACT_CODEC.name: "+"}  # names as they are stored
 MOST_SIDE = 4096  # bytes of side information, at most
 MOST_PIXELS = 1 << 28  # of an image, at most: 268 million
 MOST_BYTES = 1 << 30  # of a file, at most
@@ -54,13 +55,13 @@ def pack(header: Header, chunks: Sequence[bytes]) -> bytes:
     """Return the bytes of a file with this header and these chunks. Raises ValueError for more than MOST_PIXELS."""
     if header.height * header.width > MOST_PIXELS:
         raise ValueError(f"{header.width}x{header.height} pixels; allowed: up to {MOST_PIXELS:,}")
-    name = header.model_name if header.model_name != UNNAMED else ""
-    name = name.encode()[:LONGEST_NAME].decode(errors="ignore").encode()
+    name = STORED_NAMES.get(header.model_name, header.model_name)
+    stored = name.encode()[:LONGEST_NAME].decode(errors="ignore").encode()
     parts = [
         MAGIC,
         bytes([VERSION, header.quality]),
         header.model_hash,
-        *(number(len(field)) + field for field in (name, header.entropy_hash)),
+        *(number(len(field)) + field for field in (stored, header.entropy_hash)),
         number(header.height) + number(header.width),
         number(len(header.side)) + header.side,
         number(len(chunks)),
@@ -78,7 +79,7 @@ def unpack(data: bytes) -> tuple[Header, list[bytes]]:
     check_magic(data)
     fields = _Fields(data, len(MAGIC) + 1)
     quality, model_hash = fields.take(1)[0], fields.take(MODEL_BYTES)
-    name, entropy_hash = fields.field(LONGEST_NAME), fields.field(ENTROPY_BYTES)
+    stored, entropy_hash = fields.field(LONGEST_NAME), fields.field(ENTROPY_BYTES)
     height, width = fields.number(), fields.number()
     side = fields.field(MOST_SIDE)
     count = fields.number()
@@ -90,13 +91,18 @@ def unpack(data: bytes) -> tuple[Header, list[bytes]]:
         raise ValueError("damaged: its header does not have the checksum that it was written with")
     if not (0 < height * width <= MOST_PIXELS):
         raise ValueError(f"{width}x{height} pixels; allowed: 1 to {MOST_PIXELS:,}")
-    header = Header(
-        quality, name.decode(errors="replace") or UNNAMED, model_hash, entropy_hash, height, width, side
-    )
+    name = stored.decode(errors="replace")
+    name = next((long for long, short in STORED_NAMES.items() if short == name), name)
+    header = Header(quality, name, model_hash, entropy_hash, height, width, side)
     coded = [_checked(fields.take(length), check, i) for i, (length, check) in enumerate(chunks)]
     if fields.left:
         raise ValueError(f"damaged: {fields.left:,} bytes behind its end")
     return header, coded
+
+
+def model_for(header: Header) -> str:
+    """The model that decompresses a file if no other is given: the packaged one that it names, or compact-codec."""
+    return header.model_name if header.model_name in PACKAGED else COMPACT_CODEC.name
 
 
 def read(path: Path) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..codec.steps import DEFAULT_QUALITY, HIGHEST, LOWEST
 from ..files import one_line
 from . import rendering
 from .studio import Studio
@@ -171,7 +172,9 @@ def _noise_tab(page: gr.Blocks, studio: Studio, photograph: gr.Image, model: gr.
 def _codec_tab(studio: Studio, photograph: gr.Image, model: gr.Radio) -> None:
     with gr.Tab("File") as tab:
         _text("The latents rounded and packed into a file: what <code>kl-autoencoder compress</code> writes.")
-        quality = gr.Slider(1, 100, 60, step=1, label="Quality", info="16 less is half the precision")
+        quality = gr.Slider(
+            LOWEST, HIGHEST, DEFAULT_QUALITY, step=1, label="Quality", info="16 less is half the precision"
+        )
         outputs = [_output("compressed"), _output("file-figures")]
     events = [tab.select, photograph.change, model.change, quality.release]
     _on(events, remembered(studio.compress), [photograph, model, quality], outputs)

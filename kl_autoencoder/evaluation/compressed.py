@@ -12,7 +12,7 @@ from ..data.image_io import image_to_tensor
 from . import baselines
 from .methods import FORMATS, Model, Reproduction, Row
 
-# of --codec by default; from 0.06 to 0.2 bits per pixel with the model `compact`
+# of --codec by default
 QUALITIES = (30, 40, 50, 60, 70)
 KIND = "codec"  # `Row.kind` of these rows
 

@@ -298,7 +298,7 @@ class ExactAutoencoder(  # type: ignore[misc]  # as diffusers' own bases
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """A folder in diffusers' layout, the name of a packaged model or a hub id -> the model, in evaluation mode.
 
-        "compact" comes with the package; a local folder of that name goes first. Takes
+        "compact" and "compact-codec" come with the package; a local folder of that name goes first. Takes
         `torch_dtype`, `subfolder` and the other arguments of diffusers' method. Raises ValueError if tensors are
         missing or left over (diffusers warns and continues with random weights). Weights are safetensors; only
         `use_safetensors=False` opens diffusers' way back to pickles. The config of a local folder is compared with

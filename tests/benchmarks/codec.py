@@ -33,7 +33,7 @@ from kl_autoencoder.data.image_io import image_to_tensor, open_image
 from kl_autoencoder.evaluation.metrics import LPIPS, ms_ssim, psnr
 from tests.benchmarks.inference import processor
 
-QUALITIES = (26, 34, 42, 50, 58, 68)
+QUALITIES = (18, 26, 34, 44, 54, 66)
 OTHERS = {  # Pillow's options; the lowest settings are the smallest files there are
     "AVIF": [{"quality": q, "speed": 4} for q in (0, 5, 10, 15, 20, 25, 30, 40)],
     "JPEG": [{"quality": q, "optimize": True} for q in (1, 5, 12, 25)],
@@ -276,7 +276,7 @@ def parsed_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="of images of one size")
-    parser.add_argument("--model", default="compact")
+    parser.add_argument("--model", default="compact-codec")
     parser.add_argument("--others", type=Path, help="a .json whose other codecs are not measured again")
     parser.add_argument("-o", "--output", type=Path, help="without a suffix")
     return parser.parse_args()

@@ -62,13 +62,25 @@ def test_a_damaged_file_among_several_is_skipped_and_named(folder, capsys):
     assert [path.name for path in (folder / "out").rglob("*.png")] == ["coffee.png"]
 
 
+def test_files_of_both_packaged_models_in_one_folder(folder):
+    assert (
+        run("compress", folder / "in" / "cat.png", "-o", folder / "small" / "cat.klc", "--model", "compact")
+        == 0
+    )
+    assert run("compress", folder / "in" / "more" / "coffee.png", "-o", folder / "small" / "coffee.klc") == 0
+    assert run("decompress", folder / "small", "-o", folder / "out") == 0
+    for path in (folder / "small").iterdir():
+        wanted = np.asarray(decompress(path.read_bytes()))
+        np.testing.assert_array_equal(np.asarray(Image.open(folder / "out" / f"{path.stem}.png")), wanted)
+
+
 def test_info(folder, capsys):
     small = folder / "a.klc"
     small.write_bytes(compress(folder / "in" / "cat.png", 56))
     assert run("info", small, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["width"], facts["height"], facts["bytes"]) == (90, 70, small.stat().st_size)
-    assert (facts["quality"], facts["step"], facts["model"]) == (56, 0.5, "compact")
+    assert (facts["quality"], facts["step"], facts["model"]) == (56, 0.5, "compact-codec")
     assert facts["bits_a_pixel"] == pytest.approx(8 * facts["bytes"] / 6300, abs=1e-5)
     assert facts["model_hash"] == container.unpack(small.read_bytes())[0].model_hash.hex()
     assert run("info", small) == 0
@@ -79,5 +91,5 @@ def test_another_model_is_refused(folder, two_models, capsys):
     small = folder / "a.klc"
     assert run("compress", folder / "in" / "cat.png", "-o", small, "--bpp", 0.5) == 0
     assert run("decompress", small, "-o", folder / "a.png", "--model", two_models / "first") == 2
-    assert f"{small}: was made with the model 'compact' of weights " in capsys.readouterr().err
+    assert f"{small}: was made with the model 'compact-codec' of weights " in capsys.readouterr().err
     assert not (folder / "a.png").exists()

@@ -72,7 +72,7 @@ def main() -> None:
     from kl_autoencoder.codec.public import codec_of
 
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    codec, chance, said, longest = codec_of("compact"), random.Random(0), Counter(), 0.0
+    codec, chance, said, longest = codec_of("compact-codec"), random.Random(0), Counter(), 0.0
     whole = codec.compress(Image.fromarray(data.astronaut()[:160, :200]), 60)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:

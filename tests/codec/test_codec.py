@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from skimage import data as photographs
 
 from kl_autoencoder import KLAutoencoder, compress, decompress, load_image
@@ -14,13 +14,17 @@ from kl_autoencoder.codec.codec import Codec, rounded
 from kl_autoencoder.codec.public import codec_of
 from kl_autoencoder.codec.steps import step_of
 from kl_autoencoder.data.image_io import pad_to_multiple, tensor_to_images
-from kl_autoencoder.evaluation.metrics import psnr
+from kl_autoencoder.evaluation import baselines
+from kl_autoencoder.evaluation.metrics import LPIPS, psnr
 from tests.codec.damage import damaged
+from tests.conftest import backbone_missing
+
+CHANNELS = 8  # of the latents of compact-codec
 
 
 @pytest.fixture(scope="module")
 def codec():
-    return codec_of("compact")
+    return codec_of("compact-codec")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def test_a_limit_of_bytes_takes_the_best_quality_that_fits(astronaut):
 
 
 def test_large_images_are_coded_in_tiles(codec):
-    latents = torch.randn(4, 130, 300, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(CHANNELS, 130, 300, generator=torch.Generator().manual_seed(0))
     data = codec.packed(latents, (1040, 2400), 40)
     header, chunks = container.unpack(data)
     assert len(chunks) == 6
@@ -106,12 +110,35 @@ def test_large_images_are_coded_in_tiles(codec):
 
 
 def test_the_hash_of_a_model_depends_on_its_scaling_and_not_on_its_precision(codec, astronaut):
-    half = Codec(KLAutoencoder.from_pretrained("compact", torch_dtype=torch.float16), "half")
+    half = Codec(KLAutoencoder.from_pretrained("compact-codec", torch_dtype=torch.float16), "half")
     assert half.model_hash == codec.model_hash
-    vae = KLAutoencoder.from_pretrained("compact")
+    vae = KLAutoencoder.from_pretrained("compact-codec")
     vae.register_to_config(scaling_factor=1.0)
-    with pytest.raises(ValueError, match="was made with the model 'compact' of weights .*; .* has "):
+    with pytest.raises(ValueError, match="was made with the model 'compact-codec' of weights .*; .* has "):
         decompress(compress(astronaut), model=vae)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow cannot write AVIF here")
+@pytest.mark.skipif(backbone_missing("alex"), reason="the LPIPS backbone alex is not in TORCH_HOME")
+def test_at_few_bytes_a_photograph_looks_more_like_itself_than_as_avif():
+    image = load_image(Image.fromarray(photographs.astronaut()))
+    file = compress(image, bits_per_pixel=0.12)
+    (avif, sizes), lpips = baselines.codec(image, "AVIF", len(file)), LPIPS("alex")
+    assert sizes[0] <= len(file)
+    with torch.inference_mode():
+        ours, others = (lpips(decoded, image).item() for decoded in (load_image(decompress(file)), avif))
+    assert ours < 0.85 * others
+
+
+def test_a_file_says_which_packaged_model_decompresses_it(astronaut):
+    data = compress(astronaut, model="compact")
+    assert container.unpack(data)[0].model_name == "compact"
+    wanted = np.asarray(decompress(data, model="compact"))
+    np.testing.assert_array_equal(np.asarray(decompress(data)), wanted)
+    with pytest.raises(
+        ValueError, match="was made with the model 'compact' of weights .*; compact-codec has "
+    ):
+        decompress(data, model="compact-codec")
 
 
 def test_latents_in_patches(other, astronaut):
@@ -122,13 +149,13 @@ def test_latents_in_patches(other, astronaut):
 def test_damaged_files_with_right_checksums_are_refused_or_decoded(codec):
     """An attacker could write such files: they cause no crash, and no symbols beyond the bounds."""
     chance, size = random.Random(0), (160, 160)
-    latents = torch.randn(4, 20, 20, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(CHANNELS, 20, 20, generator=torch.Generator().manual_seed(0))
     header, (chunk,) = container.unpack(codec.packed(latents, size, 40))
     refused = 0
     for _ in range(100):
         try:
             found, _ = codec.decoded(*container.unpack(container.pack(header, [damaged(chunk, chance)])))
-            assert found.shape == (4, 20, 20) and np.abs(found).max() < 1 << 17
+            assert found.shape == (CHANNELS, 20, 20) and np.abs(found).max() < 1 << 17
         except ValueError as error:
             assert "damage" in str(error) or "more coded" in str(error)
             refused += 1
@@ -148,8 +175,8 @@ def test_decoded_latents_do_not_depend_on_the_fast_path_or_threads(codec, astron
     data = compress(astronaut, 70)
     header, chunks = container.unpack(data)
     wanted, _ = codec.decoded(header, chunks)
-    in_training = KLAutoencoder.from_pretrained("compact").train()  # nothing is executed in pieces
-    whole = Codec(in_training, "compact", codec.learned)
+    in_training = KLAutoencoder.from_pretrained("compact-codec").train()  # nothing is executed in pieces
+    whole = Codec(in_training, "compact-codec", codec.learned)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -31,8 +31,10 @@ def test_unpack_is_the_inverse(changes, chunks):
     assert found == replace(header, model_name=header.model_name[:32])  # 64 bytes of UTF-8
 
 
-def test_the_name_of_the_model_in_the_package_takes_no_bytes():
-    assert len(pack(HEADER, CHUNKS)) == len(pack(replace(HEADER, model_name="other"), CHUNKS)) - 5
+@pytest.mark.parametrize(("name", "length"), [("compact", 0), ("compact-codec", 1), ("other", 5)])
+def test_the_names_of_packaged_models_are_stored_in_short(name, length):
+    packed = pack(replace(HEADER, model_name=name), CHUNKS)
+    assert len(packed) == len(pack(HEADER, CHUNKS)) + length and unpack(packed)[0].model_name == name
 
 
 def test_the_bytes_are_those_of_the_format():

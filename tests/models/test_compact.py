@@ -1,6 +1,7 @@
-"""The model in the package: it is there, anyone can load it, and it reconstructs."""
+"""The models in the package: they are there, anyone can load them, and they reconstruct."""
 
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
+from kl_autoencoder.codec.context_model import ContextModel
 from kl_autoencoder.data.image_io import load_image, pad_to_multiple, tensor_to_images
 from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.latents.latent_files import load_latents
-from kl_autoencoder.models.packaged import COMPACT
+from kl_autoencoder.models.packaged import COMPACT, PACKAGED, packaged
 from tests.conftest import backbone_missing
 from train.autoencoder.model import build_autoencoder
 from train.config import ModelConfig
@@ -64,8 +66,10 @@ def pixels(images):
     return np.asarray(tensor_to_images(images)[0])
 
 
-def test_plain_diffusers_loads_it_and_agrees(vae, astronaut):
-    plain, info = AutoencoderKL.from_pretrained(COMPACT, output_loading_info=True)
+@pytest.mark.parametrize("name", PACKAGED)
+def test_plain_diffusers_loads_it_and_agrees(name, astronaut):
+    plain, info = AutoencoderKL.from_pretrained(PACKAGED[name], output_loading_info=True)
+    vae = KLAutoencoder.from_pretrained(name)
     assert type(plain) is AutoencoderKL and not info["missing_keys"] and not info["unexpected_keys"]
     assert plain.dtype == vae.dtype == torch.float32
     crop = astronaut[..., :128, 100:228]
@@ -73,11 +77,14 @@ def test_plain_diffusers_loads_it_and_agrees(vae, astronaut):
         torch.testing.assert_close(vae(crop).sample, plain(crop).sample, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_small_f8_and_stored_in_half_precision(vae):
-    tensors = load_file(COMPACT / "diffusion_pytorch_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert (COMPACT / "diffusion_pytorch_model.safetensors").stat().st_size < 20e6
-    assert vae.downsampling == 8 and vae.config.latent_channels == 4
+@pytest.mark.parametrize(("name", "channels"), [("compact", 4), ("compact-codec", 8)])
+def test_it_is_small_f8_and_stored_in_half_precision(name, channels):
+    weights = PACKAGED[name] / "diffusion_pytorch_model.safetensors"
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float16}
+    assert weights.stat().st_size < 20e6
+    vae = KLAutoencoder.from_pretrained(name)
+    assert vae.downsampling == 8 and vae.config.latent_channels == channels
+    assert ContextModel.beside(PACKAGED[name]).channels == channels
 
 
 def test_it_is_better_than_bicubic(astronaut, reconstruction):
@@ -138,6 +145,15 @@ def test_info_and_export_know_it(photo, capsys):
     assert main(["info", "compact"]) == 0 and "float16" in capsys.readouterr().out
     assert main(["export", "compact", "-o", "copy"]) == 0
     assert (photo.parent / "copy" / "README.md").read_text() == (COMPACT / "README.md").read_text()
+
+
+def test_names_of_packaged_models_are_looked_up_behind_folders(photo):
+    assert packaged("compact") == packaged(Path("compact")) == COMPACT
+    (photo.parent / "compact").write_bytes(b"a file")
+    assert packaged("compact") == COMPACT and packaged("me/compact") == "me/compact"
+    (photo.parent / "compact").unlink()
+    (photo.parent / "compact").mkdir()
+    assert packaged("compact") == "compact"
 
 
 def test_a_local_folder_of_that_name_goes_first(photo):

@@ -37,7 +37,7 @@ def recipe():
 
 
 def latents(*shape, seed=0):
-    return 5.82 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return 11.06 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def draws(count):
@@ -49,7 +49,7 @@ def test_noise_is_uniform_over_a_step_of_each_image(recipe):
     view = VIEWS.build(replace(recipe.loss.view, lowest=30, highest=70), recipe)
     noisy, images = view(z, z, draws(6))
     assert images is z
-    errors = (noisy - z) / 5.82
+    errors = (noisy - z) / 11.06
     widths = errors.amax(dim=(1, 2, 3)) - errors.amin(dim=(1, 2, 3))
     assert (widths > step_of(70) * 0.99).all() and (widths < step_of(30) * 1.001).all()
     assert len({round(width, 3) for width in widths.tolist()}) == 6
@@ -64,7 +64,7 @@ def test_rounding_is_the_codecs_and_its_gradient_passes(recipe):
     z = latents(2, 4, 8, 8).requires_grad_()
     view = VIEWS.build(replace(recipe.loss.view, how="straight_through", lowest=52, highest=52), recipe)
     changed, _ = view(z, z, draws(2))
-    wanted = np.stack([rounded(one / 5.82, 52) for one in z.detach()]) * step_of(52) * 5.82
+    wanted = np.stack([rounded(one / 11.06, 52) for one in z.detach()]) * step_of(52) * 11.06
     np.testing.assert_allclose(changed.detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
     changed.square().sum().backward()
     torch.testing.assert_close(z.grad, 2 * changed.detach())
@@ -80,7 +80,7 @@ def test_the_rate_is_the_size_of_the_files(recipe):
     bits = network(z)
     value = term.compute(bits, images)
     model = ContextModel(network.network)
-    files = [encode_symbols(rounded(one / 5.82, 40), model, 40) for one in z.detach()]
+    files = [encode_symbols(rounded(one / 11.06, 40), model, 40) for one in z.detach()]
     assert value.item() == pytest.approx(sum(8 * len(file) for file in files) / 2 / 320**2, rel=0.02)
 
 
@@ -114,7 +114,7 @@ def test_impossible_views_and_terms_are_refused(override, told):
 
 
 def test_a_rate_of_other_steps_than_the_view_rounds_to_is_refused(recipe):
-    with pytest.raises(ValueError, match="rate.deviation: 1.0; allowed: that of the view, 5.82"):
+    with pytest.raises(ValueError, match="rate.deviation: 1.0; allowed: that of the view, 11.06"):
         TERMS.build(replace(recipe.loss.terms[0], deviation=1.0), recipe)
 
 

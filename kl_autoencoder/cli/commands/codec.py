@@ -2,15 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...codec import container
-from ...codec.steps import HIGHEST, LOWEST, step_of
+from ...codec.steps import DEFAULT_QUALITY, HIGHEST, LOWEST, step_of
 from ...console import say
 from ...extras import require
 from ...files import replacing
+from ...models.packaged import COMPACT_CODEC
 from ...progress import tracked, write
 from ..parser import IMAGES, Command, Parser, add_computation, add_model, add_output, positive
 from ..paths import (
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from ...codec.codec import Codec
 
-DEFAULT_QUALITY = 60
 KEPT = f"Any size. Alpha, colour profile and EXIF are not kept. {IMAGES}"
 
 
@@ -45,7 +46,7 @@ def compress_arguments(parser: Parser) -> None:
         "--bytes", type=positive, metavar="N", help="the best quality of at most N bytes an image"
     )
     rate.add_argument("--bpp", type=bits, metavar="X", help="the best quality of at most X bits a pixel")
-    add_model(parser)
+    add_model(parser, COMPACT_CODEC.name)
     add_computation(parser)
     add_output(parser, f"OUT{container.SUFFIX}", "a file, or a folder for several images")
 
@@ -88,7 +89,7 @@ def compress(arguments: argparse.Namespace) -> None:
     from ..loading import read_photographs, refuse_unread
 
     photographs, targets, unread = arguments.photographs, arguments.targets, []
-    codec = load_codec(arguments)
+    codec = load_codec(arguments, arguments.model)
     for i, images in read_photographs(photographs, None, unread, "compressing", codec.vae):
         height, width = images.shape[2:]
         most = bytes_of(arguments.bpp, (height, width)) if arguments.bpp else arguments.bytes
@@ -111,7 +112,9 @@ def decompress_arguments(parser: Parser) -> None:
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help="files that compress wrote, and folders of them"
     )
-    add_model(parser, told="compact; it must be the one that compressed them")
+    add_model(
+        parser, None, "compact-codec or compact, as a file says; it must be the one that compressed them"
+    )
     add_computation(parser)
     add_output(parser, "IMAGE.png", "a picture, or a folder for several")
 
@@ -124,7 +127,8 @@ def check_decompress(arguments: argparse.Namespace) -> None:
     arguments.targets = plan_targets(arguments.output, [name for _, name in files], single)
     arguments.files = [path for path, _ in files]
     refuse_existing(arguments.targets, arguments.files, arguments.overwrite)
-    check_model(arguments.model)
+    if arguments.model is not None:
+        check_model(arguments.model)
     if single:
         read_header(arguments.files[0])
 
@@ -151,13 +155,14 @@ def decompress(arguments: argparse.Namespace) -> None:
     """Write the image of each file. Of several files, damaged ones are reported and skipped."""
     from ..loading import write_picture
 
-    codec = load_codec(arguments)
-    damaged = 0
+    codec_by_name, damaged = lru_cache(partial(load_codec, arguments)), 0
+    if arguments.model is not None:
+        codec_by_name(arguments.model)  # an error here is not one of a file
     for path, target in zip(
         tracked(arguments.files, "decompressing", "images"), arguments.targets, strict=True
     ):
         try:
-            image = decompress_file(codec, path)
+            image = decompress_file(codec_by_name, path, arguments.model)
         except (ValueError, OSError) as error:
             if len(arguments.files) == 1:
                 raise
@@ -169,23 +174,24 @@ def decompress(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{damaged} of {len(arguments.files)} files could not be decompressed")
 
 
-def load_codec(arguments: argparse.Namespace) -> "Codec":
-    """Load the codec of `--model`, with the entropy model in its folder if there is one."""
+def load_codec(arguments: argparse.Namespace, model: str) -> "Codec":
+    """Load the codec of a model, with the entropy model in its folder if there is one."""
     from ...codec.codec import Codec
     from ...codec.context_model import ContextModel
     from ..loading import load_model
 
-    vae = load_model(arguments.model, arguments.device, arguments.dtype)
-    path = model_path(arguments.model)
+    vae = load_model(model, arguments.device, arguments.dtype)
+    path = model_path(model)
     learned = ContextModel.beside(readable_folder(path)) if path.is_dir() else None
-    return Codec(vae, Path(arguments.model).name, learned)
+    return Codec(vae, Path(model).name, learned)
 
 
-def decompress_file(codec: "Codec", path: Path) -> "Image.Image":
-    """Decompress a file. Raises ValueError, which names it."""
+def decompress_file(codec_by_name: "Callable[[str], Codec]", path: Path, model: str | None) -> "Image.Image":
+    """Decompress a file with `model`, or the one that it names. Raises ValueError, which names the file."""
     data = container.read(path)
     try:
-        return codec.decompress(data)
+        header, _ = container.unpack(data)
+        return codec_by_name(model or container.model_for(header)).decompress(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -81,7 +81,7 @@ def main() -> None:
             path.write_bytes(damaged(whole, chance))
             start = time.perf_counter()
             try:
-                decompress_file(codec, path)
+                decompress_file(lambda name: codec, path, None)
                 said["no error"] += 1
             except ValueError as error:
                 clear = (

@@ -28,6 +28,7 @@ MAGIC, VERSION = b"KLC", 1
 MODEL_BYTES, ENTROPY_BYTES = 6, 4  # stored bytes of the hashes of both models
 LONGEST_NAME = 64  # bytes of a model's name, at most
 STORED_NAMES = {COMPACT.name: "", COMPACT_CODEC.name: "+"}  # names as they are stored
+NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 MOST_SIDE = 4096  # bytes of side information, at most
 MOST_PIXELS = 1 << 28  # of an image, at most: 268 million
 MOST_BYTES = 1 << 30  # of a file, at most
@@ -92,8 +93,7 @@ def unpack(data: bytes) -> tuple[Header, list[bytes]]:
     if not (0 < height * width <= MOST_PIXELS):
         raise ValueError(f"{width}x{height} pixels; allowed: 1 to {MOST_PIXELS:,}")
     name = stored.decode(errors="replace")
-    name = next((long for long, short in STORED_NAMES.items() if short == name), name)
-    header = Header(quality, name, model_hash, entropy_hash, height, width, side)
+    header = Header(quality, NAMES.get(name, name), model_hash, entropy_hash, height, width, side)
     coded = [_checked(fields.take(length), check, i) for i, (length, check) in enumerate(chunks)]
     if fields.left:
         raise ValueError(f"damaged: {fields.left:,} bytes behind its end")

@@ -81,7 +81,7 @@ def main() -> None:
             path.write_bytes(damaged(whole, chance))
             start = time.perf_counter()
             try:
-                decompress_file(lambda name: codec, path, None)
+                decompress_file(lambda header: codec, path)
                 said["no error"] += 1
             except ValueError as error:
                 clear = (

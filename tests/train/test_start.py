@@ -93,11 +93,8 @@ def test_more_latent_channels_change_no_image_but_learn(convolutions, astronaut,
     ).eval()  # fmt: skip
     vae.save_pretrained(tmp_path)
     wider = build_autoencoder(ModelConfig(pretrained=str(tmp_path), latent_channels=5)).eval()
-    assert (wider.config.latent_channels, wider.config.scaling_factor, wider.config.latents_std) == (
-        5,
-        0.5,
-        None,
-    )
+    config = wider.config
+    assert (config.latent_channels, config.scaling_factor, config.latents_std) == (5, 0.5, None)
     images = astronaut[..., :64, :64]
     old, new = (model.encode(images).latent_dist for model in (vae, wider))
     for name in ("mean", "logvar"):

@@ -184,9 +184,11 @@ class AutoencoderTask:
     def measure(self, grouped: Grouped) -> dict[str, Any]:
         """Measure the statistics of the latents; set the model's scaling by them, unless it is fixed."""
         statistics = self.measure_latents(grouped)
-        if not self.config.train.decoder_only:  # a frozen encoder keeps its latents, and so their scaling
+        is_fixed = any(term.scaling_factor for term in self.configured_terms)
+        if not (
+            is_fixed or self.config.train.decoder_only
+        ):  # a frozen encoder keeps its latents, and their scaling
             self.exported.set_scaling(statistics)
-        self._fix_scaling(self.exported)
         return {"held_out": self.held_out_images, "statistics": statistics}
 
     @torch.no_grad()
@@ -301,8 +303,7 @@ class AutoencoderTask:
         """Build the autoencoder with bottleneck and view, on the device; compile it and LPIPS if configured."""
         config = self.config
         self.vae = build_autoencoder(config.model, config.data.channels).to(memory_format=torch.channels_last)
-        self.fixed_scaling = next((t.scaling_factor for t in terms if t.scaling_factor), None)
-        self._fix_scaling(self.vae)
+        _fix_scaling(self.vae, terms)
         learn_scale = config.loss.reconstruction in LEARNED_SCALE
         bottleneck = BOTTLENECKS.build(config.model.bottleneck, config)
         view = VIEWS.build(config.loss.view, config)
@@ -319,21 +320,6 @@ class AutoencoderTask:
             if perceptual is not None:
                 perceptual.lpips.net.compile()
         return model
-
-    def _fix_scaling(self, vae: nn.Module) -> None:
-        """Set the scaling_factor that a term of the objective fixes, if one does.
-
-        Raises ValueError for a model that is not scaled by one factor.
-        """
-        if self.fixed_scaling is None:
-            return
-        if "patch_size" in vae.scaling:
-            raise ValueError(
-                "loss.terms: rate with an AutoencoderKLFlux2; allowed: with models that scaling_factor alone scales"
-            )
-        vae.register_to_config(
-            scaling_factor=self.fixed_scaling, shift_factor=None, latents_mean=None, latents_std=None
-        )
 
     def _load_perceptual(self) -> tuple[LPIPS | None, LPIPS | None]:
         """Load LPIPS for the perceptual term and for validation; None for the first if its weight is 0.
@@ -414,3 +400,18 @@ class AutoencoderTask:
         if not total:
             raise ValueError(f"data.validation: no readable images in {photographs.source}")
         return held_out, total
+
+
+def _fix_scaling(vae: nn.Module, terms: list[Term]) -> None:
+    """Set the scaling_factor that a term fixes. Raises ValueError for a model with another kind of scaling."""
+    for term in terms:
+        if term.scaling_factor is None:
+            continue
+        if "patch_size" in vae.scaling:
+            raise ValueError(
+                f"loss.terms: {term.name} with an AutoencoderKLFlux2; allowed: with models that scaling_factor "
+                "alone scales"
+            )
+        vae.register_to_config(
+            scaling_factor=term.scaling_factor, shift_factor=None, latents_mean=None, latents_std=None
+        )

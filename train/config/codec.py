@@ -22,7 +22,8 @@ class EntropyNetworkConfig:
     subfolder: str | None = key(None, "folder in `pretrained` that holds the autoencoder, such as vae")
     start: str | None = key(
         None,
-        "continue from the entropy model in this folder, such as `pretrained`'s; null: a new entropy model",
+        "continue from the entropy model in this folder, such as `pretrained`'s, or of a packaged model; it may be "
+        "for fewer channels; null: a new entropy model",
     )
     width: int = key(32, "features of the network of each pass, of a new entropy model", low=1, high=1024)
 

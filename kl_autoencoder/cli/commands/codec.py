@@ -158,11 +158,15 @@ def decompress(arguments: argparse.Namespace) -> None:
     codec_by_name, damaged = lru_cache(partial(load_codec, arguments)), 0
     if arguments.model is not None:
         codec_by_name(arguments.model)  # an error here is not one of a file
+
+    def codec_for(header: container.Header) -> "Codec":
+        return codec_by_name(arguments.model or container.model_for(header))
+
     for path, target in zip(
         tracked(arguments.files, "decompressing", "images"), arguments.targets, strict=True
     ):
         try:
-            image = decompress_file(codec_by_name, path, arguments.model)
+            image = decompress_file(codec_for, path)
         except (ValueError, OSError) as error:
             if len(arguments.files) == 1:
                 raise
@@ -186,12 +190,12 @@ def load_codec(arguments: argparse.Namespace, model: str) -> "Codec":
     return Codec(vae, Path(model).name, learned)
 
 
-def decompress_file(codec_by_name: "Callable[[str], Codec]", path: Path, model: str | None) -> "Image.Image":
-    """Decompress a file with `model`, or the one that it names. Raises ValueError, which names the file."""
+def decompress_file(codec_for: "Callable[[container.Header], Codec]", path: Path) -> "Image.Image":
+    """Decompress a file with the codec for its header. Raises ValueError, which names the file."""
     data = container.read(path)
     try:
         header, _ = container.unpack(data)
-        return codec_by_name(model or container.model_for(header)).decompress(data)
+        return codec_for(header).decompress(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

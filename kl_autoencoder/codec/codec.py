@@ -29,8 +29,9 @@ class Codec:
 
     The latents are the posterior's mode, scaled to about unit deviation and rounded to multiples of the step. They
     are coded with tables of probabilities chosen by an entropy model. Decoding returns the same whole numbers on
-    any machine, and sets each latent to the value within its step that the entropy model expects. The images that
-    the network decodes from these differ between machines by rounding errors of floats.
+    any machine, and sets each latent to the value within its step that the entropy model expects, or to the step's
+    middle if the autoencoder was trained with that. The images that the network decodes from these differ between
+    machines by rounding errors of floats.
 
     vae: an autoencoder of RGB images, in evaluation mode. name: for people, stored in the files. learned: the
     entropy model trained for it; None for static tables, which are fitted to each image. Raises ValueError if
@@ -113,7 +114,7 @@ class Codec:
         return container.pack(header, chunks)
 
     def decoded(self, header: Header, chunks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The latents of a file, (C, h, w): in whole steps, int32, and their expected values in steps, float32.
+        """The latents of a file, (C, h, w): in whole steps, int32, and as they are decoded, in steps, float32.
 
         Raises ValueError if they are damaged.
         """

@@ -20,6 +20,7 @@ from .tables import PLACE_BITS, SCALES
 
 KEY = "kl_autoencoder.entropy_model"  # metadata key of the file, for the version of the format
 VERSION = "1"
+MIDDLES_KEY = f"{KEY}.middles"  # "true" or "false", as `ContextNetwork.middles`; files without it mean false
 
 
 class ContextModel:
@@ -33,7 +34,7 @@ class ContextModel:
     def __init__(self, network: ContextNetwork):
         network.check_sums()
         self.network = network.cpu().eval().requires_grad_(False)
-        self.channels = network.channels
+        self.channels, self.middles = network.channels, network.middles
         self.hash = _hash(integers(network))
 
     @classmethod
@@ -41,10 +42,12 @@ class ContextModel:
         """Read a file of `save`. Raises FileNotFoundError, and ValueError, which names the file, for any other."""
         path = Path(path)
         try:
-            if read_metadata(path).get(KEY) != VERSION:
+            metadata = read_metadata(path)
+            if metadata.get(KEY) != VERSION:
                 raise ValueError(f"not an entropy model of version {VERSION}")
             tensors, _ = read_tensors(path)
             network = _empty_network(tensors)
+            network.middles = metadata.get(MIDDLES_KEY) == "true"
             network.load_state_dict({name: _from_integers(name, t) for name, t in tensors.items()})
             return cls(network)
         except (RuntimeError, KeyError, IndexError) as error:  # names or shapes of tensors do not match
@@ -60,7 +63,8 @@ class ContextModel:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights, as int32, to a .safetensors file, whole or not at all."""
-        save_tensors(path, integers(self.network), {KEY: VERSION})
+        metadata = {KEY: VERSION, MIDDLES_KEY: "true" if self.middles else "false"}
+        save_tensors(path, integers(self.network), metadata)
 
     def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
         first = checkerboard(*shape[1:]).numpy() > 0

@@ -66,11 +66,15 @@ class PassNetwork(nn.Module):
 
 
 class ContextNetwork(nn.Module):
-    """The networks of all passes over latents with `channels` channels; each network has `width` features."""
+    """The networks of all passes over latents with `channels` channels; each network has `width` features.
 
-    def __init__(self, channels: int, width: int = 32):
+    middles: set latents to the middles of their steps when decoding, for an autoencoder that was trained with
+    those, instead of to the values that the network expects within the steps.
+    """
+
+    def __init__(self, channels: int, width: int = 32, middles: bool = False):
         super().__init__()
-        self.channels, self.width = channels, width
+        self.channels, self.width, self.middles = channels, width, middles
         self.passes = nn.ModuleList(
             PassNetwork(number // 2 + number % 2, width) for number in range(2 * channels)
         )

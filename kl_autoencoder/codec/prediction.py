@@ -30,9 +30,14 @@ class Prediction(NamedTuple):
 
 
 class EntropyModel(Protocol):
-    """Predicts the symbols of each pass. side: bytes stored in the file, from which decoding restores the model."""
+    """Predicts the symbols of each pass.
+
+    side: bytes stored in the file, from which decoding restores the model. middles: whether latents are decoded to
+    the middles of their steps; else to the values that the model expects within them.
+    """
 
     side: bytes
+    middles: bool
 
     def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
         """Yield the passes over symbols of shape (C, h, w) in coding order; every symbol is in one pass."""
@@ -57,7 +62,7 @@ def encode_symbols(symbols: np.ndarray, model: EntropyModel, quality: int) -> by
 def decode_symbols(
     data: bytes, shape: tuple[int, int, int], model: EntropyModel, quality: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode the bytes of `encode_symbols`: symbols, int32, and expected latents in steps, float32, both (C, h, w).
+    """Decode the bytes of `encode_symbols`: symbols, int32, and latents in steps, float32, both (C, h, w).
 
     Raises ValueError for bytes that no symbols of this shape can have.
     """
@@ -67,7 +72,8 @@ def decode_symbols(
         whole, places, scales = _tables_of(at, prediction)
         found = coder.decode(scales, places) + whole
         symbols[at.channel][at.mask] = found
-        latents[at.channel][at.mask] = expected(found, prediction.means[at.mask], scales)
+        means = prediction.means[at.mask]
+        latents[at.channel][at.mask] = found if model.middles else expected(found, means, scales)
     coder.finish()
     return symbols, latents
 

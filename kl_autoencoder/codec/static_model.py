@@ -17,6 +17,8 @@ CHANNEL = struct.Struct("<hB")  # mean in sixteenths of a step, number of the sc
 class StaticModel:
     """An `EntropyModel`. means: of the channels, in sixteenths of a step. scales: the numbers of their scales."""
 
+    middles = False
+
     def __init__(self, means: list[int], scales: list[int]):
         self.means, self.scales = means, scales
 

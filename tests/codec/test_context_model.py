@@ -99,6 +99,15 @@ def test_expected_values_are_those_of_a_logistic_distribution_over_the_step():
     assert found[0] == 0 and 0 < found[1] < 7 / 16
 
 
+def test_a_model_for_the_middles_of_steps_decodes_to_them_also_from_its_file(tmp_path):
+    made, symbols = network(), drawn((3, 12, 12), deviation=3)
+    made.middles = True
+    ContextModel(made).save(tmp_path / "model.safetensors")
+    model = ContextModel.load(tmp_path / "model.safetensors")
+    _, latents = decode_symbols(encode_symbols(symbols, model, 40), symbols.shape, model, 40)
+    np.testing.assert_array_equal(latents, symbols)
+
+
 @pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 9), (3, 32, 17)])
 def test_decoding_is_the_inverse(model, shape):
     symbols = drawn(shape, deviation=20)

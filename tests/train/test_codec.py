@@ -84,6 +84,17 @@ def test_the_rate_is_the_size_of_the_files(recipe):
     assert value.item() == pytest.approx(sum(8 * len(file) for file in files) / 2 / 320**2, rel=0.02)
 
 
+def test_bits_count_in_proportion_to_a_power_of_the_step(recipe):
+    z = latents(2, 4, 16, 16)
+    config = replace(recipe.loss.terms[0], start="compact", step_power=0.0)
+
+    def bits(**changed):
+        return TERMS.build(replace(config, **changed), recipe).learned(4)(z)
+
+    coarse, fine = bits(qualities=(24,)), bits(qualities=(56,))
+    torch.testing.assert_close(bits(qualities=(24, 56), step_power=2.0), (4 * coarse + fine / 4) / 2)
+
+
 def test_the_rate_has_a_gradient_that_shrinks_latents(recipe):
     term = TERMS.build(replace(recipe.loss.terms[0], start=None, width=8), recipe)
     torch.manual_seed(0)
@@ -167,6 +178,7 @@ def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs, monkeypatch)
     config = replace(shrink(load_config(RECIPE), tmp_path / "entropy"), model=model)
     network = Trainer(config, task_maker(config)).task.network
     assert ContextModel(copy.deepcopy(network)).hash == learned.hash
+    assert learned.middles and network.middles  # the recipe's view rounds to the middles of steps
 
 
 def test_training_lowers_the_bits_and_what_it_exports_codes_images(tmp_path, photographs):

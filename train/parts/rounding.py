@@ -75,6 +75,13 @@ class RateConfig:
     qualities: tuple[Annotated[Whole, Field(ge=LOWEST, le=HIGHEST)], ...] = key(
         (30, 50, 70), "qualities at which latents are rounded; the term is the mean over these"
     )
+    step_power: float = key(
+        0.0,
+        "bits at a quality count times its step, in deviations, to this power: above 0 they are dear at low "
+        "qualities, where each does more for the image",
+        low=0,
+        high=4,
+    )
     deviation: float = key(
         1.0,
         "the codec divides raw latents by this, as in the view; the exported scaling_factor is 1 / deviation",
@@ -110,6 +117,12 @@ def rate(config: RateConfig, run) -> Term:
             f"loss.terms: rate.deviation: {config.deviation}; allowed: that of the view, {run.loss.view.deviation}"
         )
 
+    def learned(channels: int) -> RateNetwork:
+        network = entropy_network(config.start, config.width, channels, "loss.terms: rate")
+        view = run.loss.view
+        network.middles = isinstance(view, RoundingConfig) and view.how == "straight_through"
+        return RateNetwork(network, config.qualities, config.deviation, config.step_power)
+
     def bits_a_pixel(bits: Tensor, images: Tensor) -> Tensor:
         return bits.mean() / images[0, 0].numel()
 
@@ -118,29 +131,32 @@ def rate(config: RateConfig, run) -> Term:
         "latents",
         lambda step: config.weight,
         bits_a_pixel,
-        learned=lambda channels: RateNetwork(
-            entropy_network(config.start, config.width, channels, "loss.terms: rate"),
-            config.qualities,
-            config.deviation,
-        ),
+        learned=learned,
         save=save_entropy_model,
         scaling_factor=1 / config.deviation,
     )
 
 
 class RateNetwork(nn.Module):
-    """Raw latents (B, C, h, w) -> bits of each image (B,), the mean over qualities; gradients pass the rounding."""
+    """Raw latents (B, C, h, w) -> bits of each image (B,), the mean over qualities; gradients pass the rounding.
 
-    def __init__(self, network: ContextNetwork, qualities: tuple[int, ...], deviation: float):
+    Before the mean, bits are multiplied by the step of their quality, in deviations, to the power `step_power`.
+    """
+
+    def __init__(
+        self, network: ContextNetwork, qualities: tuple[int, ...], deviation: float, step_power: float = 0.0
+    ):
         super().__init__()
         self.network, self.qualities, self.deviation = network, qualities, deviation
+        self.step_power = step_power
 
     def forward(self, z: Tensor) -> Tensor:
         total = torch.zeros(len(z), device=z.device)
         for quality in self.qualities:
-            symbols = rounded(z.float() / (self.deviation * step_of(quality)))
+            step = step_of(quality)
+            symbols = rounded(z.float() / (self.deviation * step))
             of_each = torch.full((len(z),), float(quality), device=z.device)
-            total = total + self.network(symbols, of_each).sum(dim=(1, 2, 3))
+            total = total + step**self.step_power * self.network(symbols, of_each).sum(dim=(1, 2, 3))
         return total / len(self.qualities)
 
 
@@ -166,6 +182,6 @@ def entropy_network(start: str | None, width: int, channels: int, section: str) 
         raise ValueError(
             f"{section}.start: {start!r} holds {held}; allowed: one of up to {channels}, or null"
         )
-    network = ContextNetwork(channels, found.network.width)
+    network = ContextNetwork(channels, found.network.width, found.middles)
     network.passes[: 2 * found.channels].load_state_dict(found.network.passes.state_dict())
     return network

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.cli.main import main
+from kl_autoencoder.models.packaged import COMPACT
 from tests.conftest import ROOT
 from tests.hub_stand_in import StandIn
 
@@ -83,8 +84,10 @@ def test_a_dry_run_of_a_model_without_a_run(tmp_path):
         card.data.eval_results is None and card.data.license is None and card.data.library_name == "diffusers"
     )
     assert {p.name for p in (tmp_path / "p").iterdir()} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "README.md"
+        "config.json", "diffusion_pytorch_model.safetensors", "entropy_model.safetensors", "README.md"
     }  # fmt: skip
+    copied = (tmp_path / "p" / "entropy_model.safetensors").read_bytes()
+    assert copied == (COMPACT / "entropy_model.safetensors").read_bytes()
 
 
 def through(url, commands, folder):

@@ -161,7 +161,8 @@ def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs, monkeypatch)
     """Its entropy model and its scaling are those of the rate; the entropy model can be trained on."""
     monkeypatch.chdir(tmp_path)  # where the recipe's own folders are not
     more = [f"data.train={photographs}", "model.pretrained=compact", "train.mixed_precision=no"]
-    config = shrink(load_config(ROOT / "configs" / "codec.yaml", more), tmp_path)
+    publish = ["export.push_to=me/codec", "export.dry_run=true"]
+    config = shrink(load_config(ROOT / "configs" / "codec.yaml", [*more, *publish]), tmp_path)
     config = replace(
         config, train=replace(config.train, steps=2), validation=replace(config.validation, every=0)
     )
@@ -178,6 +179,7 @@ def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs, monkeypatch)
     config = replace(shrink(load_config(RECIPE), tmp_path / "entropy"), model=model)
     network = Trainer(config, task_maker(config)).task.network
     assert ContextModel(copy.deepcopy(network)).hash == learned.hash
+    assert ContextModel.beside(tmp_path / "published").hash == learned.hash
     assert learned.middles and network.middles  # the recipe's view rounds to the middles of steps
 
 

@@ -96,17 +96,20 @@ def check_push(config: ExportConfig, vae: ExactAutoencoder | Autoencoder) -> Non
             raise ValueError(f"export.push_to: {error}") from error
 
 
-def push(vae: ExactAutoencoder, run: Path, config: ExportConfig) -> str:
-    """Publish `vae` with the records of the folder `run`; returns the address of its page, or a dry run's folder.
+def push(vae: ExactAutoencoder, exported: Path, config: ExportConfig) -> str:
+    """Publish `vae` with the records of its run; returns the address of its page, or a dry run's folder.
 
+    exported: the folder of `export`, within the run's.
     Raises OSError, which says how to publish it later, if the hub refuses it.
     """
+    run = exported.parent
+    described = (config.push_to, config.license, run, exported)
     if config.dry_run:
-        write_repository(vae, run / DRY_RUN_FOLDER, config.push_to, config.license, run)
+        write_repository(vae, run / DRY_RUN_FOLDER, *described)
         return str(run / DRY_RUN_FOLDER)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        write_repository(vae, folder, config.push_to, config.license, run)
+        write_repository(vae, folder, *described)
         try:
             return hub.publish(folder, config.push_to, config.private)
         except ValueError as error:

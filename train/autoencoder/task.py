@@ -244,7 +244,7 @@ class AutoencoderTask:
         kept = self.adversary.tensors() if self.config.export.training_state else None
         export(folder, self.exported, self.config, facts, kept, self._save_learned)
         if self.config.export.push_to:
-            self.run.say(f"published {push(self.exported, folder.parent, self.config.export)}")
+            self.run.say(f"published {push(self.exported, folder, self.config.export)}")
 
     def _save_learned(self, folder: Path) -> None:
         """Write what the layers of terms have learned into `folder`, or say why it cannot be written."""

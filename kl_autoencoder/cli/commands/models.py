@@ -47,7 +47,7 @@ def push_arguments(parser: Parser) -> None:
 
 
 def check_push(arguments: argparse.Namespace) -> None:
-    """`output` becomes a Path or None; adds `run`, the folder of a training run, or None."""
+    """`output` becomes a Path or None; adds `run`, a training run's folder, and `folder`, the model's, or None."""
     from ...models.publishing.hub_card import LICENSE
 
     if not HUB_ID.fullmatch(arguments.to):
@@ -58,28 +58,29 @@ def check_push(arguments: argparse.Namespace) -> None:
         raise ValueError("--dry-run and -o FOLDER belong together")
     check_model(arguments.model)
     source = model_path(arguments.model)
-    folder = readable_folder(source) if source.is_dir() else None
+    arguments.folder = readable_folder(source) if source.is_dir() else None
     arguments.run = source if (source / "config.yaml").is_file() else None
     if arguments.dry_run:
         arguments.output = Path(arguments.output)
-        check_model_output(arguments.output, folder, arguments.overwrite)
+        check_model_output(arguments.output, arguments.folder, arguments.overwrite)
 
 
 def push(arguments: argparse.Namespace) -> None:
-    """Write weights, config, card and picture to a folder, and commit it to the hub unless it is a dry run."""
+    """Write weights, config, entropy model, card and picture to a folder, and unless `--dry-run` to the hub."""
     from ...models.publishing.hub import publish
     from ...models.publishing.repository import write_repository
     from ..loading import load_model
 
     vae = load_model(arguments.model, "cpu", arguments.dtype)
+    described = (arguments.to, arguments.license, arguments.run, arguments.folder)
     if arguments.dry_run:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_repository(vae, arguments.output, arguments.to, arguments.license, arguments.run)
+        write_repository(vae, arguments.output, *described)
         print(arguments.output)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        write_repository(vae, folder, arguments.to, arguments.license, arguments.run)
+        write_repository(vae, folder, *described)
         with Progress(f"pushing to {arguments.to}"):
             print(publish(folder, arguments.to, arguments.private))
 

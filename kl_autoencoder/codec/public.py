@@ -32,7 +32,7 @@ def compress(
 
     Args:
         image: a file, a PIL image, or a tensor (3, H, W) or (1, 3, H, W) in [-1, 1].
-        quality: 1 to 100, by default 50; raising it by 16 halves the step to which latents are rounded.
+        quality: 1 to 100, by default 40; raising it by 16 halves the step to which latents are rounded.
         max_bytes, bits_per_pixel: choose the best quality that fits, instead of a given one.
         model: "compact-codec", "compact", a folder, a hub id, or an autoencoder in evaluation mode. Decoding needs
             the same model.

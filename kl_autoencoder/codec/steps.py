@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # commands read headers without importing anything heavy
     import numpy as np
 
-LOWEST, HIGHEST, DEFAULT_QUALITY = 1, 100, 50
+LOWEST, HIGHEST, DEFAULT_QUALITY = 1, 100, 40
 UNIT_STEP = 40  # the quality whose step is one deviation
 A_HALVING = 16  # qualities that halve the step
 ROOTS = (  # 2 ** (i / 16), in units of 2 ** -16

@@ -33,9 +33,9 @@ from kl_autoencoder.data.image_io import image_to_tensor, open_image
 from kl_autoencoder.evaluation.metrics import LPIPS, ms_ssim, psnr
 from tests.benchmarks.inference import processor
 
-QUALITIES = (18, 26, 34, 44, 54, 66)
+QUALITIES = (10, 14, 18, 26, 36, 42, 50)
 OTHERS = {  # Pillow's options; the lowest settings are the smallest files there are
-    "AVIF": [{"quality": q, "speed": 4} for q in (0, 5, 10, 15, 20, 25, 30, 40)],
+    "AVIF": [{"quality": q, "speed": 4} for q in (0, 5, 10, 12, 15, 18, 20, 22, 25, 27, 30, 33, 35, 40)],
     "JPEG": [{"quality": q, "optimize": True} for q in (1, 5, 12, 25)],
     "WEBP": [{"quality": q, "method": 6} for q in (0, 5, 15, 40)],
     "JXL": [{"quality": q} for q in (1, 10, 25, 45)],

@@ -161,10 +161,12 @@ def test_a_run_with_the_rate_exports_a_codec(tmp_path, photographs, monkeypatch)
     """Its entropy model and its scaling are those of the rate; the entropy model can be trained on."""
     monkeypatch.chdir(tmp_path)  # where the recipe's own folders are not
     more = [f"data.train={photographs}", "model.pretrained=compact", "train.mixed_precision=no"]
-    publish = ["export.push_to=me/codec", "export.dry_run=true"]
-    config = shrink(load_config(ROOT / "configs" / "codec.yaml", [*more, *publish]), tmp_path)
+    config = shrink(load_config(ROOT / "configs" / "codec.yaml", more), tmp_path)
     config = replace(
-        config, train=replace(config.train, steps=2), validation=replace(config.validation, every=0)
+        config,
+        train=replace(config.train, steps=2),
+        validation=replace(config.validation, every=0),
+        export=replace(config.export, push_to="me/codec", dry_run=True),
     )
     trainer = Trainer(config, task_maker(config))
     trainer.fit()

@@ -184,10 +184,9 @@ class AutoencoderTask:
     def measure(self, grouped: Grouped) -> dict[str, Any]:
         """Measure the statistics of the latents; set the model's scaling by them, unless it is fixed."""
         statistics = self.measure_latents(grouped)
-        is_fixed = any(term.scaling_factor for term in self.configured_terms)
-        if not (
-            is_fixed or self.config.train.decoder_only
-        ):  # a frozen encoder keeps its latents, and their scaling
+        fixed_by_term = any(term.scaling_factor for term in self.configured_terms)
+        keeps_latents = self.config.train.decoder_only
+        if not (fixed_by_term or keeps_latents):
             self.exported.set_scaling(statistics)
         return {"held_out": self.held_out_images, "statistics": statistics}
 

@@ -121,7 +121,7 @@ def rate(config: RateConfig, run) -> Term:
         network = entropy_network(config.start, config.width, channels, "loss.terms: rate")
         view = run.loss.view
         network.middles = isinstance(view, RoundingConfig) and view.how == "straight_through"
-        return RateNetwork(network, config.qualities, config.deviation, config.step_power)
+        return RateNetwork(network, config)
 
     def bits_a_pixel(bits: Tensor, images: Tensor) -> Tensor:
         return bits.mean() / images[0, 0].numel()
@@ -143,12 +143,10 @@ class RateNetwork(nn.Module):
     Before the mean, bits are multiplied by the step of their quality, in deviations, to the power `step_power`.
     """
 
-    def __init__(
-        self, network: ContextNetwork, qualities: tuple[int, ...], deviation: float, step_power: float = 0.0
-    ):
+    def __init__(self, network: ContextNetwork, config: RateConfig):
         super().__init__()
-        self.network, self.qualities, self.deviation = network, qualities, deviation
-        self.step_power = step_power
+        self.network, self.qualities = network, config.qualities
+        self.deviation, self.step_power = config.deviation, config.step_power
 
     def forward(self, z: Tensor) -> Tensor:
         total = torch.zeros(len(z), device=z.device)

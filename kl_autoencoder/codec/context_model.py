@@ -13,7 +13,7 @@ from ..files import read_metadata, read_tensors, save_tensors
 from ..models.folder import ENTROPY_MODEL
 from . import context_network as fixed
 from .container import ENTROPY_BYTES
-from .context_network import ContextNetwork, checkerboard
+from .context_network import ContextNetwork, places_of
 from .prediction import Pass, Prediction
 from .steps import deviations_to_steps, steps_to_deviations
 from .tables import PLACE_BITS, SCALES
@@ -21,6 +21,7 @@ from .tables import PLACE_BITS, SCALES
 KEY = "kl_autoencoder.entropy_model"  # metadata key of the file, for the version of the format
 VERSION = "1"
 MIDDLES_KEY = f"{KEY}.middles"  # "true" or "false", as `ContextNetwork.middles`; files without it mean false
+FIVE_KEY = f"{KEY}.five_passes"  # `ContextNetwork.five_passes`; files without it mean 0
 
 
 class ContextModel:
@@ -46,7 +47,7 @@ class ContextModel:
             if metadata.get(KEY) != VERSION:
                 raise ValueError(f"not an entropy model of version {VERSION}")
             tensors, _ = read_tensors(path)
-            network = _empty_network(tensors)
+            network = _empty_network(tensors, int(metadata.get(FIVE_KEY, "0")))
             network.middles = metadata.get(MIDDLES_KEY) == "true"
             network.load_state_dict({name: _from_integers(name, t) for name, t in tensors.items()})
             return cls(network)
@@ -63,14 +64,16 @@ class ContextModel:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights, as int32, to a .safetensors file, whole or not at all."""
-        metadata = {KEY: VERSION, MIDDLES_KEY: "true" if self.middles else "false"}
+        metadata = {
+            KEY: VERSION,
+            MIDDLES_KEY: "true" if self.middles else "false",
+            FIVE_KEY: str(self.network.five_passes),
+        }
         save_tensors(path, integers(self.network), metadata)
 
     def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
-        first = checkerboard(*shape[1:]).numpy() > 0
-        for channel in range(shape[0]):
-            yield Pass(2 * channel, channel, first)
-            yield Pass(2 * channel + 1, channel, ~first)
+        for number, at in enumerate(self.network.orders):
+            yield Pass(number, at.channel, places_of(at, *shape[1:]).numpy() > 0)
 
     def predict(self, at: Pass, symbols: np.ndarray, quality: int) -> Prediction:
         seen = steps_to_deviations(symbols[: at.channel + 1], quality, fixed.ACTIVATION_BITS)
@@ -115,14 +118,17 @@ def _bits(name: str) -> int:
     return fixed.SUM_BITS if name.endswith(".bias") else fixed.WEIGHT_BITS
 
 
-def _empty_network(tensors: dict[str, torch.Tensor]) -> ContextNetwork:
+def _empty_network(tensors: dict[str, torch.Tensor], five_passes: int) -> ContextNetwork:
     """A network of the shape of `tensors`. Raises ValueError or KeyError for tensors of no such network."""
-    width, channels = tensors["passes.0.hidden.weight"].shape[0], len(tensors) // 12
-    if not (1 <= width <= 1024 and 1 <= channels <= 256):
-        raise ValueError(f"an entropy model of {channels} channels and {width} features")
+    width = tensors["passes.0.hidden.weight"].shape[0]
+    channels = (len(tensors) // 6 - 3 * five_passes) // 2  # a pass has six tensors
+    if not (1 <= width <= 1024 and 1 <= channels <= 256 and 0 <= five_passes <= channels):
+        raise ValueError(
+            f"an entropy model of {channels} channels, {five_passes} of them in five passes, and {width} features"
+        )
     if any(tensor.dtype != torch.int32 for tensor in tensors.values()):
         raise ValueError("not whole numbers")
-    return ContextNetwork(channels, width)
+    return ContextNetwork(channels, width, five_passes=five_passes)
 
 
 def _hash(tensors: dict[str, torch.Tensor]) -> bytes:

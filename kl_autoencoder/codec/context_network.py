@@ -1,12 +1,14 @@
 """The learned entropy model: small integer networks that predict latents from those coded before them.
 
-Channels are coded one after the other (ELIC, He et al. 2022), each in two passes over a checkerboard, first the
-places `.` and then the places `#` (He et al. 2021). Each pass has a network of its own. It sees a neighbourhood of
-5x5 places of all earlier channels and, in the second pass, of the places `.` of its own channel:
+Channels are coded one after the other (ELIC, He et al. 2022), each in passes over ever finer grids. Each pass has a
+network of its own. It sees a neighbourhood of 5x5 places of all earlier channels and of those places of its own
+channel that are coded already. Digits are the grids that places belong to first:
 
-    . # . # .        pass 2c predicts the . of channel c from channels 0 to c-1,
-    # . # . #        pass 2c+1 predicts its # from channels 0 to c-1 and its own .
-    . # . # .
+    0 4 2 4 0        Most channels are coded in two passes over a checkerboard (He et al. 2021), first the places
+    4 3 4 3 4        0 to 3, which see nothing of their own channel, then 4. The first channels, which have the
+    2 4 1 4 2        most bits and little else to be predicted from, are coded in five: a sixteenth of the places
+    4 3 4 3 4        sees nothing of its own channel, not half of them.
+    0 4 2 4 0
 
 Encoder and decoder must agree on each prediction to the last bit (Ballé et al. 2019, "Integer Networks for Data
 Compression with Latent-Variable Models"). Weights, biases and activations are therefore whole numbers, stored in
@@ -16,6 +18,8 @@ with straight-through gradients.
 """
 
 import json
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +34,10 @@ LARGEST_ACTIVATION = 255  # in units of 2 ** -5: 8 deviations
 LARGEST_SUM = 1 << 23  # sums must stay below this to be exact
 MEAN_BITS = 6  # predicted means are in units of 2 ** -6 deviations
 SIDE = 5  # side of the neighbourhood that a network sees
+
+
+FINEST = 4  # number of the grid of all places
+CHECKERBOARD = 3
 
 
 class FixedPointConv(nn.Conv2d):
@@ -65,19 +73,47 @@ class PassNetwork(nn.Module):
         return self.out(_activated(self.hidden(_activated(self.context(x)))))
 
 
+class Order(NamedTuple):
+    """What a pass codes: the places of one channel that are in the grid `after`, but not in the grid `before`.
+
+    before: the grid of the channel's places that are coded already; None for none.
+    """
+
+    channel: int
+    before: int | None
+    after: int
+
+
 class ContextNetwork(nn.Module):
     """The networks of all passes over latents with `channels` channels; each network has `width` features.
 
+    five_passes: how many of the first channels are coded in five passes; the others are coded in two.
     middles: set latents to the middles of their steps when decoding, for an autoencoder that was trained with
     those, instead of to the values that the network expects within the steps.
     """
 
-    def __init__(self, channels: int, width: int = 32, middles: bool = False):
+    def __init__(self, channels: int, width: int = 32, middles: bool = False, five_passes: int = 0):
         super().__init__()
-        self.channels, self.width, self.middles = channels, width, middles
+        self.channels, self.width, self.middles, self.five_passes = channels, width, middles, five_passes
+        self.orders = [
+            Order(channel, before, after)
+            for channel in range(channels)
+            for before, after in pairwise((None, *grids_of(channel < five_passes)))
+        ]
         self.passes = nn.ModuleList(
-            PassNetwork(number // 2 + number % 2, width) for number in range(2 * channels)
+            PassNetwork(at.channel + (at.before is not None), width) for at in self.orders
         )
+
+    def start_from(self, other: "ContextNetwork") -> None:
+        """Copy the networks of another model, of the same width, for its channels.
+
+        Passes that it does not have start from its network for the second half of the checkerboard.
+        """
+        theirs = {(at.channel, at.before): one for at, one in zip(other.orders, other.passes, strict=True)}
+        for at, mine in zip(self.orders, self.passes, strict=True):
+            if at.channel < other.channels:
+                alike = theirs.get((at.channel, at.before), theirs[at.channel, CHECKERBOARD])
+                mine.load_state_dict(alike.state_dict())
 
     def predict(self, number: int, context: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Predict means, in units of 2 ** -6 deviations, and scales, as numbers of tables, for pass `number`.
@@ -86,11 +122,11 @@ class ContextNetwork(nn.Module):
         what the pass may not see is ignored. quality: (B,). Both results are (B, h, w), at every place, whole
         numbers in float32; scales are not yet clamped to SCALES.
         """
-        channel, second = divmod(number, 2)
+        channel, before, _ = self.orders[number]
         b, _, h, w = context.shape
         seen = [context[:, :channel], (UNIT_STEP - quality.view(b, 1, 1, 1)).expand(b, 1, h, w)]
-        if second:
-            seen.insert(1, context[:, channel : channel + 1] * checkerboard(h, w, context.device))
+        if before is not None:
+            seen.insert(1, context[:, channel : channel + 1] * grid(before, h, w, context.device))
         x = torch.cat(seen, dim=1).contiguous(memory_format=torch.channels_last)
         mean, scale = self.passes[number](x).unbind(1)
         mean = rounded(mean / (1 << (SUM_BITS - MEAN_BITS)))
@@ -99,7 +135,7 @@ class ContextNetwork(nn.Module):
         return mean, rounded((sixteenths - SMALLEST * A_HALVING) / 4)
 
     def bits(self, latents: Tensor, quality: Tensor) -> Tensor:
-        """Differentiable bits of latents at each place of each pass: (B, 2C, h, w), 0 where a pass codes nothing.
+        """Differentiable bits of latents at each place of each pass: (B, passes, h, w), 0 where one codes none.
 
         latents: (B, C, h, w) in steps, whole numbers or with noise in place of rounding. quality: (B,).
         """
@@ -107,14 +143,13 @@ class ContextNetwork(nn.Module):
         step = 2 ** ((UNIT_STEP - quality) / A_HALVING)
         in_deviations = latents * step.view(b, 1, 1, 1) * (1 << ACTIVATION_BITS)
         context = rounded(in_deviations.clamp(-LARGEST_ACTIVATION, LARGEST_ACTIVATION))
-        first = checkerboard(h, w, latents.device)
         found = []
-        for number in range(2 * self.channels):
+        for number, at in enumerate(self.orders):
             mean, scale = self.predict(number, context, quality)
             mean = mean / (1 << MEAN_BITS) / step.view(b, 1, 1)
             scale = 2 ** (scale.clamp(0, SCALES - 1) / 4 + SMALLEST)
-            coded = 1 - first if number % 2 else first
-            found.append(coded * logistic_bits(latents[:, number // 2] - mean, scale))
+            coded = places_of(at, h, w, latents.device)
+            found.append(coded * logistic_bits(latents[:, at.channel] - mean, scale))
         return torch.stack(found, dim=1)
 
     def forward(self, latents: Tensor, quality: Tensor) -> Tensor:
@@ -125,7 +160,12 @@ class ContextNetwork(nn.Module):
     def to_json_string(self) -> str:
         """The network's class and sizes, as checkpoints store them."""
         return json.dumps(
-            {"_class_name": type(self).__name__, "channels": self.channels, "width": self.width}
+            {
+                "_class_name": type(self).__name__,
+                "channels": self.channels,
+                "width": self.width,
+                "five_passes": self.five_passes,
+            }
         )
 
     def check_sums(self) -> None:
@@ -147,10 +187,30 @@ def logistic_bits(difference: Tensor, scale: Tensor) -> Tensor:
     return -nats / torch.log(torch.tensor(2.0))
 
 
-def checkerboard(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(h, w): 1 at the places of the first pass, which include the top left one, and 0 at those of the second."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    return ((rows[:, None] + columns) % 2 == 0).float()
+def grids_of(five: bool) -> tuple[int, ...]:
+    """The grids of a channel that is coded in five passes, or in two."""
+    return (0, 1, 2, CHECKERBOARD, FINEST) if five else (CHECKERBOARD, FINEST)
+
+
+def grid(number: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """(h, w): 1 at the places of grid `number`, 0 elsewhere. Each grid doubles the one before, which it includes.
+
+    Grids 0, 2 and 4 have every fourth, every second and every row and column, from the top left place on; grids 1
+    and 3 have the middles of the squares between these places as well.
+    """
+    side = 4 >> (number // 2)
+    rows = torch.arange(height, device=device)[:, None].expand(height, width)
+    columns = torch.arange(width, device=device).expand(height, width)
+    found = (rows % side == 0) & (columns % side == 0)
+    if number % 2:
+        found |= (rows % side == side // 2) & (columns % side == side // 2)
+    return found.float()
+
+
+def places_of(at: Order, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """(h, w): 1 at the places that a pass codes, 0 elsewhere."""
+    coded = grid(at.after, height, width, device)
+    return coded if at.before is None else coded - grid(at.before, height, width, device)
 
 
 class _Rounded(torch.autograd.Function):

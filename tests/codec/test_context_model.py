@@ -12,18 +12,20 @@ from scipy.stats import logistic
 
 from kl_autoencoder.codec import context_model, context_network
 from kl_autoencoder.codec.context_model import ContextModel, exact_convolutions
-from kl_autoencoder.codec.context_network import ContextNetwork, checkerboard, logistic_bits
+from kl_autoencoder.codec.context_network import ContextNetwork, grid, logistic_bits
 from kl_autoencoder.codec.prediction import decode_symbols, encode_symbols, expected
 from kl_autoencoder.codec.steps import step_of, steps_to_deviations
 from kl_autoencoder.codec.tables import REACH
 from kl_autoencoder.models.folder import ENTROPY_MODEL
 from tests.conftest import ROOT
 
+GRIDS = ("0424", "4343", "2414", "4343")  # the first grid of each place, again and again in both directions
 
-def network(channels=3, width=8, scale=6.0, seed=0):
+
+def network(channels=3, width=8, scale=6.0, seed=0, five_passes=1):
     """A network with weights of a few hundred units, so that sums have more digits than bfloat16 holds."""
     generator = torch.Generator().manual_seed(seed)
-    made = ContextNetwork(channels, width)
+    made = ContextNetwork(channels, width, five_passes=five_passes)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(
@@ -46,14 +48,20 @@ def _correlated(planes, kernels):
     return np.sum(parts, axis=0)
 
 
+def first_grids(height, width):
+    return np.array([[int(GRIDS[row % 4][column % 4]) for column in range(width)] for row in range(height)])
+
+
 def by_whole_numbers(model, number, symbols, quality):
     """The prediction computed independently, by scipy's correlation of int64."""
-    channel, second = divmod(number, 2)
+    five = model.network.five_passes
+    channel, done = divmod(number, 5) if number < 5 * five else divmod(number - 3 * five, 2)
+    finest_seen = done - 1 if channel < five else 3
     _, h, w = symbols.shape
     context = steps_to_deviations(symbols, quality, 5).clip(-255, 255)
     seen = list(context[:channel])
-    if second:
-        seen.append(np.where((np.arange(h)[:, None] + np.arange(w)) % 2 == 0, context[channel], 0))
+    if done:
+        seen.append(np.where(first_grids(h, w) <= finest_seen, context[channel], 0))
     x = np.stack([*seen, np.full((h, w), 40 - quality)])
     whole = {
         name: value.numpy().astype(np.int64) for name, value in context_model.integers(model.network).items()
@@ -166,7 +174,7 @@ def test_a_file_is_read_as_it_was_written(model, tmp_path):
     path = tmp_path / ENTROPY_MODEL
     model.save(path)
     found = ContextModel.load(path)
-    assert found.hash == model.hash and found.channels == 3
+    assert found.hash == model.hash and found.channels == 3 and found.network.five_passes == 1
     symbols = drawn((3, 20, 20))
     assert encode_symbols(symbols, found, 50) == encode_symbols(symbols, model, 50)
     assert ContextModel.beside(tmp_path).hash == model.hash and ContextModel.beside(tmp_path / "none") is None
@@ -175,9 +183,13 @@ def test_a_file_is_read_as_it_was_written(model, tmp_path):
 def test_files_that_hold_no_entropy_model_are_refused(model, tmp_path):
     path = tmp_path / "a.safetensors"
     model.save(path)
-    tensors, about = load_file(path), {context_model.KEY: context_model.VERSION}
+    tensors = load_file(path)
+    untold = {context_model.KEY: context_model.VERSION}
+    about = {**untold, context_model.FIVE_KEY: "1"}
     wrong = {
         "not an entropy model of version 1": (tensors, {}),
+        "not the tensors of an": (tensors, untold),  # which means no channel in five passes
+        "-9 channels, 9 of them in five passes": (tensors, {**about, context_model.FIVE_KEY: "9"}),
         "not whole numbers": ({name: t.float() for name, t in tensors.items()}, about),
         "not the tensors of an entropy model": (
             {**tensors, "passes.1.hidden.weight": torch.ones(2, 2, dtype=torch.int32)},
@@ -195,9 +207,35 @@ def test_files_that_hold_no_entropy_model_are_refused(model, tmp_path):
         ContextModel.load(path)
 
 
-def test_the_checkerboard_begins_at_the_top_left():
-    assert checkerboard(2, 3).tolist() == [[1, 0, 1], [0, 1, 0]]
+def test_grids_are_those_that_are_drawn():
+    assert all(" ".join(row + row[0]) in context_network.__doc__ for row in GRIDS)
+    for number in range(5):
+        assert np.array_equal(grid(number, 7, 9).numpy(), first_grids(7, 9) <= number)
     assert context_network.SIDE == 5 and REACH == 48
+
+
+@pytest.mark.parametrize(("five_passes", "passes"), [(0, 6), (1, 9), (3, 15)])
+def test_the_first_channels_are_coded_in_five_passes(five_passes, passes):
+    model, shape = ContextModel(network(five_passes=five_passes)), (3, 9, 13)
+    orders = list(model.passes(shape))
+    assert len(orders) == passes
+    for channel in range(3):
+        masks = [at.mask for at in orders if at.channel == channel]
+        if channel < five_passes:
+            assert all(np.array_equal(mask, first_grids(9, 13) == i) for i, mask in enumerate(masks))
+        else:
+            assert np.array_equal(masks[0], first_grids(9, 13) < 4) and np.array_equal(masks[1], ~masks[0])
+
+
+def test_a_model_of_more_passes_starts_from_the_networks_of_one_with_fewer():
+    two, five = network(channels=3, five_passes=0), ContextNetwork(4, 8, five_passes=1)
+    five.start_from(two)
+    symbols, quality = torch.from_numpy(drawn((2, 4, 12, 12))).float(), torch.tensor([30.0, 60.0])
+    with torch.no_grad():
+        before, after = two(symbols[:, :3], quality), five(symbols, quality)
+    assert torch.equal(before[:, 1:], after[:, 4:9])  # the second half of channel 0, all of channels 1 and 2
+    top = torch.from_numpy(first_grids(12, 12) == 0)
+    assert torch.equal(before[:, 0] * top, after[:, 0])
 
 
 @pytest.mark.parametrize(

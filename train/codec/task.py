@@ -49,7 +49,7 @@ class EntropyTask(OneNetwork):
                 raise ValueError(f"data.resolution: {side}; allowed: a multiple of {vae.size_multiple}")
         torch.manual_seed(config.seed)
         channels = vae.config.latent_channels * (vae.size_multiple // vae.downsampling) ** 2
-        network = entropy_network(config.model.start, config.model.width, channels, "model")
+        network = entropy_network(config.model, channels, "model")
         super().__init__(run, network.to(memory_format=torch.channels_last))
         self.data = TrainingData(
             config.data, config.seed, multiple=vae.size_multiple, samples_per_step=run.samples_per_step

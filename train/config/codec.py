@@ -7,6 +7,7 @@ from pydantic import Field
 from kl_autoencoder.codec.steps import HIGHEST, LOWEST
 
 from ..data.config import DataConfig
+from ..parts.rounding import FIVE_PASSES
 from ..settings import choice, key, section
 from .run import Config
 
@@ -23,9 +24,10 @@ class EntropyNetworkConfig:
     start: str | None = key(
         None,
         "continue from the entropy model in this folder, such as `pretrained`'s, or of a packaged model; it may be "
-        "for fewer channels; null: a new entropy model",
+        "for fewer channels or passes; null: a new entropy model",
     )
     width: int = key(32, "features of the network of each pass, of a new entropy model", low=1, high=1024)
+    five_passes: int = key(6, FIVE_PASSES, low=0, high=256)
 
 
 @section

@@ -6,7 +6,7 @@ entropy model, needs for the rounded latents (Ballé et al. 2017, "End-to-end Op
 
 import copy
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from .terms import Term
 from .views import View
 
 LARGE = 1e6
+FIVE_PASSES = "how many of the first channels are coded in five passes, not two: fewer bits, more time"
 
 
 @section
@@ -90,10 +91,11 @@ class RateConfig:
     )
     start: str | None = key(
         None,
-        "continue from the entropy model in this folder, or of a packaged model; it may be for fewer channels; "
-        "null: a new entropy model",
+        "continue from the entropy model in this folder, or of a packaged model; it may be for fewer channels or "
+        "passes; null: a new entropy model",
     )
     width: int = key(32, "features of the networks of a new entropy model", low=1, high=1024)
+    five_passes: int = key(6, FIVE_PASSES, low=0, high=256)
 
     def __post_init__(self) -> None:
         if not self.qualities:
@@ -118,7 +120,7 @@ def rate(config: RateConfig, run) -> Term:
         )
 
     def learned(channels: int) -> RateNetwork:
-        network = entropy_network(config.start, config.width, channels, "loss.terms: rate")
+        network = entropy_network(config, channels, "loss.terms: rate")
         view = run.loss.view
         network.middles = isinstance(view, RoundingConfig) and view.how == "straight_through"
         return RateNetwork(network, config)
@@ -163,14 +165,23 @@ def save_entropy_model(layer: RateNetwork, folder: Path) -> None:
     ContextModel(copy.deepcopy(layer.network)).save(folder / ENTROPY_MODEL)
 
 
-def entropy_network(start: str | None, width: int, channels: int, section: str) -> ContextNetwork:
-    """A new entropy model for latents of `channels` channels, or the one in the folder `start`.
+class EntropyNetworkSettings(Protocol):
+    """The keys of both sections that describe an entropy model."""
 
-    One of fewer channels keeps their networks and gets new ones for the others. Raises ValueError, which names the
-    key `start` of `section`, if it cannot be read or is for more channels.
+    start: str | None
+    width: int
+    five_passes: int
+
+
+def entropy_network(config: EntropyNetworkSettings, channels: int, section: str) -> ContextNetwork:
+    """A new entropy model for latents of `channels` channels, which continues that in the folder `start`, if any.
+
+    One of fewer channels or passes keeps the networks that it has. Raises ValueError, which names the key `start`
+    of `section`, if it cannot be read or is for more channels.
     """
+    start, five_passes = config.start, min(config.five_passes, channels)
     if start is None:
-        return ContextNetwork(channels, width)
+        return ContextNetwork(channels, config.width, five_passes=five_passes)
     try:
         found = ContextModel.beside(packaged(start))
     except (ValueError, OSError) as error:
@@ -180,6 +191,6 @@ def entropy_network(start: str | None, width: int, channels: int, section: str) 
         raise ValueError(
             f"{section}.start: {start!r} holds {held}; allowed: one of up to {channels}, or null"
         )
-    network = ContextNetwork(channels, found.network.width, found.middles)
-    network.passes[: 2 * found.channels].load_state_dict(found.network.passes.state_dict())
+    network = ContextNetwork(channels, found.network.width, found.middles, five_passes)
+    network.start_from(found.network)
     return network

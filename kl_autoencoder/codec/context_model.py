@@ -13,7 +13,7 @@ from ..files import read_metadata, read_tensors, save_tensors
 from ..models.folder import ENTROPY_MODEL
 from . import context_network as fixed
 from .container import ENTROPY_BYTES
-from .context_network import ContextNetwork, places_of
+from .context_network import ContextNetwork
 from .prediction import Pass, Prediction
 from .steps import deviations_to_steps, steps_to_deviations
 from .tables import PLACE_BITS, SCALES
@@ -72,8 +72,8 @@ class ContextModel:
         save_tensors(path, integers(self.network), metadata)
 
     def passes(self, shape: tuple[int, int, int]) -> Iterator[Pass]:
-        for number, at in enumerate(self.network.orders):
-            yield Pass(number, at.channel, places_of(at, *shape[1:]).numpy() > 0)
+        for number, at in enumerate(self.network.places):
+            yield Pass(number, at.channel, at.mask(*shape[1:]).numpy() > 0)
 
     def predict(self, at: Pass, symbols: np.ndarray, quality: int) -> Prediction:
         seen = steps_to_deviations(symbols[: at.channel + 1], quality, fixed.ACTIVATION_BITS)

@@ -2,7 +2,7 @@
 
 Channels are coded one after the other (ELIC, He et al. 2022), each in passes over ever finer grids. Each pass has a
 network of its own. It sees a neighbourhood of 5x5 places of all earlier channels and of those places of its own
-channel that are coded already. Digits are the grids that places belong to first:
+channel that are coded already. Each digit is the number of the first grid that has the place:
 
     0 4 2 4 0        Most channels are coded in two passes over a checkerboard (He et al. 2021), first the places
     4 3 4 3 4        0 to 3, which see nothing of their own channel, then 4. The first channels, which have the
@@ -34,10 +34,7 @@ LARGEST_ACTIVATION = 255  # in units of 2 ** -5: 8 deviations
 LARGEST_SUM = 1 << 23  # sums must stay below this to be exact
 MEAN_BITS = 6  # predicted means are in units of 2 ** -6 deviations
 SIDE = 5  # side of the neighbourhood that a network sees
-
-
-FINEST = 4  # number of the grid of all places
-CHECKERBOARD = 3
+CHECKERBOARD, FINEST = 3, 4  # numbers of grids
 
 
 class FixedPointConv(nn.Conv2d):
@@ -73,7 +70,7 @@ class PassNetwork(nn.Module):
         return self.out(_activated(self.hidden(_activated(self.context(x)))))
 
 
-class Order(NamedTuple):
+class Places(NamedTuple):
     """What a pass codes: the places of one channel that are in the grid `after`, but not in the grid `before`.
 
     before: the grid of the channel's places that are coded already; None for none.
@@ -82,6 +79,11 @@ class Order(NamedTuple):
     channel: int
     before: int | None
     after: int
+
+    def mask(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """(h, w): 1 at these places, 0 elsewhere."""
+        coded = grid(self.after, height, width, device)
+        return coded if self.before is None else coded - grid(self.before, height, width, device)
 
 
 class ContextNetwork(nn.Module):
@@ -95,13 +97,13 @@ class ContextNetwork(nn.Module):
     def __init__(self, channels: int, width: int = 32, middles: bool = False, five_passes: int = 0):
         super().__init__()
         self.channels, self.width, self.middles, self.five_passes = channels, width, middles, five_passes
-        self.orders = [
-            Order(channel, before, after)
+        self.places = [
+            Places(channel, before, after)
             for channel in range(channels)
             for before, after in pairwise((None, *grids_of(channel < five_passes)))
         ]
         self.passes = nn.ModuleList(
-            PassNetwork(at.channel + (at.before is not None), width) for at in self.orders
+            PassNetwork(at.channel + (at.before is not None), width) for at in self.places
         )
 
     def start_from(self, other: "ContextNetwork") -> None:
@@ -109,8 +111,8 @@ class ContextNetwork(nn.Module):
 
         Passes that it does not have start from its network for the second half of the checkerboard.
         """
-        theirs = {(at.channel, at.before): one for at, one in zip(other.orders, other.passes, strict=True)}
-        for at, mine in zip(self.orders, self.passes, strict=True):
+        theirs = {(at.channel, at.before): one for at, one in zip(other.places, other.passes, strict=True)}
+        for at, mine in zip(self.places, self.passes, strict=True):
             if at.channel < other.channels:
                 alike = theirs.get((at.channel, at.before), theirs[at.channel, CHECKERBOARD])
                 mine.load_state_dict(alike.state_dict())
@@ -122,7 +124,7 @@ class ContextNetwork(nn.Module):
         what the pass may not see is ignored. quality: (B,). Both results are (B, h, w), at every place, whole
         numbers in float32; scales are not yet clamped to SCALES.
         """
-        channel, before, _ = self.orders[number]
+        channel, before, _ = self.places[number]
         b, _, h, w = context.shape
         seen = [context[:, :channel], (UNIT_STEP - quality.view(b, 1, 1, 1)).expand(b, 1, h, w)]
         if before is not None:
@@ -144,12 +146,11 @@ class ContextNetwork(nn.Module):
         in_deviations = latents * step.view(b, 1, 1, 1) * (1 << ACTIVATION_BITS)
         context = rounded(in_deviations.clamp(-LARGEST_ACTIVATION, LARGEST_ACTIVATION))
         found = []
-        for number, at in enumerate(self.orders):
+        for number, at in enumerate(self.places):
             mean, scale = self.predict(number, context, quality)
             mean = mean / (1 << MEAN_BITS) / step.view(b, 1, 1)
             scale = 2 ** (scale.clamp(0, SCALES - 1) / 4 + SMALLEST)
-            coded = places_of(at, h, w, latents.device)
-            found.append(coded * logistic_bits(latents[:, at.channel] - mean, scale))
+            found.append(at.mask(h, w, latents.device) * logistic_bits(latents[:, at.channel] - mean, scale))
         return torch.stack(found, dim=1)
 
     def forward(self, latents: Tensor, quality: Tensor) -> Tensor:
@@ -205,12 +206,6 @@ def grid(number: int, height: int, width: int, device: torch.device | str = "cpu
     if number % 2:
         found |= (rows % side == side // 2) & (columns % side == side // 2)
     return found.float()
-
-
-def places_of(at: Order, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(h, w): 1 at the places that a pass codes, 0 elsewhere."""
-    coded = grid(at.after, height, width, device)
-    return coded if at.before is None else coded - grid(at.before, height, width, device)
 
 
 class _Rounded(torch.autograd.Function):

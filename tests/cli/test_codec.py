@@ -74,6 +74,16 @@ def test_files_of_both_packaged_models_in_one_folder(folder):
         np.testing.assert_array_equal(np.asarray(Image.open(folder / "out" / f"{path.stem}.png")), wanted)
 
 
+def test_a_model_without_an_entropy_model_is_named(folder, two_models, capsys):
+    photo, small = folder / "in" / "cat.png", folder / "a.klc"
+    assert run("compress", photo, "-o", small, "--model", two_models / "first") == 0
+    told = f"warning: {two_models / 'first'} has no entropy_model.safetensors: tables fitted to each image"
+    assert told in capsys.readouterr().err
+    assert container.unpack(small.read_bytes())[0].entropy_hash == b""
+    assert run("compress", photo, "-o", small, "--overwrite") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_info(folder, capsys):
     small = folder / "a.klc"
     small.write_bytes(compress(folder / "in" / "cat.png", 56))

@@ -12,6 +12,7 @@ from ...codec.steps import DEFAULT_QUALITY, HIGHEST, LOWEST, step_of
 from ...console import say
 from ...extras import require
 from ...files import replacing
+from ...models.folder import ENTROPY_MODEL
 from ...models.packaged import COMPACT_CODEC
 from ...progress import tracked, write
 from ..parser import IMAGES, Command, Parser, add_computation, add_model, add_output, positive
@@ -90,6 +91,11 @@ def compress(arguments: argparse.Namespace) -> None:
 
     photographs, targets, unread = arguments.photographs, arguments.targets, []
     codec = load_codec(arguments, arguments.model)
+    if not codec.learned:
+        say(
+            "warning",
+            f"{arguments.model} has no {ENTROPY_MODEL}: tables fitted to each image take more bytes",
+        )
     for i, images in read_photographs(photographs, None, unread, "compressing", codec.vae):
         height, width = images.shape[2:]
         most = bytes_of(arguments.bpp, (height, width)) if arguments.bpp else arguments.bytes

@@ -137,7 +137,7 @@ class ContextNetwork(nn.Module):
         return mean, rounded((sixteenths - SMALLEST * A_HALVING) / 4)
 
     def bits(self, latents: Tensor, quality: Tensor) -> Tensor:
-        """Differentiable bits of latents at each place of each pass: (B, passes, h, w), 0 where one codes none.
+        """Differentiable bits of each place in each pass: (B, passes, h, w), 0 where a pass codes nothing.
 
         latents: (B, C, h, w) in steps, whole numbers or with noise in place of rounding. quality: (B,).
         """

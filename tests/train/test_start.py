@@ -1,4 +1,6 @@
-"""The first weights: `start: enlargement` averages and enlarges images; more latent channels change no image."""
+"""The first weights: `start: enlargement`; more latent channels change no image, fewer are principal components."""
+
+from itertools import islice
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from skimage import data
 from kl_autoencoder import KLAutoencoder, KLAutoencoderFlux2
 from kl_autoencoder.data.image_io import image_to_tensor
 from kl_autoencoder.evaluation.metrics import psnr
+from tests.train.runs import make, small_config
 from train.autoencoder.model import build_autoencoder
+from train.autoencoder.start import keep_principal_latents
 from train.config import AutoencoderConfig, ModelConfig, build
 
 
@@ -104,6 +108,49 @@ def test_more_latent_channels_change_no_image_but_learn(convolutions, astronaut,
     assert deviations[3:].min() > 0.5 * deviations[:3].min() > 0
     wider(images).sample.square().mean().backward()
     assert wider.decoder.conv_in.weight.grad[:, 3:].abs().max() > 0
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_fewer_latent_channels_are_principal_components(convolutions, astronaut):
+    """Against the singular value decomposition; the decoder gets the projected latents, except at the border."""
+    torch.manual_seed(0)
+    options = {"block_out_channels": (8, 16), "norm_num_groups": 4, "use_quant_conv": convolutions,
+               "use_post_quant_conv": convolutions, "mid_block_add_attention": False}  # fmt: skip
+    vae = KLAutoencoder(latent_channels=5, **options).eval()
+    z = vae.encode(astronaut).latent_dist.mode().detach()
+    latents = z.movedim(1, -1).flatten(0, 2)
+    narrower = keep_principal_latents(vae, KLAutoencoder(latent_channels=2, **options).eval(), latents)
+
+    mean = latents.mean(0)
+    axes = torch.linalg.svd(latents - mean, full_matrices=False).Vh[:2]
+    found = narrower.encode(astronaut).latent_dist.mode().movedim(1, -1).flatten(0, 2)
+    wanted = (latents - mean) @ axes.T
+    deviation = latents.var(0).mean().sqrt()
+    wanted = wanted / wanted.std(0) * deviation
+    torch.testing.assert_close(found * (found * wanted).mean(0).sign(), wanted, rtol=1e-3, atol=1e-4)
+    projected = (mean + (latents - mean) @ axes.T @ axes).unflatten(0, z[:, 0].shape).movedim(-1, 1)
+    first, wanted = (
+        model.decoder.conv_in(model.post_quant_conv(z) if convolutions else z)[..., 1:-1, 1:-1]
+        for model, z in ((narrower, narrower.encode(astronaut).latent_dist.mode()), (vae, projected))
+    )
+    torch.testing.assert_close(first, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_keeps_the_principal_latents_of_its_images(photographs, tmp_path):
+    """The latents of its first crops are uncorrelated, and have one deviation; those of compact are neither."""
+    model = {
+        "block_out_channels": None,
+        "norm_num_groups": None,
+        "pretrained": "compact",
+        "latent_channels": 3,
+    }
+    trainer = make(small_config(photographs, tmp_path, model=model))
+    batches = islice(trainer.task.data.loader(), 16)
+    latents = [trainer.task.vae.encode(batch["images"]).latent_dist.mean for batch in batches]
+    covariance = torch.cov(torch.cat(latents).detach().movedim(1, 0).flatten(1))
+    torch.testing.assert_close(covariance / covariance[0, 0], torch.eye(3), rtol=0, atol=0.02)
+    trainer.fit()
+    assert KLAutoencoder.from_pretrained(tmp_path / "export").config.latent_channels == 3
 
 
 def test_fewer_latent_channels_and_those_of_another_class_are_refused(tmp_path):

@@ -1,6 +1,6 @@
 """`TrainedModel`: the autoencoder with its bottleneck, its view and the learned scale of its likelihood."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..config import ModelConfig
 from ..parts import Draws
 from ..parts.draws import INPUT_NOISE, LABELS
 from ..parts.views import View
-from .start import add_latents, damp_residual_branches, start_as_enlargement
+from .start import add_latents, damp_residual_branches, keep_principal_latents, start_as_enlargement
 
 
 def _is_gaussian(vae: ExactAutoencoder | Autoencoder) -> bool:
@@ -29,10 +29,15 @@ def _is_gaussian(vae: ExactAutoencoder | Autoencoder) -> bool:
     return not isinstance(vae, Autoencoder) or isinstance(vae.bottleneck_module, KLBottleneck)
 
 
-def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencoder | Autoencoder:
+def build_autoencoder(
+    config: ModelConfig, channels: int = 3, latents_of: Callable[[ExactAutoencoder], Tensor] | None = None
+) -> ExactAutoencoder | Autoencoder:
     """Build a new network, or load `model.pretrained`.
 
     The latter is a folder or hub id in diffusers' layout, a single file of latent diffusion's, or a packaged model.
+    latents_of: encodes training images with the loaded model, to latents (N, C) at N positions; needed if
+    `model.latent_channels` are fewer than it has.
+
     Raises ValueError, which names the key, if it cannot be built or loaded, or is not for images of `channels`
     channels.
     """
@@ -50,7 +55,7 @@ def build_autoencoder(config: ModelConfig, channels: int = 3) -> ExactAutoencode
         if source is not None and config.decoder_block_out_channels is not None:
             vae = with_new_decoder(vae, config.decoder_block_out_channels)
         if source is not None and config.latent_channels not in (None, vae.config.latent_channels):
-            vae = with_more_latents(vae, config.latent_channels)
+            vae = with_other_latents(vae, config.latent_channels, latents_of)
     except (ValueError, OSError) as error:
         what = f"model.pretrained: {config.pretrained!r} cannot be loaded: " if source else "model."
         raise ValueError(f"{what}{error}") from error
@@ -79,21 +84,26 @@ def with_new_decoder(vae: ExactAutoencoder, widths: Sequence[int]) -> ExactAutoe
     return new
 
 
-def with_more_latents(vae: ExactAutoencoder, channels: int) -> KLAutoencoder:
-    """Return a copy of a model with `channels` latent channels that computes the same images, see `add_latents`.
+def with_other_latents(
+    vae: ExactAutoencoder, channels: int, latents_of: Callable[[ExactAutoencoder], Tensor] | None
+) -> KLAutoencoder:
+    """Return a copy of a model with `channels` latent channels.
 
-    Raises ValueError for fewer channels than it has, for more than eight times as many, and unless it is an
-    AutoencoderKL.
+    With more channels than the model has it computes the same images (`add_latents`), with fewer it keeps the
+    principal components of its latents (`keep_principal_latents`). Raises ValueError for more than eight times as
+    many, for fewer without `latents_of`, and unless the model is an AutoencoderKL.
     """
     had = vae.config.latent_channels
-    if type(vae) is not KLAutoencoder or not had <= channels <= 8 * had:
+    least = had if latents_of is None else 1
+    if type(vae) is not KLAutoencoder or not least <= channels <= 8 * had:
         raise ValueError(
-            f"model.latent_channels: {channels} beside {type(vae).__name__} with {had}; allowed: {had} to "
+            f"model.latent_channels: {channels} beside {type(vae).__name__} with {had}; allowed: {least} to "
             f"{8 * had}, beside an AutoencoderKL"
         )
     config = {key: value for key, value in vae.config.items() if key in vae.rules}
     unset = {"latents_mean": None, "latents_std": None}  # they are of the channels before
-    return add_latents(vae, KLAutoencoder(**{**config, **unset, "latent_channels": channels}))
+    other = KLAutoencoder(**{**config, **unset, "latent_channels": channels})
+    return add_latents(vae, other) if channels > had else keep_principal_latents(vae, other, latents_of(vae))
 
 
 def choose_backward(vae: ExactAutoencoder | Autoencoder, recompute: str) -> None:

@@ -1,4 +1,4 @@
-"""Initial weights of a network: nearly linear, or making blurred images, or those of one with fewer latents."""
+"""Initial weights of a network: nearly linear, or making blurred images, or those of one with other latents."""
 
 import math
 from collections.abc import Sequence
@@ -109,6 +109,52 @@ def add_latents(vae: KLAutoencoder, wider: KLAutoencoder) -> KLAutoencoder:
     last.weight[old:new] = 2 * weight[:old].std() * added.to(weight)
     last.bias[new + old :] = LOG_VARIANCE
     return wider
+
+
+@torch.no_grad()
+def keep_principal_latents(vae: KLAutoencoder, narrower: KLAutoencoder, latents: Tensor) -> KLAutoencoder:
+    """Make the latents of `narrower`, the same network with fewer channels, principal components of those of `vae`.
+
+    latents: (N, C), means of the posterior of `vae` at N positions. The components are scaled to one deviation, the
+    root mean square of those of `latents`. The decoder gets the projection of the latents onto them, except at the
+    border of the image, where a convolution sees zeros. Returns `narrower`.
+    """
+    old, new = vae.config.latent_channels, narrower.config.latent_channels
+    latents = latents.double()
+    mean, covariance = latents.mean(0), torch.cov(latents.T)
+    variances, axes = torch.linalg.eigh(covariance)  # in rising order
+    axes, deviations = axes[:, -new:].flip(1), variances[-new:].flip(0).sqrt()
+    scale = covariance.diagonal().mean().sqrt() / deviations
+    shapes = {name: tensor.shape for name, tensor in narrower.state_dict().items()}
+    same = {name: tensor for name, tensor in vae.state_dict().items() if tensor.shape == shapes[name]}
+    narrower.load_state_dict(same, strict=False)
+
+    to_means, bias = _matrix(vae.quant_conv, 2 * old, slice(old))
+    project = scale[:, None] * axes.T  # components = project @ (means - mean)
+    last, into = vae.encoder.conv_out, narrower.encoder.conv_out
+    into.weight.zero_()
+    into.bias.fill_(LOG_VARIANCE)
+    into.weight[:new] = torch.einsum("nc,cihw->nihw", project @ to_means, last.weight.double()).float()
+    into.bias[:new] = (project @ (to_means @ last.bias.double() + bias - mean)).float()
+
+    to_decoder, bias = _matrix(vae.post_quant_conv, old)
+    first, into = vae.decoder.conv_in, narrower.decoder.conv_in
+    weight = first.weight.double()
+    into.weight.copy_(torch.einsum("ochw,cn->onhw", weight, to_decoder @ (axes / scale)))
+    into.bias.copy_(first.bias + torch.einsum("ochw,c->o", weight, to_decoder @ mean + bias))
+    for conv in filter(None, (narrower.quant_conv, narrower.post_quant_conv)):
+        nn.init.dirac_(conv.weight)
+        conv.bias.zero_()
+    return narrower
+
+
+def _matrix(conv: nn.Conv2d | None, channels: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Rows of the weights and the bias of a 1x1 convolution, in float64; for None those of the identity."""
+    if conv is None:
+        return torch.eye(channels, dtype=torch.float64)[rows], torch.zeros(channels, dtype=torch.float64)[
+            rows
+        ]
+    return conv.weight[rows, :, 0, 0].double(), conv.bias[rows].double()
 
 
 def _copy_channels(old: nn.Conv2d, new: nn.Conv2d, rows: Tensor, columns: Tensor) -> None:

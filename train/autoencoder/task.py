@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kl_autoencoder import KLAutoencoder
 from kl_autoencoder.evaluation.metrics import LPIPS
 from kl_autoencoder.latents.statistics import LatentStatistics
 from kl_autoencoder.models.autoencoder import Autoencoder
+from kl_autoencoder.models.autoencoder_kl import ExactAutoencoder
 from kl_autoencoder.models.scaling import patchify
 from kl_autoencoder.networks.bottlenecks import AdversarialBottleneck, Bottleneck
 
@@ -32,6 +34,9 @@ from .model import TrainedModel, allow_compilations, build_autoencoder, choose_b
 from .objective import Objective
 
 STATISTICS_SAMPLES = 512  # crops to measure the scaling factor on: accurate to 0.5 % at f8 and 256 pixels
+ANALYSED_SAMPLES = (
+    64  # crops whose latents' principal components are kept, if the model is to have fewer latents
+)
 SKIPPED_SHOWN = 5  # at most so many unreadable held-out images are named
 
 
@@ -125,7 +130,7 @@ class AutoencoderTask:
         self.model.bottleneck.begin_step(step)
         with record_function("autoencoder"):
             output = self.autoencoder.network(images, noise, draws, labels)
-        loss, terms, reconstruction = self.objective(step, output)
+        loss, terms, reconstruction = self.objective(step, output, draws)
         with record_function("autoencoder"):
             self.autoencoder.backward(loss, watched=terms["loss"])
         terms |= self.autoencoder.update()
@@ -301,7 +306,8 @@ class AutoencoderTask:
     def _build_model(self, perceptual: LPIPS | None, terms: list[Term]) -> TrainedModel:
         """Build the autoencoder with bottleneck and view, on the device; compile it and LPIPS if configured."""
         config = self.config
-        self.vae = build_autoencoder(config.model, config.data.channels).to(memory_format=torch.channels_last)
+        vae = build_autoencoder(config.model, config.data.channels, self._latents_to_analyse)
+        self.vae = vae.to(memory_format=torch.channels_last)
         _fix_scaling(self.vae, terms)
         learn_scale = config.loss.reconstruction in LEARNED_SCALE
         bottleneck = BOTTLENECKS.build(config.model.bottleneck, config)
@@ -319,6 +325,18 @@ class AutoencoderTask:
             if perceptual is not None:
                 perceptual.lpips.net.compile()
         return model
+
+    @torch.no_grad()
+    def _latents_to_analyse(self, vae: ExactAutoencoder) -> Tensor:
+        """Encode the first samples of the run, the same on all ranks: latents (N, C) at N positions, on the CPU."""
+        data = TrainingData(self.config.data, self.config.seed, None, vae.size_multiple)
+        vae, vectors = vae.eval().to(self.run.device), []
+        batches = -(-ANALYSED_SAMPLES // data.config.batch_size)
+        for batch in islice(data.loader(0, 0, 1, self.run.device), batches):
+            means = vae.encode(batch["images"].to(self.run.device)).latent_dist.mean
+            vectors.append(means.movedim(1, -1).flatten(0, 2).float().cpu())
+        vae.cpu()
+        return torch.cat(vectors)
 
     def _load_perceptual(self) -> tuple[LPIPS | None, LPIPS | None]:
         """Load LPIPS for the perceptual term and for validation; None for the first if its weight is 0.

@@ -89,7 +89,8 @@ class ModelConfig:
     act_fn: str | None = key(None, "the nonlinearity, silu")
     latent_channels: Count = key(
         None,
-        "channels of the latents; with model.pretrained, as many as it has or more, whose use is then learned",
+        "channels of the latents; with model.pretrained also more than it has, whose use is then learned, or "
+        "fewer, which start as the principal components of its latents",
         low=1,
         high=WIDEST,
     )
@@ -183,6 +184,13 @@ class PerceptualConfig:
 
     weight: float = key(1.0, "of LPIPS, beside the reconstruction per pixel dimension", low=0, high=LARGE)
     net: LPIPSNet = choice("vgg", "the network whose features are compared")
+    shift: int | None = key(
+        None,
+        "compare windows that are smaller than the images by so many pixels, at a random place in each, as the "
+        "autoencoder otherwise adapts to the strides of the network; null: 7 for squeeze and alex, 0 for vgg",
+        low=0,
+        high=64,
+    )
     bf16: bool = key(
         False,
         "compute the features in bfloat16, in half the memory; values are within 0.4 % of float32, gradients noisy "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Purposes, whose numbers are independent. Crops have a generator of their own, see train/data/samples.py.
-POSTERIOR_NOISE, VIEW, STEP, INPUT_NOISE, LABELS = 1, 2, 3, 4, 5
+POSTERIOR_NOISE, VIEW, STEP, INPUT_NOISE, LABELS, PERCEPTUAL_SHIFT = 1, 2, 3, 4, 5, 6
 DIFFUSION = 11  # noise, time and dropped label of a diffusion model
 
 

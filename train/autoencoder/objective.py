@@ -19,20 +19,18 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from kl_autoencoder.evaluation.metrics import LPIPS, LPIPS_SMALLEST
+from kl_autoencoder.evaluation.metrics import LPIPS
 
 from ..config import KLConfig, LossConfig
 from ..loop.schedules import ramp
 from ..parts import Draws, Term
-from ..parts.draws import PERCEPTUAL_SHIFT
 from .adversarial.adversary import Adversary
 from .likelihoods import reconstruction_nll
 from .model import Reconstruction
+from .windows import draw_windows
 
 # LPIPS takes at most so many pixels at a time: it holds about 250 MB of VGG features for an image of 256x256.
 PERCEPTUAL_PIXELS = 4 * 256 * 256
-# The default of `loss.perceptual.shift`. The first layers of squeeze and alex have strides of 2 and 4, vgg's of 1.
-WINDOW_SHIFT = {"squeeze": 7, "alex": 7, "vgg": 0}
 # (reconstruction, images), both (B, C, H, W) -> a scalar, and its gradient with respect to the reconstruction
 AtPixels = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -51,7 +49,7 @@ class Objective:
         """Return a scalar to call `backward` on, name -> term to log, and the detached reconstruction.
 
         The scalar has the gradient of the objective, but not its value; that is the term `loss`. `step` counts from
-        0. draws: random numbers for `loss.perceptual.shift`; without them LPIPS compares whole images.
+        0. draws: random numbers for the windows that LPIPS compares; without them it compares whole images.
 
         First the gradient with respect to the reconstruction is summed term by term, and the graph of one network
         (LPIPS, discriminator) is freed before the next is built. Then this gradient goes back through the
@@ -116,47 +114,19 @@ class Objective:
 
         Images do not depend on one another, so a few are computed at a time (`PERCEPTUAL_PIXELS`), to save memory.
 
-        With `loss.perceptual.shift` LPIPS compares windows at random places. Its networks have strides, and so look
-        at some rows and columns of pixels more than at others; the autoencoder, whose own grid of 8 pixels has a
-        fixed place upon theirs, would learn to err where they look less.
+        draws: for windows at random places and in random sizes (windows.py); without them whole images are
+        compared.
         """
         at_a_time = max(1, PERCEPTUAL_PIXELS // images[0, 0].numel())
         distances, gradients = [], []
-        corners, shift = self._draw_corners(images, draws)
+        windows = draw_windows(self.config.perceptual, images, draws)
+        parts = (x.split(at_a_time) for x in (reconstruction, images, windows))
         with record_function("perceptual"):
-            for part, real, at in zip(
-                *(x.split(at_a_time) for x in (reconstruction, images, corners)), strict=True
-            ):
-                pair = (windows(part, at, shift), windows(real, at, shift)) if shift else (part, real)
-                distance = self.perceptual(*pair).sum() / len(images)
+            for part, real, window in zip(*parts, strict=True):
+                distance = self.perceptual(window.cut(part), window.cut(real)).sum() / len(images)
                 gradients += torch.autograd.grad(distance, part)
                 distances.append(distance.detach())
             return torch.stack(distances).sum(), torch.cat(gradients)
-
-    def _draw_corners(self, images: Tensor, draws: Draws | None) -> tuple[Tensor, int]:
-        """Draw the upper left corners, (B, 2), of the windows LPIPS compares; return how much smaller they are.
-
-        That is `loss.perceptual.shift`, or what is left of it for images that are hardly larger than LPIPS needs.
-        """
-        config = self.config.perceptual
-        shift = WINDOW_SHIFT[config.net] if config.shift is None else config.shift
-        shift = min(shift, min(images.shape[2:]) - LPIPS_SMALLEST[config.net])
-        if draws is None or shift <= 0:
-            return torch.zeros(len(images), 2, dtype=torch.int64), 0
-        draws = draws.for_purpose(PERCEPTUAL_SHIFT)
-        return torch.tensor([draws.whole(0, shift), draws.whole(0, shift)]).T, shift
-
-
-def windows(images: Tensor, corners: Tensor, shift: int) -> Tensor:
-    """Cut a window out of each image: (B, C, H, W) -> (B, C, H - shift, W - shift), channels_last.
-
-    corners: (B, 2) int64, the row and the column of each window's upper left pixel, 0 to `shift`.
-    """
-    height, width = (side - shift for side in images.shape[2:])
-    cut = [
-        one[:, y : y + height, x : x + width] for one, (y, x) in zip(images, corners.tolist(), strict=True)
-    ]
-    return torch.stack(cut).contiguous(memory_format=torch.channels_last)
 
 
 def weighted_kl(config: KLConfig, kl: Tensor, step: int, dimensions: int) -> Tensor:

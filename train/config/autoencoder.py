@@ -191,6 +191,13 @@ class PerceptualConfig:
         low=0,
         high=64,
     )
+    scale: float | None = key(
+        None,
+        "enlarge or shrink these windows at random, by at most this factor, all of a step alike; 1: as they are; "
+        "null: 2 for squeeze and alex, 1 for vgg",
+        low=1,
+        high=4,
+    )
     bf16: bool = key(
         False,
         "compute the features in bfloat16, in half the memory; values are within 0.4 % of float32, gradients noisy "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Purposes, whose numbers are independent. Crops have a generator of their own, see train/data/samples.py.
-POSTERIOR_NOISE, VIEW, STEP, INPUT_NOISE, LABELS, PERCEPTUAL_SHIFT = 1, 2, 3, 4, 5, 6
+POSTERIOR_NOISE, VIEW, STEP, INPUT_NOISE, LABELS, WINDOW_PLACE, WINDOW_SCALE = 1, 2, 3, 4, 5, 6, 7
 DIFFUSION = 11  # noise, time and dropped label of a diffusion model
 
 
@@ -52,6 +52,6 @@ class Draws:
         """Draw a whole number from low to high, both included, for each image: a list of length B."""
         return [int(generator.integers(low, high + 1)) for generator in self.generators]
 
-    def of_step(self) -> np.random.Generator:
+    def of_step(self, purpose: int = STEP) -> np.random.Generator:
         """A generator of random numbers that all images of the step share; each call starts it anew."""
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.step, STEP))))
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.step, purpose))))

@@ -99,7 +99,7 @@ def test_it_looks_better_than_bicubic(astronaut, reconstruction):
     lpips = LPIPS("alex")
     with torch.inference_mode():
         found, simple = (lpips(x.clamp(-1, 1), astronaut) for x in (reconstruction, bicubic(astronaut)))
-    assert found < simple - 0.22
+    assert found < simple - 0.3
 
 
 def test_its_quality_does_not_depend_on_the_size(vae, astronaut, reconstruction):
@@ -115,11 +115,11 @@ def test_its_quality_does_not_depend_on_the_size(vae, astronaut, reconstruction)
     "colour", [(-1, -1, -1), (0, 0, 0), (0.9, 0.9, 0.9), (0.6, -0.3, -0.3), (-0.4, 0, 0.6)]
 )
 def test_flat_colours_stay_flat(vae, colour):
-    """No grid and no shift, away from the border."""
+    """No grid and no shift, away from the border: within a quarter of a level of 8 bits, and 2.6 levels."""
     image = torch.tensor(colour).float().view(1, 3, 1, 1).expand(1, 3, 192, 192)
     with torch.inference_mode():
         inner = vae(image).sample[..., 64:-64, 64:-64]
-    assert inner.std(dim=(2, 3)).max() < 1e-3
+    assert inner.std(dim=(2, 3)).max() < 2e-3
     assert (inner - image[..., 64:-64, 64:-64]).mean(dim=(2, 3)).abs().max() < 0.02
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from accelerate.state import AcceleratorState
 
+from kl_autoencoder.models.packaged import PACKAGED
 from tests.conftest import ROOT
 from tests.processes import finish, start_ranks
 from train import __main__ as program
@@ -47,7 +48,7 @@ def test_recipes_pass_on_a_cpu_offline_and_leave_nothing(path, elsewhere, monkey
     for key in ("data.train", "model.pretrained", "train.compile"):
         section, name = key.split(".")
         value = getattr(getattr(wanted, section), name)
-        assert (f"{key}: " in said) == (value not in (None, False, "sample-photographs", "compact"))
+        assert (f"{key}: " in said) == (value not in (None, False, "sample-photographs", *PACKAGED))
 
 
 def test_two_ranks_pass_and_say_so_once(tmp_path):

@@ -86,9 +86,7 @@ def add_latents(vae: KLAutoencoder, wider: KLAutoencoder) -> KLAutoencoder:
     large as those of the channels before; the decoder does not read them yet. Returns `wider`.
     """
     old, new = vae.config.latent_channels, wider.config.latent_channels
-    shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
-    same = {name: tensor for name, tensor in vae.state_dict().items() if tensor.shape == shapes[name]}
-    wider.load_state_dict(same, strict=False)
+    _load_all_but_latents(vae, wider)
     means, moments = torch.arange(old), torch.cat([torch.arange(old), new + torch.arange(old)])
     features = torch.arange(vae.encoder.conv_out.in_channels)
     widest = torch.arange(vae.decoder.conv_in.out_channels)
@@ -125,9 +123,7 @@ def keep_principal_latents(vae: KLAutoencoder, narrower: KLAutoencoder, latents:
     variances, axes = torch.linalg.eigh(covariance)  # in rising order
     axes, deviations = axes[:, -new:].flip(1), variances[-new:].flip(0).sqrt()
     scale = covariance.diagonal().mean().sqrt() / deviations
-    shapes = {name: tensor.shape for name, tensor in narrower.state_dict().items()}
-    same = {name: tensor for name, tensor in vae.state_dict().items() if tensor.shape == shapes[name]}
-    narrower.load_state_dict(same, strict=False)
+    _load_all_but_latents(vae, narrower)
 
     to_means, bias = _matrix(vae.quant_conv, 2 * old, slice(old))
     project = scale[:, None] * axes.T  # components = project @ (means - mean)
@@ -148,13 +144,20 @@ def keep_principal_latents(vae: KLAutoencoder, narrower: KLAutoencoder, latents:
     return narrower
 
 
+def _load_all_but_latents(vae: KLAutoencoder, other: KLAutoencoder) -> None:
+    """Give `other` the tensors of `vae` whose shape does not depend on the number of latent channels."""
+    shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
+    same = {name: tensor for name, tensor in vae.state_dict().items() if tensor.shape == shapes[name]}
+    other.load_state_dict(same, strict=False)
+
+
 def _matrix(conv: nn.Conv2d | None, channels: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """Rows of the weights and the bias of a 1x1 convolution, in float64; for None those of the identity."""
     if conv is None:
-        return torch.eye(channels, dtype=torch.float64)[rows], torch.zeros(channels, dtype=torch.float64)[
-            rows
-        ]
-    return conv.weight[rows, :, 0, 0].double(), conv.bias[rows].double()
+        weight, bias = torch.eye(channels), torch.zeros(channels)
+    else:
+        weight, bias = conv.weight[:, :, 0, 0], conv.bias
+    return weight[rows].double(), bias[rows].double()
 
 
 def _copy_channels(old: nn.Conv2d, new: nn.Conv2d, rows: Tensor, columns: Tensor) -> None:

@@ -34,9 +34,7 @@ from .model import TrainedModel, allow_compilations, build_autoencoder, choose_b
 from .objective import Objective
 
 STATISTICS_SAMPLES = 512  # crops to measure the scaling factor on: accurate to 0.5 % at f8 and 256 pixels
-ANALYSED_SAMPLES = (
-    64  # crops whose latents' principal components are kept, if the model is to have fewer latents
-)
+ANALYSED_SAMPLES = 64  # crops to find the principal components on, if the model is to have fewer latents
 SKIPPED_SHOWN = 5  # at most so many unreadable held-out images are named
 
 
